@@ -1,0 +1,68 @@
+"""Who compiles a graph: a small registry of lowerings, and every backend that torch knows."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from parvts_fx.options import Options
+
+Compiled = Callable[..., Any]
+Lowering = Callable[[GraphModule, Sequence[object], Options], Compiled]
+
+
+def inductor(module: GraphModule, example_inputs: Sequence[object], options: Options) -> Compiled:
+    """Inductor's kernels, with torch.compile's modes and Inductor's own options."""
+    wrapper = torch._TorchCompileInductorWrapper(options.mode, dict(options.lowering_options), None)
+    return wrapper(module, list(example_inputs))
+
+
+def eager(module: GraphModule, example_inputs: Sequence[object], options: Options) -> Compiled:
+    """The graph as it is, node by node."""
+    return module.forward
+
+
+def tensorrt(module: GraphModule, example_inputs: Sequence[object], options: Options) -> Compiled:
+    """torch-tensorrt's Dynamo backend; the package is imported only here."""
+    try:
+        importlib.import_module("torch_tensorrt")
+    except ImportError as error:
+        raise ValueError('parvts_fx: option lowering="tensorrt": torch-tensorrt is not installed. '
+                         'Install the extra: pip install "parvts_fx[tensorrt]".') from error
+    return _registered("tensorrt")(module, list(example_inputs), **_keywords(options))
+
+
+_LOWERINGS: dict[str, Lowering] = {"inductor": inductor, "eager": eager, "tensorrt": tensorrt}
+
+
+def known_lowerings() -> tuple[str, ...]:
+    """Our own lowerings and every backend registered with torch.compile, parvts itself left out."""
+    listed = torch._dynamo.list_backends(exclude_tags=())
+    return tuple(dict.fromkeys([*_LOWERINGS, *(name for name in listed if name != "parvts")]))
+
+
+def lower(module: GraphModule, example_inputs: Sequence[object], options: Options) -> Compiled:
+    """Compile a graph with the lowering that the options name."""
+    if callable(options.lowering):
+        return options.lowering(module, list(example_inputs), **_keywords(options))
+    if options.lowering in _LOWERINGS:
+        return _LOWERINGS[options.lowering](module, example_inputs, options)
+    return _registered(options.lowering)(module, list(example_inputs), **_keywords(options))
+
+
+def _registered(name: str) -> Callable[..., Compiled]:
+    return torch._dynamo.lookup_backend(name)
+
+
+def _keywords(options: Options) -> dict[str, Any]:
+    """What torch.compile would pass to a backend: mode and options where there are any."""
+    keywords: dict[str, Any] = {}
+    if options.mode not in (None, "default"):
+        keywords["mode"] = options.mode
+    if options.lowering_options:
+        keywords["options"] = dict(options.lowering_options)
+    return keywords

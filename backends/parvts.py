@@ -1,0 +1,117 @@
+"""The torch.compile backend "parvts"."""
+
+from __future__ import annotations
+
+import traceback
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from parvts_fx.backends.lowering import Compiled, lower
+from parvts_fx.capture import copy_graph_module
+from parvts_fx.errors import NotRewritten, ParvtsWarning, Refusal
+from parvts_fx.options import Options, parse_options
+from parvts_fx.precondition import Precondition
+from parvts_fx.report import GraphReport
+from parvts_fx.rewrite import Rewriting, rewrite_graph
+
+
+def parvts(
+    module: GraphModule,
+    example_inputs: Sequence[object],
+    *,
+    options: Options | Mapping[str, Any] | None = None,
+    mode: str | None = None,
+    on_report: Callable[[GraphReport], None] | None = None,
+) -> Compiled:
+    """Rewrite a multimodal prefill with ParVTS and lower it; lower every other graph as it is.
+
+    Registered with torch.compile as "parvts" through the package's entry point. Args as torch.compile passes them:
+    ``options`` as in :class:`parvts_fx.Options`, ``mode`` for Inductor.
+
+    Errors in the options surface as a plain ValueError at the first call of the compiled model: raised in here, Dynamo
+    would wrap them into its own error type and frames.
+    """
+    try:
+        parsed = parse_options(options, mode)
+        done = _attempt(module, example_inputs, parsed)
+        if on_report is not None:
+            on_report(done.report)
+        if done.module is None:
+            return lower(module, example_inputs, parsed)
+        return Dispatch(lower(done.module, example_inputs, parsed), done.precondition, module, parsed)
+    except (ValueError, NotRewritten) as error:
+        return _raise_at_call(error)
+
+
+def _attempt(module: GraphModule, example_inputs: Sequence[object], options: Options) -> Rewriting:
+    """Rewrite, or say why not. The only place that catches everything: users keep their model, whatever breaks."""
+    try:
+        return rewrite_graph(module, example_inputs, options)
+    except Refusal as refusal:
+        reason = str(refusal)
+        if options.strict:
+            raise NotRewritten(f"parvts_fx: this multimodal prefill cannot be rewritten: {reason}") from refusal
+    except ValueError as error:
+        if str(error).startswith("parvts_fx: option"):
+            raise
+        reason = _failure(error, options)
+    except Exception as error:
+        reason = _failure(error, options)
+    warnings.warn(f"parvts_fx: this multimodal prefill runs unrewritten: {reason}", ParvtsWarning, stacklevel=2)
+    return Rewriting(GraphReport("unrewritten", reason, len(module.graph.nodes)))
+
+
+def _failure(error: Exception, options: Options) -> str:
+    """An error inside the rewriting itself: a defect of ours or of a third party's pass."""
+    if options.strict:
+        raise NotRewritten(f"parvts_fx: rewriting this multimodal prefill failed: {error}") from error
+    return "the rewriting failed\n" + "".join(traceback.format_exception(error))
+
+
+class Dispatch:
+    """Runs the rewritten graph where it may be used for the prompt at hand, and the unrewritten one elsewhere."""
+
+    def __init__(self, rewritten: Compiled, precondition: Precondition, original: GraphModule, options: Options):
+        self._rewritten = rewritten
+        self._precondition = precondition
+        self._original = copy_graph_module(original)
+        self._options = options
+        self._unrewritten: Compiled | None = None
+
+    def __call__(self, *inputs: object) -> object:
+        if self._precondition(*inputs):
+            return self._rewritten(*inputs)
+        reason = "the samples of this batch have different numbers of visual tokens"
+        if self._options.strict:
+            raise NotRewritten(f"parvts_fx: this multimodal prefill cannot be rewritten: {reason}")
+        warnings.warn(f"parvts_fx: this multimodal prefill runs unrewritten: {reason}", ParvtsWarning, stacklevel=2)
+        if self._unrewritten is None:
+            self._unrewritten = self._compile_unrewritten()
+        return self._unrewritten(*inputs)
+
+    def _compile_unrewritten(self) -> Compiled:
+        """Compiled when first needed; Dynamo guards its sizes, which need not be those of the rewritten graph."""
+        return torch.compile(self._original, backend=_LowerOnly(self._options))
+
+
+class _LowerOnly:
+    """A Dynamo backend that applies a lowering and nothing else."""
+
+    __name__ = "parvts_lowering"
+
+    def __init__(self, options: Options):
+        self._options = options
+
+    def __call__(self, module: GraphModule, example_inputs: Sequence[object]) -> Compiled:
+        return lower(module, example_inputs, self._options)
+
+
+def _raise_at_call(error: Exception) -> Compiled:
+    def fail(*_: object) -> None:
+        raise error.with_traceback(None)
+
+    return fail

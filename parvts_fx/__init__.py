@@ -1,0 +1,15 @@
+"""ParVTS visual-token pruning (arXiv 2511.18875) for any multimodal language model, as a torch.compile backend.
+
+``torch.compile(model, backend="parvts")`` works without importing this package. Importing it changes nothing in torch.
+"""
+
+from parvts_fx.api import compile, explain
+from parvts_fx.errors import NotRewritten, ParvtsWarning, Refusal
+from parvts_fx.options import Options
+from parvts_fx.rewrite import rewrite
+from parvts_fx.scores import register_rule
+
+__all__ = [
+    "NotRewritten", "Options", "ParvtsWarning", "Refusal", "compile", "explain", "register_rule", "rewrite",
+]
+__version__ = "0.1.0"

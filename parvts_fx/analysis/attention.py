@@ -1,0 +1,169 @@
+"""Finds attention calls among a decoder's tokens: fused ones, and those written out with a softmax."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Graph, GraphModule, Node
+
+from parvts_fx.analysis.records import Attention, Operand
+from parvts_fx.analysis.tokens import AxisLabels, Probe, TokenMap
+from parvts_fx.analysis.values import has_target, hint, is_tensor, leaves, value
+from parvts_fx.errors import Refusal
+
+QUERY, KEY = "query", "key"
+
+_FUSED = (F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
+_FUSED_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+_SOFTMAX = (torch.softmax, F.softmax, torch.ops.aten.softmax.int, torch.ops.aten._softmax.default)
+
+
+def is_fused_attention(node: Node) -> bool:
+    return has_target(node, _FUSED)
+
+
+def fused_arguments(node: Node) -> dict[str, Any]:
+    """The arguments of a fused attention call by name, whichever way they were passed; defaults filled in."""
+    defaults = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
+    return {**defaults, **dict(zip(_FUSED_ARGUMENTS, node.args)), **node.kwargs}
+
+
+def is_softmax(node: Node) -> bool:
+    return has_target(node, _SOFTMAX, ("softmax",))
+
+
+def attention_nodes(graph: Graph) -> set[Node]:
+    """Every node that may be the heart of an attention call, in any part of the model."""
+    return {node for node in graph.nodes if is_fused_attention(node) or is_softmax(node)}
+
+
+def find_attentions(module: GraphModule, nodes: Collection[Node], tokens: TokenMap) -> list[Attention]:
+    """The attention calls whose queries and keys are both prompt tokens, in graph order.
+
+    Args:
+        nodes: the decoder's nodes, in graph order.
+        tokens: their token axes.
+
+    Raises:
+        Refusal: a call mixes tokens in a way that is not understood (a filled or preallocated cache, say).
+    """
+    found: list[Attention] = []
+    taken: set[Node] = set()
+    decoder = set(nodes)
+    for node in nodes:
+        if node in taken:
+            continue
+        attention = None
+        if is_fused_attention(node):
+            attention = _fused(node, tokens, decoder)
+        elif is_softmax(node) and len(tokens.axes.get(node, {})) == 2:
+            attention = _written_out(module, node, nodes, tokens)
+        if attention is not None:
+            found.append(attention)
+            taken.update(attention.nodes)
+    return found
+
+
+def _operand(node: Node, tokens: TokenMap, call: Node) -> Operand:
+    axis = tokens.plain_axis(node)
+    if axis is None:
+        kinds = tokens.axes.get(node, {})
+        if any(kind.offset > 0 for kind in kinds.values()):
+            raise Refusal("the cache already holds tokens when the image arrives", call)
+        if not kinds:
+            raise Refusal("keys are read from a preallocated cache, whose length the graph cannot change", call)
+        raise Refusal(f"an operand's tokens lie along {kinds}, which is not understood", call)
+    return Operand(node, axis)
+
+
+def _fused(node: Node, tokens: TokenMap, decoder: set[Node]) -> Attention | None:
+    arguments = fused_arguments(node)
+    query, key, val, mask = (arguments[name] for name in ("query", "key", "value", "attn_mask"))
+    if key not in decoder and val not in decoder:
+        return None  # attends to something that is not the prompt: each row by itself
+    if arguments["dropout_p"] not in (0, 0.0):
+        raise Refusal("attention dropout is active", node)
+    queries, keys = (_operand(query, tokens, node),), (_operand(key, tokens, node), _operand(val, tokens, node))
+    bindings: dict[int, object] = {}
+    kind = "fused causal" if arguments["is_causal"] else "fused"
+    if mask is not None:
+        kind = "fused masked"
+        index = next(i for i, leaf in enumerate(leaves(node)) if leaf is mask)
+        size = hint(tokens.size)
+        shape = value(mask).shape
+        axes = []
+        for axis, label in ((len(shape) - 2, QUERY), (len(shape) - 1, KEY)):
+            if hint(shape[axis]) == size:
+                axes.append((axis, label))
+            elif hint(shape[axis]) != 1:
+                raise Refusal(f"the attention mask has {shape[axis]} entries for {tokens.size} tokens", node)
+        if mask in decoder and tokens.axes.get(mask):
+            raise Refusal("the attention mask is computed from the merged embeddings", node)
+        bindings[index] = AxisLabels(tuple(axes))
+    return Attention((node,), queries, keys, node, tokens.plain_axis(node), kind, {node: bindings})
+
+
+def _written_out(module: GraphModule, softmax: Node, nodes: Collection[Node], tokens: TokenMap) -> Attention:
+    """Grow the region of pairwise scores around a softmax, and label its axes by a probe with two lengths."""
+
+    def is_pairwise(node: Node) -> bool:
+        return len(tokens.axes.get(node, {})) == 2
+
+    region, stack = {softmax}, [softmax]
+    ends: set[Node] = set()
+    while stack:
+        node = stack.pop()
+        for near in [*node.all_input_nodes, *node.users]:
+            if near in region or near not in tokens.axes:
+                continue
+            if is_pairwise(near):
+                region.add(near)
+                stack.append(near)
+            elif near in node.users:
+                ends.add(near)
+    if any(user.op == "output" for node in region for user in node.users):
+        raise Refusal("attention weights are an output of the graph", softmax)
+    if len(ends) != 1:
+        raise Refusal(f"attention weights are read by {len(ends)} operations, expected one product with values", softmax)
+    output = ends.pop()
+    ordered = tuple(node for node in nodes if node in region or node is output)
+    inputs = [
+        source for source in dict.fromkeys(s for node in ordered for s in node.all_input_nodes)
+        if source in tokens.axes and source not in region
+    ]
+    operands = [_operand(source, tokens, softmax) for source in inputs]
+    lengths = Probe.lengths_for(module, hint(tokens.size), (QUERY, KEY))
+    for labels in itertools.product((QUERY, KEY), repeat=len(operands)):
+        if len(set(labels)) < 2:
+            continue
+        probe = Probe(module, tokens.size, lengths)
+        for operand, label in zip(operands, labels):
+            probe.seed(operand.node, {operand.axis: label})
+        try:
+            for node in ordered:
+                probe.run(node)
+        except Refusal:
+            continue
+        axes = probe.found.axes.get(output, {})
+        normalised = {kind.label for axis, kind in probe.found.axes[softmax].items() if axis == _softmax_axis(softmax)}
+        if [kind.label for kind in axes.values()] == [QUERY] and normalised == {KEY}:
+            split = {label: tuple(o for o, own in zip(operands, labels) if own == label) for label in (QUERY, KEY)}
+            bindings = {node: dict(probe.found.bindings.get(node, {})) for node in ordered}
+            return Attention(ordered, split[QUERY], split[KEY], output, next(iter(axes)), "written out", bindings)
+    raise Refusal("no reading of its operands as queries and keys explains this softmax", softmax)
+
+
+def _softmax_axis(node: Node) -> int:
+    axis = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+    if not isinstance(axis, int):
+        raise Refusal("a softmax without an explicit axis", node)
+    return axis % value(node).dim()
+
+
+def reads_tokens(node: Node, tokens: TokenMap) -> bool:
+    """Whether any tensor that the node reads has a token axis."""
+    return any(is_tensor(source) and tokens.axes.get(source) for source in node.all_input_nodes)

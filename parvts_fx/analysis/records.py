@@ -1,0 +1,84 @@
+"""What the analysis found: frozen records that the passes read."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from torch.fx import Node
+
+if TYPE_CHECKING:
+    from parvts_fx.analysis.tokens import TokenMap
+
+
+@dataclasses.dataclass(frozen=True)
+class VisualMerge:
+    """Where visual features enter the text embeddings: the anchor of the analysis."""
+
+    output: Node
+    """Merged embeddings [batch, seq, hidden]: the decoder's input."""
+
+    masks: tuple[Node, ...]
+    """One bool mask per merge, [batch, seq, 1 or hidden] or [batch, seq]: true where a visual token stands."""
+
+    features: tuple[Node, ...]
+    """The features that were merged, [visual tokens, hidden] or any shape of as many elements."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """A tensor that enters an attention call, with the axis along which its tokens lie."""
+
+    node: Node
+    axis: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """One softmax attention call: a fused operation or the operations it was written out as."""
+
+    nodes: tuple[Node, ...]
+    """The call's own nodes in graph order; one for a fused call."""
+
+    queries: tuple[Operand, ...]
+    keys: tuple[Operand, ...]
+    """Everything whose rows are indexed by key position: keys and values."""
+
+    output: Node
+    output_axis: int
+    kind: str
+    """One of "fused causal", "fused masked", "fused" or "written out"."""
+
+    bindings: dict[Node, dict[int, object]]
+    """For each own node, which of its argument leaves follow the query or key axis."""
+
+    @property
+    def is_causal(self) -> bool:
+        return self.kind == "fused causal"
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A decoder layer: the attention calls between two links of the residual stream."""
+
+    index: int
+    input: Node
+    """The link of the residual stream (a dominator of all that follows) that enters the layer."""
+
+    attentions: tuple[Attention, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """A multimodal decoder's prefill, as found in one graph."""
+
+    merge: VisualMerge
+    nodes: tuple[Node, ...]
+    """Every node that depends on the merge, in graph order."""
+
+    layers: tuple[Layer, ...]
+    final: Node
+    """The link of the residual stream after the last layer's attention."""
+
+    tokens: TokenMap
+    """Which axes of which tensors run along the prompt, and which integers count its positions."""

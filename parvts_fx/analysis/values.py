@@ -1,0 +1,113 @@
+"""Reading FX nodes: their example values, their argument leaves, and how to evaluate one."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_aggregate
+
+
+def value(node: Node) -> Any:
+    """The node's example value (Dynamo's ``example_value``, AOTAutograd's ``val``), or None."""
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def is_tensor(node: object) -> bool:
+    return isinstance(node, Node) and isinstance(value(node), torch.Tensor)
+
+
+def is_symbolic_int(node: object) -> bool:
+    return isinstance(node, Node) and isinstance(value(node), (int, torch.SymInt)) and not isinstance(value(node), bool)
+
+
+def hint(size: int | torch.SymInt) -> int | None:
+    """The concrete size seen when the graph was traced; None for a data-dependent size."""
+    if isinstance(size, int):
+        return size
+    if size.node.is_constant():
+        return int(size.node.maybe_as_int())
+    return size.node.hint
+
+
+def symbols(size: int | torch.SymInt) -> frozenset:
+    return frozenset() if isinstance(size, int) else frozenset(size.node.expr.free_symbols)
+
+
+def concrete(size: int | torch.SymInt) -> int | torch.SymInt:
+    """A SymInt that is a constant becomes that int."""
+    constant = None if isinstance(size, int) else size.node.maybe_as_int()
+    return size if constant is None else constant
+
+
+def hint_shape(tensor: torch.Tensor) -> tuple[int | None, ...]:
+    return tuple(hint(size) for size in tensor.shape)
+
+
+def leaves(node: Node) -> list[Any]:
+    """All argument leaves of a node, in a fixed order, those inside lists, dicts and slices included."""
+    found: list[Any] = []
+    map_aggregate((node.args, node.kwargs), found.append)
+    return found
+
+
+def with_leaves(node: Node, new: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The node's (args, kwargs) with its leaves replaced, in the order of :func:`leaves`."""
+    supply = iter(new)
+    return map_aggregate((node.args, node.kwargs), lambda _: next(supply))
+
+
+def call(module: GraphModule | None, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run what a node says on the given values."""
+    if op == "call_method":
+        return getattr(args[0], target)(*args[1:], **kwargs)
+    if op == "call_module":
+        return module.get_submodule(target)(*args, **kwargs)
+    return target(*args, **kwargs)
+
+
+def has_target(node: Node, functions: Iterable[Callable], methods: Iterable[str] = ()) -> bool:
+    if node.op == "call_function":
+        return node.target in functions
+    return node.op == "call_method" and node.target in methods
+
+
+def is_index(node: Node) -> bool:
+    return node.op == "call_function" and node.target is operator.getitem
+
+
+def fake_mode_of(graph: Graph) -> FakeTensorMode:
+    """The mode that the graph's own metadata carries; Dynamo has changed modes by the time a backend runs."""
+    for node in graph.nodes:
+        if isinstance(value(node), FakeTensor):
+            return value(node).fake_mode
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def ancestors(roots: Iterable[Node]) -> set[Node]:
+    """The nodes and all that they depend on."""
+    seen: set[Node] = set()
+    stack = list(roots)
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+    return seen
+
+
+def descendants(graph: Graph, roots: Iterable[Node]) -> list[Node]:
+    """The nodes and all that depends on them, in graph order, without the output node."""
+    reached = set(roots)
+    for node in graph.nodes:
+        if node.op != "output" and any(source in reached for source in node.all_input_nodes):
+            reached.add(node)
+    return [node for node in graph.nodes if node in reached]
+
+
+def output_node(graph: Graph) -> Node:
+    return next(iter(reversed(graph.nodes)))

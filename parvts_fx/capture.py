@@ -1,0 +1,55 @@
+"""Takes the graph that Dynamo (or a user) hands over and gives every node an example value, on a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import Graph, GraphModule, Interpreter, Node
+
+from parvts_fx.analysis.values import fake_mode_of, value
+
+
+def copy_graph_module(module: GraphModule) -> GraphModule:
+    """A copy with its own graph; parameters and submodules are shared, so no weight is duplicated."""
+    graph = Graph()
+    mapping: dict[Node, Node] = {}
+    graph.output(graph.graph_copy(module.graph, mapping))
+    graph._codegen = module.graph._codegen
+    copy = GraphModule(module, graph)
+    copy.meta = dict(module.meta)
+    return copy
+
+
+def capture(module: GraphModule, example_inputs: Sequence[object]) -> GraphModule:
+    """Copy a graph and fill in missing example values; the argument stays as it is.
+
+    Args:
+        module: a torch-level (Dynamo, symbolic_trace) or aten-level graph.
+        example_inputs: one per placeholder; real or fake tensors, ints.
+    """
+    copy = copy_graph_module(module)
+    if all(value(node) is not None or node.op in ("output", "get_attr") for node in copy.graph.nodes if node.op == "placeholder"):
+        missing = any(value(node) is None and node.users and node.op.startswith("call") for node in copy.graph.nodes)
+        if not missing:
+            return copy
+    mode = next((x.fake_mode for x in example_inputs if isinstance(x, FakeTensor)), None) or (
+        fake_mode_of(copy.graph) if any(isinstance(value(n), FakeTensor) for n in copy.graph.nodes)
+        else FakeTensorMode(allow_non_fake_inputs=True)
+    )
+    fakes = [
+        mode.from_tensor(x, static_shapes=True) if isinstance(x, torch.Tensor) and not isinstance(x, FakeTensor) else x
+        for x in example_inputs
+    ]
+
+    class Fill(Interpreter):
+        def run_node(self, node: Node) -> object:
+            result = super().run_node(node)
+            if value(node) is None and node.op != "output":
+                node.meta["example_value"] = result
+            return result
+
+    with mode, torch.no_grad():
+        Fill(copy).run(*fakes)
+    return copy

@@ -1,0 +1,175 @@
+"""The options of the backend: one frozen record, checked when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+from typing import Any
+
+import torch
+
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
+def _fail(name: str, value: object, expected: str, remedy: str) -> None:
+    raise ValueError(f"parvts_fx: option {name}={value!r}: expected {expected}. {remedy}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What ``torch.compile(model, backend="parvts", options={...})`` accepts.
+
+    Raises:
+        ValueError: for a value outside its range; the message names the option, the value and what to do.
+    """
+
+    keep_ratio: float | None = None
+    """Share of each sample's visual tokens in the subject group, 0 < r <= 1. None: 1/9, unless keep_tokens is given."""
+
+    keep_tokens: int | None = None
+    """A count of visual tokens per sample in place of a share; more than the sample has keeps them all."""
+
+    migration_depth: int = 3
+    """Decoder layers in which both groups run (K of the paper), 0 to the number of layers."""
+
+    fusion: str | float = "attention"
+    """How text rows take in both groups: "attention", or the constant weight of the subject path in [0, 1]."""
+
+    paths: str = "parallel"
+    """With "parallel" the groups do not see each other during migration. "joint": they do (the ablation)."""
+
+    score: str | Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = "auto"
+    """A scoring rule's name, or a callable ``score(hidden, visual) -> scores``; see :mod:`parvts_fx.scores`."""
+
+    lowering: str | Callable[..., Any] = "inductor"
+    """Who compiles the rewritten graph: "inductor", "eager", "aot_eager", "tensorrt", any backend's name, a callable."""
+
+    strict: bool = False
+    """Raise :class:`parvts_fx.NotRewritten` where a multimodal prefill cannot be rewritten, instead of warning."""
+
+    skip_passes: tuple[str, ...] = ()
+    """Names of optional passes to leave out (exact savings that change no result), for comparison."""
+
+    mode: str | None = None
+    """As in torch.compile; handed to Inductor."""
+
+    lowering_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Whatever else the lowering takes; Inductor's own options land here."""
+
+    def __post_init__(self) -> None:
+        if self.keep_ratio is not None and self.keep_tokens is not None:
+            _fail("keep_ratio", self.keep_ratio, f"only one of keep_ratio and keep_tokens (={self.keep_tokens!r})",
+                  "Give one of the two.")
+        if self.keep_ratio is not None and not (
+            _is_number(self.keep_ratio) and math.isfinite(self.keep_ratio) and 0 < self.keep_ratio <= 1
+        ):
+            _fail("keep_ratio", self.keep_ratio, "a number with 0 < keep_ratio <= 1",
+                  "1/9 keeps 64 of 576 visual tokens; 1 keeps all.")
+        if self.keep_tokens is not None and not (_is_count(self.keep_tokens) and self.keep_tokens >= 1):
+            _fail("keep_tokens", self.keep_tokens, "a positive integer", "At least one visual token must be kept.")
+        if not (_is_count(self.migration_depth) and self.migration_depth >= 0):
+            _fail("migration_depth", self.migration_depth, "an integer from 0 to the model's number of decoder layers",
+                  "0 prunes before the first layer.")
+        if not (self.fusion == "attention" if isinstance(self.fusion, str)
+                else _is_number(self.fusion) and 0 <= self.fusion <= 1):
+            _fail("fusion", self.fusion, '"attention" or a number in [0, 1] (the subject path\'s weight)',
+                  'Use "attention" if unsure.')
+        if self.paths not in ("parallel", "joint"):
+            _fail("paths", self.paths, '"parallel" or "joint"', 'Use "parallel" for ParVTS.')
+        if self.paths == "joint" and self.fusion != "attention":
+            _fail("fusion", self.fusion, '"attention" together with paths="joint"',
+                  "With joint paths there is one copy of the text rows and nothing to weigh.")
+        if not isinstance(self.strict, bool):
+            _fail("strict", self.strict, "True or False", "")
+        if self.mode is not None and self.mode not in MODES:
+            _fail("mode", self.mode, f"one of {', '.join(MODES)}", "The modes are torch.compile's.")
+        object.__setattr__(self, "skip_passes", (self.skip_passes,) if isinstance(self.skip_passes, str)
+                           else tuple(self.skip_passes))
+        self._check_references()
+
+    def _check_references(self) -> None:
+        """Names that point at something registered elsewhere: rules, lowerings, passes."""
+        from parvts_fx.backends.lowering import known_lowerings
+        from parvts_fx.passes import OPTIONAL_PASSES
+        from parvts_fx.scores import known_rules
+
+        for name, known in (("score", known_rules), ("lowering", known_lowerings)):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                if value not in known():
+                    _fail(name, value, f"a callable or one of {', '.join(sorted(known()))}", _closest(value, known()))
+            elif not callable(value):
+                _fail(name, value, f"a callable or one of {', '.join(sorted(known()))}", "")
+        for value in self.skip_passes:
+            if value not in OPTIONAL_PASSES:
+                _fail("skip_passes", value, f"names among {', '.join(OPTIONAL_PASSES) or '(none)'}",
+                      _closest(str(value), OPTIONAL_PASSES))
+
+    def subject_count(self, visual: int) -> int:
+        """Number of subject tokens among ``visual`` visual tokens (DESIGN 1: round half up, at least one).
+
+        ``visual`` may be a torch.SymInt; the result then is one too.
+        """
+        if self.keep_tokens is not None:
+            return torch.sym_min(visual, self.keep_tokens)
+        ratio = 1 / 9 if self.keep_ratio is None else self.keep_ratio
+        if isinstance(visual, int):
+            return max(1, math.floor(ratio * visual + 0.5))
+        share = Fraction(ratio).limit_denominator(10**6)  # integer arithmetic is all that symbolic sizes can do
+        return torch.sym_max(1, (2 * share.numerator * visual + share.denominator) // (2 * share.denominator))
+
+    @property
+    def keeps_all(self) -> bool:
+        return self.keep_ratio == 1
+
+
+def _closest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f'Did you mean "{close[0]}"?' if close else ""
+
+
+def parse_options(given: Mapping[str, Any] | None = None, mode: str | None = None) -> Options:
+    """Build :class:`Options` from a user's dict, which stays as it is.
+
+    A key that is no field of ours goes to the lowering when Inductor knows it; any other is an error.
+
+    Raises:
+        ValueError: unknown key (the message names the closest one), or a value out of range.
+    """
+    if isinstance(given, Options):
+        return given
+    fields = {field.name for field in dataclasses.fields(Options)}
+    own: dict[str, Any] = {} if mode is None else {"mode": mode}
+    extra: dict[str, Any] = {}
+    for key, value in (given or {}).items():
+        if key in fields:
+            own[key] = value
+        else:
+            extra[key] = value
+    if extra:
+        lowering = own.get("lowering", "inductor")
+        if lowering == "inductor":
+            known = torch._inductor.list_options()
+            for key in extra:
+                if key.replace("-", "_") not in known:
+                    raise ValueError(
+                        f"parvts_fx: unknown option {key!r} (={extra[key]!r}): neither an option of parvts_fx "
+                        f"({', '.join(sorted(fields))}) nor of Inductor. {_closest(key, [*fields, *known])}".rstrip()
+                    )
+        own["lowering_options"] = {**own.get("lowering_options", {}), **extra}
+        if lowering in ("eager", "aot_eager"):
+            key = next(iter(extra))
+            raise ValueError(f"parvts_fx: unknown option {key!r} (={extra[key]!r}): lowering={lowering!r} takes no "
+                             f"options of its own. {_closest(key, fields)}".rstrip())
+    return Options(**own)

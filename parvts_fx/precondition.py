@@ -1,0 +1,68 @@
+"""What must hold of a prompt, beyond the sizes that Dynamo guards, for the rewritten graph to be right.
+
+The rewritten graph has a fixed number of visual tokens per sample. Which positions are visual is data, so that a batch
+may put two images into one row and none into another without any size telling. That is checked at each call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import sympy
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from parvts_fx.analysis.records import VisualMerge
+from parvts_fx.analysis.values import ancestors, concrete, value
+from parvts_fx.passes.insert_partition import flatten_mask, visual_tokens
+
+
+class Precondition:
+    """Callable on the graph's inputs: does every row hold the number of visual tokens that the graph assumes?"""
+
+    def __init__(self, module: GraphModule, merge: VisualMerge):
+        needed = ancestors(merge.masks)
+        graph, copies = Graph(), {}
+        for node in module.graph.nodes:
+            if node.op == "placeholder" or node in needed:
+                copies[node] = graph.node_copy(node, lambda source: copies[source])
+        graph.output(tuple(copies[mask] for mask in merge.masks))
+        self._masks = GraphModule(module, graph)
+        features = tuple(value(node) for node in merge.features)
+        self._per_row = _size_reader(module, concrete(visual_tokens(features, value(merge.output))))
+
+    @torch.no_grad()
+    def __call__(self, *inputs: object) -> bool:
+        visual = None
+        for mask in self._masks(*inputs):
+            visual = flatten_mask(mask) if visual is None else visual | flatten_mask(mask)
+        return bool((visual.sum(1) == self._per_row(inputs)).all())
+
+
+def _size_reader(module: GraphModule, size: int | torch.SymInt) -> Callable[[Sequence[object]], int]:
+    """A function that computes a traced size from the graph's actual inputs."""
+    if isinstance(size, int):
+        return lambda inputs: size
+    wanted = size.node.expr
+    sources: dict[sympy.Symbol, tuple[int, int | None]] = {}
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    for position, node in enumerate(placeholders):
+        for axis, entry in _sizes(node):
+            if isinstance(entry, torch.SymInt) and isinstance(entry.node.expr, sympy.Symbol):
+                sources.setdefault(entry.node.expr, (position, axis))
+
+    def read(inputs: Sequence[object]) -> int:
+        known = {}
+        for symbol in wanted.free_symbols:
+            position, axis = sources[symbol]
+            known[symbol] = inputs[position] if axis is None else inputs[position].shape[axis]
+        return int(wanted.xreplace({symbol: sympy.Integer(number) for symbol, number in known.items()}))
+
+    return read
+
+
+def _sizes(node: Node) -> list[tuple[int | None, object]]:
+    example = value(node)
+    if isinstance(example, torch.Tensor):
+        return list(enumerate(example.shape))
+    return [(None, example)]

@@ -1,0 +1,109 @@
+"""What was found in a graph and what was done to it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from parvts_fx.passes.base import PassRecord
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """One decoder layer of a rewritten prefill."""
+
+    index: int
+    attention: str
+    rows: dict[str, int]
+    """Rows that run through the layer, by path."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphReport:
+    """One graph that the backend received."""
+
+    status: str
+    """One of "rewritten", "unrewritten" (a multimodal prefill that was left as it is) or "untouched" (nothing to prune)."""
+
+    reason: str = ""
+    nodes: int = 0
+    prompt_tokens: int = 0
+    batch: int = 0
+    visual_tokens: int = 0
+    subject_tokens: int = 0
+    migration_depth: int = 0
+    layers: tuple[LayerReport, ...] = ()
+    passes: tuple[PassRecord, ...] = ()
+    analysis_milliseconds: float = 0.0
+    flops_before: int | None = None
+    """Floating-point operations of this graph as it came, by torch's FlopCounterMode; only in explain()."""
+
+    flops_after: int | None = None
+
+    @property
+    def tokens_kept(self) -> int:
+        """Rows per sample after pruning."""
+        return self.prompt_tokens - self.visual_tokens + self.subject_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """All graphs of one call, in the order in which they were compiled. Prints as tables."""
+
+    graphs: tuple[GraphReport, ...]
+
+    @property
+    def prefill(self) -> GraphReport | None:
+        """The multimodal prefill's graph, if there is one: a rewritten one before an unrewritten one."""
+        for status in ("rewritten", "unrewritten"):
+            for graph in self.graphs:
+                if graph.status == status:
+                    return graph
+        return None
+
+    def __str__(self) -> str:
+        console = Console(width=110, no_color=True)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+    def __rich__(self) -> Group:
+        parts: list[object] = []
+        prefill = self.prefill
+        untouched = sum(graph.status == "untouched" for graph in self.graphs)
+        parts.append(Text(f"{len(self.graphs)} graphs, of which {untouched} have nothing to prune"))
+        if prefill is None:
+            parts.append(Text("No graph merges visual features into a decoder's prompt."))
+        elif prefill.status == "unrewritten":
+            parts.append(Text(f"The multimodal prefill runs unrewritten: {prefill.reason}"))
+        else:
+            parts += _tables(prefill)
+        return Group(*parts)
+
+
+def _tables(graph: GraphReport) -> list[object]:
+    facts = Table(show_header=False, title="Prefill", title_justify="left")
+    facts.add_row("prompt tokens (per sample)", f"{graph.prompt_tokens}, of which {graph.visual_tokens} visual")
+    facts.add_row("kept after pruning", f"{graph.tokens_kept}, of which {graph.subject_tokens} visual")
+    facts.add_row("batch", str(graph.batch))
+    facts.add_row("decoder layers", f"{len(graph.layers)}, migration in the first {graph.migration_depth}")
+    if graph.flops_before and graph.flops_after:
+        facts.add_row("FLOPs before", f"{graph.flops_before:.4g}")
+        facts.add_row("FLOPs after", f"{graph.flops_after:.4g} ({graph.flops_after / graph.flops_before:.1%}, "
+                                     f"a bound of {graph.flops_before / graph.flops_after:.2f}x)")
+    layers = Table(title="Layers", title_justify="left")
+    for heading in ("layer", "attention", "rows"):
+        layers.add_column(heading)
+    for layer in graph.layers:
+        layers.add_row(str(layer.index), layer.attention, ", ".join(f"{k} {n}" for k, n in layer.rows.items()))
+    passes = Table(title="Passes", title_justify="left")
+    for heading in ("", "pass", "matches", "nodes added", "removed", "ms", "notes"):
+        passes.add_column(heading)
+    passes.add_row("", "analysis", "", "", "", f"{graph.analysis_milliseconds:.1f}", "")
+    for record in graph.passes:
+        passes.add_row(str(record.position), record.name, str(record.matches), str(record.nodes_added),
+                       str(record.nodes_removed), f"{record.milliseconds:.1f}", record.notes)
+    return [facts, layers, passes]

@@ -1,0 +1,140 @@
+"""From a graph to its rewritten form: capture, analyse, run the passes, verify."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from parvts_fx.analysis import Decoder, find_decoder
+from parvts_fx.analysis.values import concrete, hint, value
+from parvts_fx.capture import capture, copy_graph_module
+from parvts_fx.errors import NotRewritten, Refusal
+from parvts_fx.observe import dump_hook, log_hook
+from parvts_fx.options import Options, parse_options
+from parvts_fx.passes import Pass, State, build_pipeline, run_pipeline
+from parvts_fx.passes.insert_partition import visual_tokens
+from parvts_fx.precondition import Precondition
+from parvts_fx.report import GraphReport, LayerReport
+from parvts_fx.verify import CHEAP_CHECKS, Check, verifier
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewriting:
+    """A graph's rewritten form, what must hold of its inputs, and what was done. ``module`` is None if untouched."""
+
+    report: GraphReport
+    module: GraphModule | None = None
+    precondition: Precondition | None = None
+
+
+def rewrite_graph(
+    module: GraphModule,
+    example_inputs: Sequence[object],
+    options: Options,
+    passes: Sequence[Pass] | None = None,
+    checks: tuple[Check, ...] = CHEAP_CHECKS,
+) -> Rewriting:
+    """Rewrite a copy of the graph.
+
+    Raises:
+        Refusal: it is a multimodal prefill, and rewriting it might give a wrong answer.
+        ValueError: an option does not fit this model.
+    """
+    start = time.perf_counter()
+    nodes = len(module.graph.nodes)
+    work = capture(module, example_inputs)
+    decoder = find_decoder(work)
+    if decoder is None:
+        return Rewriting(GraphReport("untouched", "no visual features are merged into embeddings", nodes))
+    analysis = 1e3 * (time.perf_counter() - start)
+    _check_fit(options, decoder, example_inputs, module)
+    merge = decoder.merge
+    batch, size, _ = value(merge.output).shape
+    visuals = concrete(visual_tokens(tuple(value(node) for node in merge.features), value(merge.output)))
+    if hint(visuals) is None:
+        raise Refusal("the number of visual tokens depends on data", merge.output)
+    subjects = options.subject_count(hint(visuals))
+    facts = {
+        "nodes": nodes, "prompt_tokens": hint(size), "batch": hint(batch), "visual_tokens": hint(visuals),
+        "subject_tokens": subjects, "migration_depth": options.migration_depth, "analysis_milliseconds": analysis,
+    }
+    if options.keeps_all or hint(visuals) == subjects and isinstance(visuals, int):
+        return Rewriting(GraphReport("untouched", "all visual tokens are kept", **facts))
+    if hint(visuals) == 0:
+        raise Refusal("there are fewer visual tokens than samples", merge.output)
+    precondition = Precondition(work, merge)
+    state = State(work, decoder, options)
+    hooks = [verifier(checks), log_hook, dump_hook(work, example_inputs)]
+    records = run_pipeline(build_pipeline(options) if passes is None else passes, state, hooks)
+    work.recompile()
+    layers = tuple(_layer_report(layer, options, facts) for layer in decoder.layers)
+    return Rewriting(GraphReport("rewritten", layers=layers, passes=tuple(records), **facts), work, precondition)
+
+
+def _check_fit(options: Options, decoder: Decoder, example_inputs: Sequence[object], module: GraphModule) -> None:
+    count = len(decoder.layers)
+    if options.migration_depth > count:
+        raise ValueError(f"parvts_fx: option migration_depth={options.migration_depth!r}: expected at most the model's "
+                         f"{count} decoder layers. Use a value from 0 to {count}.")
+    if torch.is_grad_enabled() and any(
+        isinstance(x, torch.Tensor) and x.requires_grad
+        for x in (*example_inputs, *(value(n) for n in module.graph.nodes if n.op == "placeholder"))
+    ):
+        raise Refusal("gradients are recorded; pruning is for inference (use torch.no_grad() or torch.inference_mode())")
+
+
+def _layer_report(layer: Any, options: Options, facts: Mapping[str, int]) -> LayerReport:
+    kinds = ", ".join(dict.fromkeys(attention.kind for attention in layer.attentions))
+    size, visuals, subjects = facts["prompt_tokens"], facts["visual_tokens"], facts["subject_tokens"]
+    kept = size - visuals + subjects
+    if layer.index >= options.migration_depth:
+        rows = {"subject": kept}
+    elif options.paths == "joint":
+        rows = {"all": size}
+    elif options.fusion == "attention":
+        rows = {"text": size - visuals, "subject": subjects, "non-subject": visuals - subjects}
+    else:
+        rows = {"subject path": kept, "non-subject path": size - subjects}
+    return LayerReport(layer.index, kinds, rows)
+
+
+def rewrite(
+    module: GraphModule,
+    example_inputs: Sequence[object],
+    options: Options | Mapping[str, Any] | None = None,
+    passes: Sequence[Pass] | None = None,
+) -> GraphModule:
+    """Rewrite an FX graph of a multimodal prefill, for those who hold one.
+
+    Args:
+        module: a graph from Dynamo, ``torch.export`` or ``symbolic_trace``; it stays as it is.
+        example_inputs: one per placeholder.
+        options: as for ``torch.compile(..., options=...)``.
+        passes: a pipeline of your own; None for the one that the options ask for.
+
+    Returns:
+        A new module. ``result.meta["parvts_fx"]`` holds the :class:`~parvts_fx.report.GraphReport`, and
+        ``result.meta["parvts_fx_precondition"]`` a function of the inputs that tells whether the rewritten graph may
+        be used for them (every sample has as many visual tokens as the sizes imply), or None. A graph that cannot be
+        rewritten comes back as an unchanged copy whose report gives the reason.
+
+    Raises:
+        NotRewritten: with ``strict=True``, in place of the unchanged copy.
+        ValueError: bad options.
+    """
+    parsed = parse_options(options)
+    try:
+        done = rewrite_graph(module, example_inputs, parsed, passes)
+    except Refusal as refusal:
+        if parsed.strict:
+            raise NotRewritten(str(refusal)) from refusal
+        done = Rewriting(GraphReport("unrewritten", str(refusal), len(module.graph.nodes)))
+    result = copy_graph_module(module) if done.module is None else done.module
+    result.meta["parvts_fx"] = done.report
+    result.meta["parvts_fx_precondition"] = done.precondition
+    return result

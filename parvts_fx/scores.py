@@ -1,0 +1,134 @@
+"""Scoring rules: which visual tokens form the subject group.
+
+A rule is a function ``score(hidden, visual) -> scores``: hidden [batch, seq, hidden] is the decoder's input after the
+merge, visual [batch, seq] bool tells where visual tokens stand, scores [batch, seq] ranks them (higher is kept first;
+entries at text positions are ignored). It is traced into the graph. A rule must not let a sample's scores depend on
+other samples, nor on padding: text rows may be padding, so the built-in rules look at visual rows alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from parvts_fx.analysis.values import concrete, value
+
+if TYPE_CHECKING:
+    from torch.fx import Node
+
+    from parvts_fx.passes.editing import Editor
+
+Rule = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+_RULES: dict[str, Rule] = {}
+
+
+def register_rule(name: str) -> Callable[[Rule], Rule]:
+    """Decorator that makes a rule available as ``score="name"``.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def register(rule: Rule) -> Rule:
+        if name in _RULES:
+            raise ValueError(f"parvts_fx: a scoring rule named {name!r} exists already; choose another name")
+        _RULES[name] = rule
+        return rule
+
+    return register
+
+
+def known_rules() -> tuple[str, ...]:
+    return tuple(_RULES)
+
+
+@register_rule("norm")
+def norm(hidden: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+    """The length of each token's embedding."""
+    return hidden.float().norm(dim=-1)
+
+
+@register_rule("distinct")
+def distinct(hidden: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+    """How far a token is from the sample's average visual token."""
+    return _centred(hidden, visual).norm(dim=-1)
+
+
+@register_rule("diverse")
+def diverse(hidden: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+    """Distinctness times the distance to the nearest token that is more distinct.
+
+    Ranks as a greedy choice of relevant and mutually different tokens would, without a loop over the kept tokens.
+    """
+    centred = _centred(hidden, visual)
+    relevance = centred.norm(dim=-1)
+    direction = F.normalize(centred, dim=-1)
+    distance = 1 - direction @ direction.transpose(1, 2)
+    position = torch.arange(visual.shape[1], device=visual.device)
+    ahead = (relevance[:, None, :] > relevance[:, :, None]) | (
+        (relevance[:, None, :] == relevance[:, :, None]) & (position < position[:, None])
+    )
+    nearest = distance.masked_fill(~(ahead & visual[:, None, :]), 2.0).amin(dim=-1)
+    return relevance * nearest
+
+
+@register_rule("uniform")
+def uniform(hidden: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+    """Evenly spread: a fixed pseudo-random order that fills gaps first (the golden-ratio sequence)."""
+    rank = visual.long().cumsum(1)
+    return -torch.frac(rank * 0.6180339887498949)
+
+
+@register_rule("random")
+def random(hidden: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+    """A fixed pseudo-random order, the same for every sample: a baseline."""
+    rank = visual.long().cumsum(1)
+    return torch.frac(torch.sin(rank * 12.9898) * 43758.5453)
+
+
+register_rule("auto")(diverse)
+
+
+def _centred(hidden: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+    tokens = hidden.float()
+    weight = visual[..., None].float()
+    mean = (tokens * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
+    return (tokens - mean) * weight
+
+
+def trace_rule(editor: Editor, rule: str | Rule, hidden: Node, visual: Node) -> Node:
+    """Write a rule into the graph.
+
+    Raises:
+        ValueError: the rule cannot be traced, or does not return a [batch, seq] tensor of real numbers.
+    """
+    name = rule if isinstance(rule, str) else getattr(rule, "__name__", type(rule).__name__)
+    function = _RULES[rule] if isinstance(rule, str) else rule
+    returned: list[object] = []
+
+    def traced(hidden: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+        returned.append(function(hidden, visual))
+        return returned[-1]
+
+    try:
+        node = editor.inline(traced, hidden, visual)
+    except Exception as error:
+        if returned and not isinstance(returned[-1], torch.Tensor):
+            node = None  # not even a tensor: said below
+        else:
+            raise ValueError(
+                f"parvts_fx: option score={name!r}: the rule cannot be traced into the graph ({type(error).__name__}: "
+                f"{str(error).splitlines()[0] if str(error) else ''}). Use tensor operations only: no .item(), no branch "
+                "on a tensor's values, no data-dependent sizes, no tensors created outside the rule.") from error
+    result = returned[-1]
+    expected = tuple(value(visual).shape)
+    if not isinstance(result, torch.Tensor) or result.is_complex() or [concrete(s) for s in result.shape] != [
+            concrete(s) for s in expected]:
+        got = f"{result.dtype} {tuple(result.shape)}" if isinstance(result, torch.Tensor) else type(result).__name__
+        raise ValueError(f"parvts_fx: option score={name!r}: the rule must return a real tensor [batch, seq] = "
+                         f"{expected}, one score per position, and returned {got}.")
+    return node

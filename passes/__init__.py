@@ -1,0 +1,27 @@
+"""The graph passes and the pipeline that they form."""
+
+from __future__ import annotations
+
+from parvts_fx.options import Options
+from parvts_fx.passes.base import Pass, PassRecord, PassResult, State, run_pipeline
+from parvts_fx.passes.duplicate_attention import DuplicateAttention
+from parvts_fx.passes.duplicate_layers import DuplicateLayers
+from parvts_fx.passes.insert_partition import InsertPartition
+from parvts_fx.passes.prune_branch import PruneBranch
+
+OPTIONAL_PASSES: tuple[str, ...] = ()
+
+
+def build_pipeline(options: Options) -> tuple[Pass, ...]:
+    """The passes for these options, in order."""
+    passes: list[Pass] = [InsertPartition(options)]
+    if options.migration_depth > 0 and options.paths == "parallel":
+        passes.append(DuplicateAttention() if options.fusion == "attention" else DuplicateLayers())
+    passes.append(PruneBranch(options.fusion))
+    return tuple(passes)
+
+
+__all__ = [
+    "OPTIONAL_PASSES", "DuplicateAttention", "DuplicateLayers", "InsertPartition", "Pass", "PassRecord", "PassResult",
+    "PruneBranch", "State", "build_pipeline", "run_pipeline",
+]

@@ -1,0 +1,149 @@
+"""What a pass is, what passes share, and the runner."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Protocol
+
+import torch
+from torch.fx import GraphModule, Node
+
+from parvts_fx.analysis.records import Attention, Decoder
+from parvts_fx.analysis.values import output_node, value
+from parvts_fx.options import Options
+from parvts_fx.passes.editing import Editor, Rows, Size
+
+
+@dataclasses.dataclass(frozen=True)
+class Partition:
+    """The nodes that the partition put into the graph."""
+
+    subject: Rows
+    """Path A: all text and the subject tokens."""
+
+    non_subject: Rows
+    """Path B: all text and the non-subject tokens."""
+
+    text: Rows
+    everything: Rows
+    slots: Node
+    """[batch, seq] int64: where each position's row stands in the rows of A, B and T, one behind the other."""
+
+    is_text: Node
+    """[batch, subject count] bool: which rows of path A are text."""
+
+    partners: Node
+    """[batch, subject count] int64: for a text row of path A, the same token's row in path B (0 for others)."""
+
+    visual_count: Size
+    subject_count: Size
+
+
+@dataclasses.dataclass
+class State:
+    """What the passes of one pipeline work on."""
+
+    module: GraphModule
+    decoder: Decoder
+    options: Options
+    editor: Editor = dataclasses.field(init=False)
+    partition: Partition | None = None
+    non_subject_link: Node | None = None
+    """With constant weights: path B's residual stream at the input of the layer where it ends."""
+
+    attention_calls: dict[str, list[Node]] = dataclasses.field(default_factory=dict)
+    """The attention outputs that the rewriting put in, by path."""
+
+    prune_node: Node | None = None
+    """The residual stream after pruning: path A's rows alone."""
+
+    original_inputs: list[str] = dataclasses.field(init=False)
+    original_outputs: list[object] = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        self.editor = Editor(self.module)
+        self.original_inputs = [node.name for node in self.module.graph.nodes if node.op == "placeholder"]
+        outputs = output_node(self.module.graph).args[0]
+        flat = outputs if isinstance(outputs, (tuple, list)) else [outputs]
+        self.original_outputs = [value(out) if isinstance(out, Node) else out for out in flat]
+
+    @property
+    def depth(self) -> int:
+        return self.options.migration_depth
+
+    @property
+    def batch(self) -> int | torch.SymInt:
+        return self.decoder.merge.output.meta["example_value"].shape[0]
+
+    @property
+    def cut(self) -> Node:
+        """The link of the residual stream at which the non-subject branch ends."""
+        if self.depth == 0:
+            return self.decoder.merge.output
+        layers = self.decoder.layers
+        return layers[self.depth].input if self.depth < len(layers) else self.decoder.final
+
+    @property
+    def migration_attentions(self) -> list[Attention]:
+        return [attention for layer in self.decoder.layers[: self.depth] for attention in layer.attentions]
+
+
+@dataclasses.dataclass(frozen=True)
+class PassResult:
+    """What a pass did: how often its pattern was found, and anything worth telling."""
+
+    matches: int
+    notes: str = ""
+
+
+class Pass(Protocol):
+    """A rewriting of the graph in ``state.module``; its fields are its options.
+
+    A third party's pass is any object with a ``name`` and a ``run``; hand it to :func:`parvts_fx.rewrite` or add it
+    to :data:`parvts_fx.passes.PIPELINE`. The graph is valid before and after a pass, and every node that it adds
+    carries ``meta["example_value"]``.
+    """
+
+    name: ClassVar[str]
+
+    def run(self, state: State) -> PassResult: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class PassRecord:
+    """One line of the pipeline's log."""
+
+    position: int
+    name: str
+    matches: int
+    nodes_added: int
+    nodes_removed: int
+    milliseconds: float
+    notes: str
+
+    def __str__(self) -> str:
+        line = (f"{self.position:2d} {self.name}: {self.matches} matches, +{self.nodes_added} -{self.nodes_removed} nodes, "
+                f"{self.milliseconds:.1f} ms")
+        return f"{line} ({self.notes})" if self.notes else line
+
+
+Hook = Callable[[PassRecord, State], None]
+
+
+def run_pipeline(passes: Sequence[Pass], state: State, hooks: Sequence[Hook] = ()) -> list[PassRecord]:
+    """Run passes in order; after each one, call every hook (verification, logging, dumps)."""
+    records: list[PassRecord] = []
+    for position, graph_pass in enumerate(passes, start=1):
+        before = set(state.module.graph.nodes)
+        start = time.perf_counter()
+        result = graph_pass.run(state)
+        elapsed = 1e3 * (time.perf_counter() - start)
+        after = set(state.module.graph.nodes)
+        record = PassRecord(position, graph_pass.name, result.matches, len(after - before), len(before - after),
+                            elapsed, result.notes)
+        records.append(record)
+        for hook in hooks:
+            hook(record, state)
+    return records

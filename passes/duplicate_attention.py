@@ -1,0 +1,107 @@
+"""Give each path its own attention call in the migration layers."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Node
+
+from parvts_fx.analysis.attention import KEY, QUERY, fused_arguments
+from parvts_fx.analysis.records import Attention, Operand
+from parvts_fx.analysis.tokens import AxisLabels, Count
+from parvts_fx.analysis.values import leaves, with_leaves
+from parvts_fx.passes.base import PassResult, State
+from parvts_fx.passes.editing import Rows, batch_of
+
+
+@dataclasses.dataclass(frozen=True)
+class DuplicateAttention:
+    """In every migration layer, replace the attention call by one per group of queries.
+
+    ``attend(Q, K, V)``  ==>  ``attend(Q[A], K[A], V[A])``, ``attend(Q[B], K[B], V[B])`` and ``attend(Q[T], K, V)``,
+    each visual position taking its row from its own path, each text position from the third.
+
+    The same as attending over both paths and merging by softmax mass, keys of the text counted once. Everything else
+    in the layer runs once, over all rows in prompt order. Refuses when an operand's samples cannot be told apart.
+    """
+
+    name: ClassVar[str] = "duplicate_attention"
+
+    def run(self, state: State) -> PassResult:
+        parts = state.partition
+        attentions = state.migration_attentions
+        for attention in attentions:
+            with state.editor.graph.inserting_before(attention.output.next):
+                outputs = []
+                for path, queries, keys in (
+                    ("subject", parts.subject, parts.subject),
+                    ("non_subject", parts.non_subject, parts.non_subject),
+                    ("text", parts.text, parts.everything),
+                ):
+                    outputs.append(attend(state, attention, queries, keys))
+                    state.attention_calls.setdefault(path, []).append(outputs[-1])
+                axis = attention.output_axis
+                joined = state.editor.call(torch.cat, outputs, dim=axis)
+                slots = Rows("slots", parts.slots, parts.everything.count)
+                result = state.editor.gather(joined, axis, slots, batch_of(attention.output, axis, state.batch))
+            state.decoder.tokens.axes[result] = state.decoder.tokens.axes[attention.output]
+            attention.output.replace_all_uses_with(result)
+        state.module.graph.eliminate_dead_code()
+        return PassResult(len(attentions))
+
+
+def attend(state: State, attention: Attention, queries: Rows, keys: Rows) -> Node:
+    """Write an attention call again for some queries and some keys; returns its output."""
+    if len(attention.nodes) == 1:
+        return _attend_fused(state, attention, queries, keys)
+    editor = state.editor
+    new: dict[Node, Any] = {}
+    for operands, rows in ((attention.queries, queries), (attention.keys, keys)):
+        for operand in operands:
+            new[operand.node] = _rows_of(state, operand, rows)
+    choice = {QUERY: queries, KEY: keys}
+    for node in attention.nodes:
+        bindings = attention.bindings[node]
+        fresh = []
+        for index, leaf in enumerate(leaves(node)):
+            binding = bindings.get(index)
+            if isinstance(leaf, Node) and leaf in new:
+                leaf = new[leaf]
+            elif isinstance(binding, Count):
+                leaf = editor.times(choice[binding.label].count, binding.multiple)
+            elif isinstance(binding, AxisLabels):
+                leaf = _side_rows(state, leaf, binding, choice, node)
+            fresh.append(leaf)
+        new[node] = editor.copy(node, *with_leaves(node, fresh))
+    return new[attention.output]
+
+
+def _attend_fused(state: State, attention: Attention, queries: Rows, keys: Rows) -> Node:
+    (node,) = attention.nodes
+    named = fused_arguments(node)
+    (query,), (key, val) = attention.queries, attention.keys
+    if named["is_causal"] and queries is not keys:
+        mask = state.editor.causal_mask(queries, keys, state.decoder.merge.output)
+        named.update(is_causal=False, attn_mask=mask)
+    elif named["attn_mask"] is not None:
+        (binding,) = attention.bindings[node].values()
+        choice = {QUERY: queries, KEY: keys}
+        named["attn_mask"] = _side_rows(state, named["attn_mask"], binding, choice, query.node)
+    for name, operand, rows in (("query", query, queries), ("key", key, keys), ("value", val, keys)):
+        named[name] = _rows_of(state, operand, rows)
+    operands = [named.pop(name) for name in ("query", "key", "value")]
+    return state.editor.call(F.scaled_dot_product_attention, *operands, **named)
+
+
+def _rows_of(state: State, operand: Operand, rows: Rows) -> Node:
+    batch = batch_of(operand.node, operand.axis, state.batch)
+    return state.editor.gather(operand.node, operand.axis, rows, batch)
+
+
+def _side_rows(state: State, side: Node, binding: AxisLabels, choice: dict[str, Rows], like: Node) -> Node:
+    for axis, label in binding.axes:
+        side = state.editor.gather(side, axis, choice[label], batch_of(side, axis, state.batch, like))
+    return side

@@ -1,0 +1,181 @@
+"""Editing a graph with metadata: new nodes get example values at once, so a wrong shape fails where it is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_aggregate
+
+from parvts_fx.analysis.values import call, concrete, fake_mode_of, hint, value
+from parvts_fx.errors import Refusal
+
+Size = int | Node
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """A choice of prompt positions per sample, in prompt order."""
+
+    name: str
+    index: Node | None
+    """[batch, count] int64, ascending; None for all positions."""
+
+    count: Size
+
+
+class Editor:
+    """Adds nodes to one graph."""
+
+    def __init__(self, module: GraphModule):
+        self.module = module
+        self.graph = module.graph
+        self.mode = fake_mode_of(module.graph)
+        self._gathered: dict[tuple, Node] = {}
+        self._masks: dict[tuple[str, str], Node] = {}
+
+    # -- single nodes -----------------------------------------------------------------------------------------------
+
+    def _evaluate(self, node: Node) -> Node:
+        args, kwargs = map_aggregate((node.args, node.kwargs), lambda leaf: value(leaf) if isinstance(leaf, Node) else leaf)
+        try:
+            with self.mode, torch.no_grad():
+                node.meta["example_value"] = call(self.module, node.op, node.target, args, kwargs)
+        except Refusal:
+            raise
+        except Exception as error:
+            detail = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            raise Refusal(f"a rewritten operation does not work on its new sizes ({detail})", node) from error
+        return node
+
+    def call(self, target: Callable, *args: Any, **kwargs: Any) -> Node:
+        """A call_function node with its example value."""
+        return self._evaluate(self.graph.call_function(target, args, kwargs))
+
+    def method(self, name: str, *args: Any, **kwargs: Any) -> Node:
+        """A call_method node with its example value."""
+        return self._evaluate(self.graph.call_method(name, args, kwargs))
+
+    def copy(self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
+        """The same operation on other arguments, with its own example value."""
+        new = self.graph.create_node(node.op, node.target, args, kwargs, name=node.name)
+        new.meta = {key: held for key, held in node.meta.items() if key not in ("example_value", "val")}
+        if node.op == "get_attr":
+            new.meta["example_value"] = value(node)
+            return new
+        return self._evaluate(new)
+
+    def size(self, node: Node, axis: int) -> Size:
+        """The size of an axis: an int where it is one, else a node."""
+        size = concrete(value(node).shape[axis])
+        return size if isinstance(size, int) else self.call(torch.ops.aten.sym_size.int, node, axis)
+
+    def times(self, count: Size, multiple: Size) -> Size:
+        if multiple == 1:
+            return count
+        if isinstance(count, int) and isinstance(multiple, int):
+            return count * multiple
+        return self.call(operator.mul, count, multiple)
+
+    # -- whole functions --------------------------------------------------------------------------------------------
+
+    def inline(self, function: Callable, *sources: Node) -> Any:
+        """Trace a function of tensors and write its operations at the insertion point.
+
+        Returns:
+            What the function returns, with a node in place of every tensor and symbolic size.
+        """
+        with self.mode, torch.no_grad():
+            traced = make_fx(function)(*(value(source) for source in sources))
+        inputs = iter(sources)
+        copies: dict[Node, Any] = {}
+        for node in traced.graph.nodes:
+            if node.op == "placeholder":
+                copies[node] = next(inputs)
+            elif node.op == "output":
+                return map_aggregate(node.args[0], lambda leaf: copies[leaf] if isinstance(leaf, Node) else leaf)
+            elif node.op == "get_attr":
+                raise Refusal(f"a constant tensor ({node.target}) is made inside a traced function")
+            else:
+                args, kwargs = map_aggregate(
+                    (node.args, node.kwargs), lambda leaf: copies[leaf] if isinstance(leaf, Node) else leaf)
+                copies[node] = self.graph.call_function(node.target, args, kwargs)
+                copies[node].meta["example_value"] = node.meta.get("val")
+        raise AssertionError("a traced graph has an output")
+
+    # -- rows -------------------------------------------------------------------------------------------------------
+
+    def gather(self, node: Node, axis: int, rows: Rows, batch: tuple[int, int | torch.SymInt] | None) -> Node:
+        """The rows of a tensor along one axis, per sample.
+
+        Args:
+            batch: (axis, size) of the samples in this tensor; the axis may be -1 or less for "in front of the tensor"
+                and may have size 1, where all samples share the tensor. None for a batch of one.
+        """
+        if rows.index is None:
+            return node
+        key = (node, axis, rows.name, batch and batch[0])
+        if key not in self._gathered:
+            with self.graph.inserting_before(max(node, rows.index).next):
+                self._gathered[key] = self._gather(node, axis, rows, batch)
+        return self._gathered[key]
+
+    def _gather(self, node: Node, axis: int, rows: Rows, batch: tuple[int, int | torch.SymInt] | None) -> Node:
+        if batch is None:
+            flat = self.call(operator.getitem, rows.index, 0)
+            return self.call(torch.index_select, node, axis, flat)
+        batch_axis, _ = batch
+        while batch_axis < 0:  # a tensor that all samples share and that lacks the axis
+            node, batch_axis, axis = self.method("unsqueeze", node, 0), batch_axis + 1, axis + 1
+        rank = value(node).dim()
+        samples = self.size(rows.index, 0)
+        shape: list[Size] = [self.size(node, i) for i in range(rank)]
+        if shape[batch_axis] == 1:
+            shape[batch_axis] = samples
+            node = self.method("expand", node, *(-1 if i != batch_axis else samples for i in range(rank)))
+        index = rows.index
+        if batch_axis > axis:
+            raise Refusal("the samples' axis lies behind the tokens' axis", node)
+        view = tuple(slice(None) if i in (batch_axis, axis) else None for i in range(rank))
+        index = self.call(operator.getitem, index, view)
+        index = self.method("expand", index, *(rows.count if i == axis else shape[i] for i in range(rank)))
+        return self.call(torch.gather, node, axis, index)
+
+    def causal_mask(self, queries: Rows, keys: Rows, prompt: Node) -> Node:
+        """[batch, 1, queries, keys] bool: the query's position is not before the key's. ``prompt``: [batch, seq, ...]."""
+        pair = (queries.name, keys.name)
+        if pair not in self._masks:
+            if keys.index is None:
+                self._masks[pair] = self.inline(
+                    lambda query, like: query[:, None, :, None] >= torch.arange(like.shape[1], device=query.device),
+                    queries.index, prompt)
+            else:
+                self._masks[pair] = self.inline(
+                    lambda query, key: query[:, None, :, None] >= key[:, None, None, :], queries.index, keys.index)
+        return self._masks[pair]
+
+
+def batch_of(node: Node, token_axis: int, batch: int | torch.SymInt, like: Node | None = None) -> tuple | None:
+    """Where the samples lie in a tensor: (axis, size), or None for a batch of one.
+
+    Args:
+        like: for a tensor that does not depend on the prompt, the prompt's tensor that it is combined with; their axes
+            are aligned from the right, as broadcasting does.
+    """
+    if hint(batch) == 1:
+        return None
+    tensor = value(node)
+    if like is not None:
+        axis = tensor.dim() - value(like).dim()
+        if axis >= 0 and hint(tensor.shape[axis]) not in (1, hint(batch)):
+            raise Refusal("a side input's samples cannot be told apart", node)
+        return (axis, batch)
+    candidates = [i for i, size in enumerate(tensor.shape) if i < token_axis and hint(size) == hint(batch)]
+    if not candidates:
+        raise Refusal("no axis in front of the tokens holds the samples", node)
+    return (candidates[0], batch)

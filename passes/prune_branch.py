@@ -1,0 +1,69 @@
+"""Drop the non-subject branch at the input of layer K."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+from torch.fx import Node
+
+from parvts_fx.analysis.values import descendants, output_node, value
+from parvts_fx.passes.base import PassResult, State
+from parvts_fx.passes.restrict import gather_rows, restrict
+
+
+@dataclasses.dataclass(frozen=True)
+class PruneBranch:
+    """Run what follows layer K's input on path A's rows alone, and shorten every output to them.
+
+    ``out = rest(h[K])``  ==>  ``out = rest(h[K][A])``; sizes, masks, rotary tables and cache outputs follow
+
+    With constant weights all layers run on path A, and at layer K's input its text rows become
+    ``w * A[T] + (1 - w) * B[T]``. Refuses when something behind the cut does not work on fewer rows.
+    """
+
+    name: ClassVar[str] = "prune_branch"
+    fusion: str | float
+
+    def run(self, state: State) -> PassResult:
+        rows, graph = state.partition.subject, state.module.graph
+        fused = state.non_subject_link is not None
+        seed = state.decoder.merge.output if fused else state.cut
+        kept = gather_rows(state, seed, rows)
+
+        def fuse(node: Node, copy: Node) -> Node:
+            if node is not state.cut:
+                return copy
+            state.prune_node = self._fuse(state, copy)
+            return state.prune_node
+
+        state.prune_node = kept
+        inside = set(state.decoder.nodes)
+        region = [node for node in descendants(graph, [seed]) if node in inside and node is not seed]
+        copies = restrict(state, region, {seed: kept}, rows, fuse if fused else None)
+        if fused:
+            for attention in state.migration_attentions:
+                state.attention_calls.setdefault("subject", []).append(copies[attention.output])
+        output = output_node(graph)
+        for node in output.all_input_nodes:
+            if node in copies:
+                output.replace_input_with(node, copies[node])
+            elif node in inside:
+                with graph.inserting_before(output):
+                    output.replace_input_with(node, gather_rows(state, node, rows))
+        graph.eliminate_dead_code()
+        return PassResult(len(region))
+
+    def _fuse(self, state: State, subject: Node) -> Node:
+        """Merge the text rows of both paths; the subject rows stay. All [batch, path A, hidden]."""
+        weight, parts, other = self.fusion, state.partition, state.non_subject_link
+
+        def fuse(a: torch.Tensor, b: torch.Tensor, is_text: torch.Tensor, partners: torch.Tensor) -> torch.Tensor:
+            partner = b.gather(1, partners[..., None].expand(-1, -1, b.shape[2]))
+            return torch.where(is_text[..., None], weight * a + (1 - weight) * partner, a)
+
+        if value(subject).dim() != 3:
+            raise AssertionError("the residual stream is [batch, rows, hidden]")
+        with state.editor.graph.inserting_before(max(subject, other).next):
+            return state.editor.inline(fuse, subject, other, parts.is_text, parts.partners)

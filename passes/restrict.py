@@ -1,0 +1,76 @@
+"""Run part of the decoder on a choice of rows: the one primitive behind pruning and path duplication."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch.fx import Node
+
+from parvts_fx.analysis.tokens import AxisLabels, Count
+from parvts_fx.analysis.values import is_symbolic_int, is_tensor, leaves, symbols, value, with_leaves
+from parvts_fx.errors import Refusal
+from parvts_fx.passes.base import State
+from parvts_fx.passes.editing import Rows, batch_of
+
+
+def restrict(
+    state: State,
+    region: Iterable[Node],
+    start: Mapping[Node, Node],
+    rows: Rows,
+    replaced: Callable[[Node, Node], Node] | None = None,
+) -> dict[Node, Node]:
+    """Write a region of the decoder again, on some rows of the prompt.
+
+    Tensors that come from outside the region are gathered along their token axes; integers that count tokens become
+    the number of rows; everything else stays.
+
+    Args:
+        region: nodes of the decoder in graph order, closed under "depends on ``start``" as far as it goes.
+        start: for nodes in front of the region, what holds their chosen rows.
+        rows: the rows.
+        replaced: called with (original node, its copy) right after each copy; returns what later copies read.
+
+    Returns:
+        the copy of each node.
+    """
+    editor, tokens = state.editor, state.decoder.tokens
+    inside = set(state.decoder.nodes)
+    new: dict[Node, Node] = dict(start)
+    for node in region:
+        if node in new:
+            continue
+        bindings = tokens.bindings.get(node, {})
+        with editor.graph.inserting_before(node):
+            like = next((s for s in node.all_input_nodes if s in tokens.axes and tokens.axes[s]), None)
+            fresh: list[Any] = []
+            for index, leaf in enumerate(leaves(node)):
+                binding = bindings.get(index)
+                if isinstance(leaf, Node) and leaf in new:
+                    leaf = new[leaf]
+                elif isinstance(binding, Count):
+                    leaf = editor.times(rows.count, binding.multiple)
+                elif isinstance(binding, AxisLabels):
+                    for axis, _ in binding.axes:
+                        leaf = editor.gather(leaf, axis, rows, batch_of(leaf, axis, state.batch, like))
+                elif isinstance(leaf, Node) and (leaf in tokens.axes or leaf in inside):
+                    leaf = gather_rows(state, leaf, rows, node)
+                fresh.append(leaf)
+            copy = editor.copy(node, *with_leaves(node, fresh))
+            new[node] = copy if replaced is None else replaced(node, copy)
+    return new
+
+
+def gather_rows(state: State, node: Node, rows: Rows, reader: Node | None = None) -> Node:
+    """The chosen rows of one of the decoder's own tensors, along each of its token axes."""
+    axes = state.decoder.tokens.axes.get(node, {})
+    if not is_tensor(node):
+        if is_symbolic_int(node) and not symbols(value(node)) & symbols(state.decoder.tokens.size):
+            return node
+        raise Refusal("a value that is no tensor crosses the point of pruning", reader or node)
+    for axis, kind in axes.items():
+        if not kind.is_plain:
+            raise Refusal(f"a tensor that crosses the point of pruning counts its tokens as {kind}", node)
+        node = state.editor.gather(node, axis, rows, batch_of(node, axis, state.batch))
+    return node
