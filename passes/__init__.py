@@ -8,6 +8,7 @@ from parvts_fx.passes.duplicate_attention import DuplicateAttention
 from parvts_fx.passes.duplicate_layers import DuplicateLayers
 from parvts_fx.passes.insert_partition import InsertPartition
 from parvts_fx.passes.prune_branch import PruneBranch
+from parvts_fx.passes.remove_dead_code import RemoveDeadCode
 
 OPTIONAL_PASSES: tuple[str, ...] = ()
 
@@ -17,11 +18,11 @@ def build_pipeline(options: Options) -> tuple[Pass, ...]:
     passes: list[Pass] = [InsertPartition(options)]
     if options.migration_depth > 0 and options.paths == "parallel":
         passes.append(DuplicateAttention() if options.fusion == "attention" else DuplicateLayers())
-    passes.append(PruneBranch(options.fusion))
+    passes += [PruneBranch(options.fusion), RemoveDeadCode()]
     return tuple(passes)
 
 
 __all__ = [
     "OPTIONAL_PASSES", "DuplicateAttention", "DuplicateLayers", "InsertPartition", "Pass", "PassRecord", "PassResult",
-    "PruneBranch", "State", "build_pipeline", "run_pipeline",
+    "PruneBranch", "RemoveDeadCode", "State", "build_pipeline", "run_pipeline",
 ]

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 
 from parvts_fx.analysis.records import Attention, Decoder
 from parvts_fx.analysis.values import output_node, value
+from parvts_fx.errors import Refusal
 from parvts_fx.options import Options
 from parvts_fx.passes.editing import Editor, Rows, Size
 
@@ -83,7 +84,14 @@ class State:
         if self.depth == 0:
             return self.decoder.merge.output
         layers = self.decoder.layers
-        return layers[self.depth].input if self.depth < len(layers) else self.decoder.final
+        if self.depth < len(layers):
+            return layers[self.depth].input
+        if self.options.fusion == "attention":
+            return self.decoder.final  # rows do not mix any more: dropping them before the MLP is the same
+        if self.decoder.output is None:
+            raise Refusal("the end of the last layer cannot be told from its final norm, so constant weights cannot be "
+                          f"applied there (use migration_depth < {len(layers)} or fusion=\"attention\")")
+        return self.decoder.output
 
     @property
     def migration_attentions(self) -> list[Attention]:

@@ -49,7 +49,6 @@ class DuplicateAttention:
                 result = state.editor.gather(joined, axis, slots, batch_of(attention.output, axis, state.batch))
             state.decoder.tokens.axes[result] = state.decoder.tokens.axes[attention.output]
             attention.output.replace_all_uses_with(result)
-        state.module.graph.eliminate_dead_code()
         return PassResult(len(attentions))
 
 

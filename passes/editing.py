@@ -28,6 +28,11 @@ class Rows:
 
     count: Size
 
+    @property
+    def ready(self) -> Node:
+        """The node behind which both index and count exist."""
+        return max(node for node in (self.index, self.count) if isinstance(node, Node))
+
 
 class Editor:
     """Adds nodes to one graph."""
@@ -121,7 +126,7 @@ class Editor:
             return node
         key = (node, axis, rows.name, batch and batch[0])
         if key not in self._gathered:
-            with self.graph.inserting_before(max(node, rows.index).next):
+            with self.graph.inserting_before(max(node, rows.ready).next):
                 self._gathered[key] = self._gather(node, axis, rows, batch)
         return self._gathered[key]
 

@@ -52,7 +52,6 @@ class PruneBranch:
             elif node in inside:
                 with graph.inserting_before(output):
                     output.replace_input_with(node, gather_rows(state, node, rows))
-        graph.eliminate_dead_code()
         return PassResult(len(region))
 
     def _fuse(self, state: State, subject: Node) -> Node:

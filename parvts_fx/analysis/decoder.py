@@ -42,8 +42,8 @@ def find_decoder(module: GraphModule) -> Decoder | None:
     attentions = find_attentions(module, nodes, tokens)
     if not attentions:
         raise Refusal("no attention call reads the merged tokens as queries and keys", merge.output)
-    layers, final = _layers(module, nodes, attentions, merge.output)
-    decoder = Decoder(merge, tuple(nodes), tuple(layers), final, tokens)
+    layers, final, output = _layers(module, nodes, attentions, merge.output)
+    decoder = Decoder(merge, tuple(nodes), tuple(layers), final, output, tokens)
     _check(module, decoder)
     return decoder
 
@@ -58,7 +58,7 @@ def _token_axes(module: GraphModule, nodes: list[Node], size: int | torch.SymInt
 
 def _layers(
     module: GraphModule, nodes: list[Node], attentions: list[Attention], start: Node
-) -> tuple[list[Layer], Node]:
+) -> tuple[list[Layer], Node, Node | None]:
     """Cut the decoder into layers along the chain of dominators from its first attention call to its result.
 
     Keys and values are left out of the flow (layers may share them), and so is what no attention has touched
@@ -101,7 +101,24 @@ def _layers(
     final = next((link for link in chain if link not in before_last), None)
     if final is None:
         raise Refusal("no link of the residual stream follows the last attention call", last.output)
-    return [Layer(index, link, tuple(own)) for index, (link, own) in enumerate(groups)], final
+    layers = [Layer(index, link, tuple(own)) for index, (link, own) in enumerate(groups)]
+    return layers, final, _output_of_last_layer(chain, layers)
+
+
+def _output_of_last_layer(chain: list[Node], layers: list[Layer]) -> Node | None:
+    """Where the layer before has its output: as many links behind its attention, made by the same operations."""
+    if len(layers) < 2:
+        return None
+
+    def links_behind(layer: Layer, stop: Node | None) -> list[Node]:
+        before = ancestors(query.node for query in layer.attentions[-1].queries)
+        behind = [link for link in chain if link not in before]
+        return behind if stop is None else behind[:behind.index(stop) + 1]
+
+    pattern = links_behind(layers[-2], layers[-1].input)
+    links = links_behind(layers[-1], None)[:len(pattern)]
+    same = [(link.op, link.target) for link in links] == [(link.op, link.target) for link in pattern]
+    return links[-1] if same and links else None
 
 
 def _check(module: GraphModule, decoder: Decoder) -> None:

@@ -78,7 +78,10 @@ class Decoder:
 
     layers: tuple[Layer, ...]
     final: Node
-    """The link of the residual stream after the last layer's attention."""
+    """The first link of the residual stream after the last attention: no token sees another one behind it."""
+
+    output: Node | None
+    """The link that leaves the last layer and enters the final norm; None where the layers' pattern does not tell."""
 
     tokens: TokenMap
     """Which axes of which tensors run along the prompt, and which integers count its positions."""
