@@ -25,12 +25,13 @@ def parvts(
     *,
     options: Options | Mapping[str, Any] | None = None,
     mode: str | None = None,
-    on_report: Callable[[GraphReport], None] | None = None,
+    on_rewriting: Callable[[GraphModule, Sequence[object], Rewriting], None] | None = None,
 ) -> Compiled:
     """Rewrite a multimodal prefill with ParVTS and lower it; lower every other graph as it is.
 
     Registered with torch.compile as "parvts" through the package's entry point. Args as torch.compile passes them:
-    ``options`` as in :class:`parvts_fx.Options`, ``mode`` for Inductor.
+    ``options`` as in :class:`parvts_fx.Options`, ``mode`` for Inductor. ``on_rewriting`` is told of every graph, its
+    example inputs and what became of it.
 
     Errors in the options surface as a plain ValueError at the first call of the compiled model: raised in here, Dynamo
     would wrap them into its own error type and frames.
@@ -38,8 +39,8 @@ def parvts(
     try:
         parsed = parse_options(options, mode)
         done = _attempt(module, example_inputs, parsed)
-        if on_report is not None:
-            on_report(done.report)
+        if on_rewriting is not None:
+            on_rewriting(module, example_inputs, done)
         if done.module is None:
             return lower(module, example_inputs, parsed)
         return Dispatch(lower(done.module, example_inputs, parsed), done.precondition, module, parsed)

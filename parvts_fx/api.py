@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch.fx import GraphModule
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from parvts_fx.options import Options, parse_options
+from parvts_fx.analysis.values import fake_mode_of, value
+from parvts_fx.backends.parvts import parvts
+from parvts_fx.capture import capture
+from parvts_fx.options import parse_options
 from parvts_fx.report import GraphReport, Report
+from parvts_fx.rewrite import Rewriting
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -33,15 +38,8 @@ def compile(model: Model, **options: Any) -> Model:
     arguments = {name: options.pop(name) for name in _COMPILE_ARGUMENTS if name in options}
     mode = options.pop("mode", None)
     parsed = parse_options(options, mode)
-    backend = functools.partial(_backend(), options=parsed)
-    model.compile(backend=backend, **arguments)
+    model.compile(backend=functools.partial(parvts, options=parsed), **arguments)
     return model
-
-
-def _backend() -> Any:
-    from parvts_fx.backends.parvts import parvts
-
-    return parvts
 
 
 def explain(model: torch.nn.Module, /, *args: Any, options: Mapping[str, Any] | None = None, **inputs: Any) -> Report:
@@ -60,33 +58,31 @@ def explain(model: torch.nn.Module, /, *args: Any, options: Mapping[str, Any] | 
     """
     parsed = parse_options(options)
     reports: list[GraphReport] = []
-    counted = dataclasses.replace(parsed, lowering=_CountFlops(reports), mode=None, lowering_options={})
-    backend = functools.partial(_backend(), options=counted, on_report=reports.append)
-    with torch.no_grad():
-        torch.compile(model._call_impl, backend=backend)(*args, **inputs)
+
+    def collect(module: GraphModule, example_inputs: Sequence[object], done: Rewriting) -> None:
+        report = done.report
+        if done.module is not None:
+            before, after = count_flops(capture(module, example_inputs)), count_flops(done.module)
+            report = dataclasses.replace(report, flops_before=before, flops_after=after)
+        reports.append(report)
+
+    traced = dataclasses.replace(parsed, lowering="eager", mode=None, lowering_options={})
+    backend = functools.partial(parvts, options=traced, on_rewriting=collect)
+    with torch.no_grad():  # static sizes, so that every count is a number
+        torch.compile(model._call_impl, backend=backend, dynamic=False)(*args, **inputs)
     return Report(tuple(reports))
 
 
-class _CountFlops:
-    """A lowering that runs eagerly and adds the graph's FLOPs to the newest report of a rewritten prefill."""
-
-    __name__ = "count_flops"
-
-    def __init__(self, reports: list[GraphReport]):
-        self._reports = reports
-
-    def __call__(self, module: GraphModule, example_inputs: list[object], **_: Any) -> Any:
-        return module.forward
-
-
 def count_flops(module: GraphModule) -> int:
-    """Floating-point operations of a captured graph, by torch's FlopCounterMode on its fake example values."""
-    from parvts_fx.analysis.values import fake_mode_of, value
+    """Floating-point operations of a captured graph, by torch's FlopCounterMode on its fake example values.
 
+    Attention is counted as its two matrix products over all pairs, causal or not.
+    """
     inputs = [value(node) for node in module.graph.nodes if node.op == "placeholder"]
-    with fake_mode_of(module.graph), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with (
+        fake_mode_of(module.graph), torch.no_grad(),
+        sdpa_kernel(SDPBackend.MATH),  # the counter knows bmm on every device, but not the CPU's fused attention
+        FlopCounterMode(display=False) as counter,
+    ):
         torch.fx.Interpreter(module).run(*inputs)
     return counter.get_total_flops()
-
-
-__all__ = ["Options", "compile", "explain"]

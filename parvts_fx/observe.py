@@ -1,17 +1,20 @@
-"""How to see what happened: a log line and, on request, a runnable dump of the graph per pass."""
+"""How to see what happened: a log line per pass and, on request, a runnable dump of the graph after each pass."""
 
 from __future__ import annotations
 
 import itertools
 import logging
 import os
-from collections.abc import Callable, Sequence
+import textwrap
+import types
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch.fx import GraphModule
 
-from parvts_fx.analysis.values import hint_shape, value
+from parvts_fx.analysis.records import VisualMerge
+from parvts_fx.analysis.values import ancestors, hint, hint_shape, is_equality, value
 from parvts_fx.passes.base import PassRecord, State
 
 log = logging.getLogger("parvts_fx")
@@ -24,16 +27,17 @@ def log_hook(record: PassRecord, state: State) -> None:
     log.info("%s", record)
 
 
-def dump_hook(module: GraphModule, example_inputs: Sequence[object]) -> Callable[[PassRecord, State], None]:
-    """A hook that writes ``graph<n>/<position>_<pass>.py`` below the folder named by the variable PARVTS_FX_DUMP."""
+def dump_hook(module: GraphModule, merge: VisualMerge, visual_tokens: int) -> Callable[[PassRecord, State], None]:
+    """A hook that writes ``graph<n>/<position>_<pass>.py`` below the folder that the variable PARVTS_FX_DUMP names."""
     root = os.environ.get(DUMP_VARIABLE)
     if not root:
         return lambda record, state: None
     folder = _fresh_folder(Path(root))
-    _write(folder / "00_captured.py", module)
+    stand_ins = _visual_stand_ins(merge, visual_tokens)
+    (folder / "00_captured.py").write_text(as_program(module, stand_ins))
 
     def dump(record: PassRecord, state: State) -> None:
-        _write(folder / f"{record.position:02d}_{record.name}.py", state.module)
+        (folder / f"{record.position:02d}_{record.name}.py").write_text(as_program(state.module, stand_ins))
 
     return dump
 
@@ -50,41 +54,89 @@ def _fresh_folder(root: Path) -> Path:
     raise AssertionError("counting does not end")
 
 
-def _write(path: Path, module: GraphModule) -> None:
-    """Write a graph as a Python file that runs on random inputs of the traced sizes."""
-    module.recompile()
-    inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
-    lines = []
-    for node in inputs:
+def _visual_stand_ins(merge: VisualMerge, count: int) -> dict[str, str]:
+    """Inputs that make the first ``count`` positions of each prompt visual, which random ones would not."""
+    needed = ancestors(merge.masks)
+    tokens = [leaf for node in needed if is_equality(node) for leaf in node.args if isinstance(leaf, int)]
+    made = {}
+    for node in needed:
         example = value(node)
-        if isinstance(example, torch.Tensor):
-            shape = hint_shape(example)
-            if example.is_floating_point():
-                made = f"0.02 * torch.randn({shape}, dtype={example.dtype})"
-            else:
-                made = f"torch.ones({shape}, dtype={example.dtype})"
-        else:
-            made = repr(int(example)) if isinstance(example, (int, torch.SymInt)) else repr(example)
-        lines.append(f"    {made},  # {node.name}")
+        if node.op != "placeholder" or not isinstance(example, torch.Tensor) or example.dim() < 2:
+            continue
+        shape = hint_shape(example)
+        visual = f"(torch.arange({shape[1]}) < {count}).view(1, -1{', 1' * (len(shape) - 2)}).expand({shape})"
+        if example.dtype == torch.bool:
+            made[node.name] = visual
+        elif tokens and not example.is_floating_point():
+            made[node.name] = f"torch.where({visual}, {tokens[0]}, {tokens[0]} - 1)"
+    return made
+
+
+def as_program(module: GraphModule, stand_ins: Mapping[str, str] | None = None) -> str:
+    """A graph as the text of a Python program that runs on random inputs of the traced sizes.
+
+    Weights and inputs are random, ids and positions are one, masks are false: the program shows what is computed on
+    which shapes, not the user's data. Submodules that the graph calls are left out; Dynamo's graphs have none.
+
+    Args:
+        stand_ins: source text for some inputs, by placeholder, where those would not do.
+    """
     code = module.graph.python_code("self", verbose=False)
-    imports = sorted(
-        f"import {held.__name__.split('.')[0]}" if name == held.__name__.split(".")[0] else f"{name} = None  # {held!r}"
-        for name, held in code.globals.items() if hasattr(held, "__name__") and isinstance(held, type(os))
-    )
-    text = "\n".join([
-        '"""A graph of parvts_fx; run this file to evaluate it on random inputs."""', "",
-        *sorted({"import torch", "from torch import device", "from math import inf, nan", *imports}), "",
-        *(f"{name} = {_spell(held)}" for name, held in code.globals.items() if _spell(held)), "",
-        code.src.replace("def forward(self, ", "def forward(self=None, *, _=None, " if not inputs else "def forward(self, "), "",
-        "inputs = [", *lines, "]", "",
-        'if __name__ == "__main__":', "    for result in forward(None, *inputs):",
+    held = {node.target: _attribute(module, node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    inputs = [(node.name, value(node)) for node in module.graph.nodes if node.op == "placeholder"]
+    imports = {"import torch", *(_import(name, entry) for name, entry in code.globals.items())}
+    constants = [f"        attach(self, {name!r}, {_spell(entry)})" for name, entry in held.items()]
+    return "\n".join([
+        '"""A graph of parvts_fx: run this file to evaluate it on random inputs."""', "", *sorted(imports), "", "",
+        "def attach(module, path, held):",
+        '    *parents, name = path.split(".")',
+        "    for parent in parents:",
+        "        if not hasattr(module, parent):",
+        "            setattr(module, parent, torch.nn.Module())",
+        "        module = getattr(module, parent)",
+        "    setattr(module, name, held)", "", "",
+        "class Graph(torch.nn.Module):",
+        "    def __init__(self):",
+        "        super().__init__()",
+        *constants,
+        textwrap.indent(code.src, "    "), "",
+        "inputs = [",
+        *(f"    {(stand_ins or {}).get(name) or _spell(example)},  # {name}" for name, example in inputs),
+        "]", "",
+        'if __name__ == "__main__":',
+        "    with torch.no_grad():",
+        "        results = Graph()(*inputs)",
+        "    for result in results if isinstance(results, (tuple, list)) else [results]:",
         "        print(tuple(result.shape) if isinstance(result, torch.Tensor) else result)", "",
     ])
-    path.write_text(text)
 
 
-def _spell(held: object) -> str:
-    """Source text for a global of generated code, or empty if the imports already bring it."""
-    if isinstance(held, torch.dtype):
-        return ""
-    return ""
+def _attribute(module: GraphModule, path: str) -> object:
+    held: object = module
+    for name in path.split("."):
+        held = getattr(held, name)
+    return held
+
+
+def _import(name: str, held: object) -> str:
+    """The import that binds one of the generated code's globals."""
+    if isinstance(held, types.ModuleType):
+        return f"import {held.__name__}" if held.__name__ == name else f"import {held.__name__} as {name}"
+    if isinstance(held, float):
+        return f"from math import {name}"  # inf and nan are all that FX binds
+    owner, own = getattr(held, "__module__", None), getattr(held, "__name__", None)
+    if owner is None or own is None:
+        return f"{name} = None  # {held!r} cannot be written down"
+    if owner == "builtins" and own == "NoneType":
+        return f"{name} = type(None)"
+    return f"from {owner} import {own} as {name}"
+
+
+def _spell(example: object) -> str:
+    """Source text that makes a stand-in for an example value."""
+    if isinstance(example, torch.Tensor):
+        shape, dtype = hint_shape(example), example.dtype
+        if dtype.is_floating_point:
+            return f"0.02 * torch.randn({shape}, dtype={dtype})" if example.dim() else f"torch.ones((), dtype={dtype})"
+        return f"torch.{'zeros' if dtype == torch.bool else 'ones'}({shape}, dtype={dtype})"
+    return repr(hint(example)) if isinstance(example, torch.SymInt) else repr(example)

@@ -69,7 +69,7 @@ def rewrite_graph(
         raise Refusal("there are fewer visual tokens than samples", merge.output)
     precondition = Precondition(work, merge)
     state = State(work, decoder, options)
-    hooks = [verifier(checks), log_hook, dump_hook(work, example_inputs)]
+    hooks = [verifier(checks), log_hook, dump_hook(work, merge, hint(visuals))]
     records = run_pipeline(build_pipeline(options) if passes is None else passes, state, hooks)
     work.recompile()
     layers = tuple(_layer_report(layer, options, facts) for layer in decoder.layers)

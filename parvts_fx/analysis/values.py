@@ -80,6 +80,10 @@ def is_index(node: Node) -> bool:
     return node.op == "call_function" and node.target is operator.getitem
 
 
+def is_equality(node: Node) -> bool:
+    return has_target(node, (operator.eq, torch.eq, torch.ops.aten.eq.Scalar), ("eq", "__eq__"))
+
+
 def fake_mode_of(graph: Graph) -> FakeTensorMode:
     """The mode that the graph's own metadata carries; Dynamo has changed modes by the time a backend runs."""
     for node in graph.nodes:
