@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -84,9 +85,13 @@ class Dispatch:
         self._unrewritten: Compiled | None = None
 
     def __call__(self, *inputs: object) -> object:
-        if self._precondition(*inputs):
+        reason = None
+        if not self._precondition(*inputs):
+            reason = "the samples of this batch have different numbers of visual tokens"
+        elif _has_labels():
+            reason = "labels are given, and a loss needs the logits of every position"
+        if reason is None:
             return self._rewritten(*inputs)
-        reason = "the samples of this batch have different numbers of visual tokens"
         if self._options.strict:
             raise NotRewritten(f"parvts_fx: this multimodal prefill cannot be rewritten: {reason}")
         warnings.warn(f"parvts_fx: this multimodal prefill runs unrewritten: {reason}", ParvtsWarning, stacklevel=2)
@@ -97,6 +102,22 @@ class Dispatch:
     def _compile_unrewritten(self) -> Compiled:
         """Compiled when first needed; Dynamo guards its sizes, which need not be those of the rewritten graph."""
         return torch.compile(self._original, backend=_LowerOnly(self._options))
+
+
+def _has_labels() -> bool:
+    """Whether a forward() that is running was called with labels.
+
+    Where the graph breaks behind the decoder, the loss is not in the graph, and no guard of it sees the labels: the
+    callers' frames are all that tells.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if "forward" in frame.f_code.co_name and "labels" in frame.f_code.co_varnames:
+            held = frame.f_locals
+            if isinstance(held.get("self"), torch.nn.Module) and isinstance(held.get("labels"), torch.Tensor):
+                return True
+        frame = frame.f_back
+    return False
 
 
 class _LowerOnly:

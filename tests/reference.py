@@ -7,6 +7,7 @@ rows, with block masks in place of separate attention calls.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 # Where the tokens lie in arguments that every transformers decoder names alike; other arguments are cut by size.
 _TOKEN_AXES = {"attention_mask": (-2, -1), "position_ids": (-1,), "position_embeddings": (-2,)}
@@ -219,3 +221,35 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     if not bool(torch.isfinite(actual).all()) or not bool(torch.isfinite(expected).all()):
         return math.inf
     return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+
+
+@contextlib.contextmanager
+def pruned(model: torch.nn.Module, layers: Sequence[torch.nn.Module], finish: Callable, token: int, **options: Any):
+    """While active, the eager model prefills multimodal prompts as the reference does, so that anything may call it.
+
+    Args:
+        token: the id of visual tokens; options: as for :func:`prefill`.
+    """
+    forward = model.forward
+
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
+        started = cache is not None and cache.get_seq_length() > 0
+        if ids is None or started or not bool((ids == token).any()):
+            return forward(*args, **kwargs)
+        model.forward = forward
+        inputs = {name: held for name, held in kwargs.items() if name not in ("past_key_values", "logits_to_keep")}
+        try:
+            done = prefill(model, layers, finish, inputs, ids == token, **options)
+        finally:
+            model.forward = replaced
+        cache = DynamicCache() if cache is None else cache
+        for index in range(len(layers)):
+            cache.update(torch.cat([d.keys[index] for d in done]), torch.cat([d.values[index] for d in done]), index)
+        return CausalLMOutputWithPast(logits=torch.stack([d.logits for d in done]), past_key_values=cache)
+
+    model.forward = replaced
+    try:
+        yield model
+    finally:
+        del model.forward
