@@ -93,7 +93,7 @@ def _layer_report(layer: Any, options: Options, facts: Mapping[str, int]) -> Lay
     size, visuals, subjects = facts["prompt_tokens"], facts["visual_tokens"], facts["subject_tokens"]
     kept = size - visuals + subjects
     if layer.index >= options.migration_depth:
-        rows = {"subject": kept}
+        rows = {"kept": kept}
     elif options.paths == "joint":
         rows = {"all": size}
     elif options.fusion == "attention":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,8 +18,9 @@ import torch
 from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-# Where the tokens lie in arguments that every transformers decoder names alike; other arguments are cut by size.
+# Where tokens and samples lie in arguments that every transformers decoder names alike; others are cut by size.
 _TOKEN_AXES = {"attention_mask": (-2, -1), "position_ids": (-1,), "position_embeddings": (-2,)}
+_SAMPLE_AXIS = {"attention_mask": -4, "position_ids": -2, "position_embeddings": -3}
 
 
 @dataclasses.dataclass
@@ -89,9 +91,11 @@ def _cut(name: str, held: Any, rows: torch.Tensor, length: int, sample: int, bat
         if held.shape[axis] == length:
             held = held.index_select(axis, rows)
     if batch > 1:
-        batch_axis = next((axis for axis, size in enumerate(held.shape[:-1]) if size == batch), None)
-        if batch_axis is not None:
-            held = held.narrow(batch_axis, sample, 1)
+        axis = _SAMPLE_AXIS.get(name)
+        if axis is None:
+            axis = next((i for i, size in enumerate(held.shape[:-1]) if size == batch and i not in axes), None)
+        if axis is not None and held.shape[axis] == batch:
+            held = held.narrow(axis, sample, 1)
     return held
 
 
@@ -232,6 +236,7 @@ def pruned(model: torch.nn.Module, layers: Sequence[torch.nn.Module], finish: Ca
     """
     forward = model.forward
 
+    @functools.wraps(forward)
     def replaced(*args: Any, **kwargs: Any) -> Any:
         ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
         started = cache is not None and cache.get_seq_length() > 0

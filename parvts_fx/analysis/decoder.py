@@ -41,7 +41,8 @@ def find_decoder(module: GraphModule) -> Decoder | None:
     tokens = _token_axes(module, nodes, size)
     attentions = find_attentions(module, nodes, tokens)
     if not attentions:
-        raise Refusal("no attention call reads the merged tokens as queries and keys", merge.output)
+        raise Refusal("no attention call reads the merged tokens as both queries and keys (a preallocated cache, say, "
+                      "whose length the graph cannot change)", merge.output)
     layers, final, output = _layers(module, nodes, attentions, merge.output)
     decoder = Decoder(merge, tuple(nodes), tuple(layers), final, output, tokens)
     _check(module, decoder)

@@ -1,0 +1,225 @@
+"""The backend as torch.compile sees it: registration, lowerings, isolation, state, and what importing changes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+import types
+
+import pytest
+import torch
+
+import parvts_fx
+from parvts_fx.backends.parvts import parvts
+from tests import llava, reference
+from tests.comparing import TOLERANCE, assert_equal_prefill, check, compile_with_parvts, expected, uncompile
+
+
+@pytest.fixture(scope="module")
+def model():
+    return llava.build(layers=2)
+
+
+@pytest.fixture(scope="module")
+def prompt(model):
+    return llava.prompt(model, [[3, "image", 6], [2, "image", 3]])
+
+
+def in_a_fresh_process(code: str, **environment: str) -> subprocess.CompletedProcess:
+    import os
+
+    return subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], capture_output=True, text=True,
+                          env={**os.environ, **environment}, timeout=300)
+
+
+def test_listed_without_an_import():
+    done = in_a_fresh_process("""
+        import sys, torch
+        assert "parvts" in torch.compiler.list_backends()
+        assert not any(name.startswith("parvts_fx") for name in sys.modules), "listing imports nothing of ours"
+        print("fine")
+    """)
+    assert done.stdout == "fine\n", done.stderr
+
+
+def test_importing_changes_nothing():
+    done = in_a_fresh_process("""
+        import json, logging, sys, torch, torch._dynamo, torch._inductor.config, torch._functorch.config
+        modules = (torch._dynamo.config, torch._inductor.config, torch._functorch.config)
+        def state():
+            return ([m.get_config_copy() for m in modules], torch.is_grad_enabled(), torch.get_num_threads(),
+                    torch.get_default_dtype(), logging.getLogger().level, len(logging.getLogger().handlers),
+                    sorted(torch._dynamo.list_backends(exclude_tags=())), torch.backends.cuda.math_sdp_enabled())
+        before = state()
+        import parvts_fx
+        assert state() == before
+        assert "torch_tensorrt" not in sys.modules and "transformers" not in sys.modules
+        print("fine")
+    """)
+    assert done.stdout == "fine\n", done.stderr
+
+
+@pytest.mark.parametrize("lowering", ["eager", "aot_eager", "aot_eager_decomp_partition"])
+def test_lowerings_by_name(model, prompt, lowering):
+    check(model, prompt, lowering=lowering, migration_depth=1)
+
+
+def test_a_callable_as_lowering(model, prompt):
+    seen = []
+
+    def own(module, example_inputs, **options):
+        seen.append((len(module.graph.nodes), options))
+        return module.forward
+
+    parvts_fx.compile(model, lowering=own, migration_depth=1, own_option=3)
+    wanted = expected_of(model, prompt)
+    parvts_fx.compile(model, lowering=own, migration_depth=1, own_option=3)
+    with torch.no_grad():
+        assert_equal_prefill(model(**prompt.inputs), wanted)
+    uncompile(model)
+    assert seen and all(options == {"options": {"own_option": 3}} for _, options in seen)
+
+
+def expected_of(model, prompt, **options):
+    uncompile(model)
+    return expected(model, prompt, **{"migration_depth": 1, **options})
+
+
+def test_compile_is_in_place(model, prompt):
+    wanted = expected_of(model, prompt, keep_ratio=0.25)
+    assert parvts_fx.compile(model, keep_ratio=0.25, migration_depth=1, lowering="eager") is model
+    with torch.no_grad():
+        assert_equal_prefill(model(**prompt.inputs), wanted)
+        assert model.generate(**prompt.inputs, max_new_tokens=2).shape[1] == prompt.visual.shape[1] + 2
+    uncompile(model)
+
+
+def test_tensorrt_without_the_package(model, prompt):
+    if "torch_tensorrt" in sys.modules:
+        pytest.fail("torch-tensorrt is imported although nothing asked for it")
+    parvts_fx.compile(model, lowering="tensorrt", migration_depth=1)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"parvts_fx\[tensorrt\]"):
+        model(**prompt.inputs)
+    uncompile(model)
+
+
+def test_tensorrt_stand_in(model, prompt, monkeypatch):
+    """The rewritten graph and the settings reach torch_tensorrt's Dynamo backend."""
+    received = []
+
+    def stand_in(module, example_inputs, options=None):
+        received.append((module, options))
+        return module.forward
+
+    package = types.ModuleType("torch_tensorrt")
+    monkeypatch.setitem(sys.modules, "torch_tensorrt", package)
+    from torch._dynamo.backends import registry
+
+    monkeypatch.setitem(registry._COMPILER_FNS, "tensorrt", stand_in)
+    wanted = expected_of(model, prompt)
+    parvts_fx.compile(model, lowering="tensorrt", migration_depth=1, enabled_precisions={torch.float16})
+    with torch.no_grad():
+        assert_equal_prefill(model(**prompt.inputs), wanted)
+    uncompile(model)
+    assert all(options == {"enabled_precisions": {torch.float16}} for _, options in received)
+    sorts = [sum(node.target is torch.ops.aten.sort.stable for node in module.graph.nodes) for module, _ in received]
+    assert sum(count > 0 for count in sorts) == 1, "exactly one of the graphs holds the partition"
+
+
+def test_three_models_side_by_side(prompt):
+    models = [llava.build(layers=2, seed=seed) for seed in range(3)]
+    options = [dict(keep_ratio=0.25, migration_depth=1), dict(keep_tokens=2, migration_depth=0, fusion=0.5),
+               dict(keep_ratio=0.5, migration_depth=2, score="norm")]
+    wanted = [expected(model, prompt, **own) for model, own in zip(models, options)]
+    for model, own in zip(models, options):
+        compile_with_parvts(model, **own)
+    with torch.no_grad():
+        for _ in range(2):
+            for model, one in zip(models, wanted):
+                assert_equal_prefill(model(**prompt.inputs), one)
+
+
+def test_reset_leaves_no_state(model, prompt):
+    wanted = [expected_of(model, prompt, keep_tokens=count) for count in (2, 5)]
+    for one, count in zip(wanted, (2, 5)):
+        compile_with_parvts(model, keep_tokens=count, migration_depth=1)
+        with torch.no_grad():
+            assert_equal_prefill(model(**prompt.inputs), one)
+        torch._dynamo.reset()
+        uncompile(model)
+
+
+def test_graphs_without_a_decoder_are_handed_on_as_they_are():
+    received = []
+
+    def own(module, example_inputs):
+        received.append(module)
+        return module.forward
+
+    graphs = []
+
+    def spy(module, example_inputs):
+        graphs.append(module)
+        return parvts(module, example_inputs, options={"lowering": own})
+
+    torch.compile(lambda x: x.sin() @ x.T, backend=spy)(torch.ones(3, 3))
+    assert received == graphs and len(graphs) == 1
+
+
+CACHED = """
+    import json, sys, logging, warnings
+    sys.path.insert(0, {root!r})
+    import torch
+    from torch._dynamo.utils import counters
+    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
+    from tests import llava
+    model = llava.build(layers=1)
+    prompt = llava.prompt(model, [[3, "image", 6], [2, "image", 3]])
+    model.model.language_model.compile(backend="inductor")  # never called through: the whole model is
+    model.compile(backend="parvts", dynamic={dynamic}, options=dict(migration_depth=1, strict=True, keep_ratio={ratio}))
+    with torch.no_grad():
+        out = model(**prompt.inputs)
+    print(json.dumps([tuple(out.logits.shape), dict(counters["inductor"]), dict(counters["aot_autograd"])]))
+"""
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_both_compile_caches_hit_in_a_second_process(tmp_path, dynamic):
+    """Nothing of ours in the graph keeps AOTAutograd's or Inductor's cache from hitting; other options miss."""
+    from pathlib import Path
+
+    root = str(Path(__file__).resolve().parents[1])
+    environment = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+
+    def run(ratio: float):
+        done = in_a_fresh_process(CACHED.format(root=root, dynamic=dynamic, ratio=ratio), **environment)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    shape, inductor, aot = run(0.25)
+    assert shape[1] == 13 and aot["autograd_cache_miss"] >= 1 and aot.get("autograd_cache_bypass", 0) == 0
+    shape, inductor, aot = run(0.25)
+    assert shape[1] == 13 and aot["autograd_cache_hit"] >= 1
+    assert aot.get("autograd_cache_miss", 0) == 0 and inductor.get("fxgraph_cache_miss", 0) == 0
+    shape, inductor, aot = run(0.5)
+    assert shape[1] == 17 and aot["autograd_cache_miss"] >= 1
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("fusion, dynamic", [("attention", None), (0.3, None), ("attention", True)])
+def test_inductor(model, prompt, fusion, dynamic):
+    check(model, prompt, lowering="inductor", fusion=fusion, dynamic=dynamic, migration_depth=1, steps=2)
+
+
+@pytest.mark.inductor
+def test_modes_reach_inductor(model, prompt):
+    wanted = expected_of(model, prompt)
+    model.compile(backend="parvts", mode="max-autotune-no-cudagraphs", options=None)
+    uncompile(model)
+    parvts_fx.compile(model, mode="reduce-overhead", migration_depth=1)
+    with torch.no_grad():
+        assert reference.relative_error(model(**prompt.inputs).logits[0], wanted[0].logits) <= TOLERANCE
+    uncompile(model)

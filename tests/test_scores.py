@@ -1,0 +1,118 @@
+"""The scoring rules, each against a plain loop or a property of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import parvts_fx
+from parvts_fx import scores
+from parvts_fx.passes.insert_partition import partition
+from tests import llava
+from tests.comparing import assert_equal_prefill, check, compile_with_parvts, expected, uncompile
+from tests.reference import subjects_of
+
+
+@pytest.fixture(scope="module")
+def model():
+    return llava.build(layers=2)
+
+
+def drawn(batch: int = 2, length: int = 14, visual: int = 8, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.zeros(batch, length, dtype=torch.bool)
+    for row in mask:
+        row[torch.randperm(length, generator=generator)[:visual]] = True
+    return torch.randn(batch, length, 6, generator=generator), mask
+
+
+@pytest.mark.parametrize("name", scores.known_rules())
+def test_rules_run_through_the_backend(model, name):
+    check(model, llava.prompt(model, [[3, "image", 6], [2, "image", 3]]), score=name, migration_depth=1, keep_ratio=0.3)
+
+
+@pytest.mark.parametrize("name", scores.known_rules())
+def test_rules_look_at_the_samples_visual_tokens_alone(name):
+    """Other samples and text rows, padding included, do not matter; nor does a shift of the visual tokens."""
+    hidden, visual = drawn()
+    rule = scores._RULES[name]
+    alone = rule(hidden[1:, visual[1]], torch.ones(1, 8, dtype=torch.bool))
+    other = hidden.clone()
+    other[0] = 100.0
+    other[1, ~visual[1]] = -50.0
+    torch.testing.assert_close(rule(other, visual)[1, visual[1]], alone[0], rtol=1e-4, atol=1e-5)
+
+
+def test_diverse_is_relevance_times_distance_to_the_nearest_better_one():
+    hidden, visual = drawn(batch=1, seed=3)
+    tokens = hidden[0, visual[0]]
+    centred = tokens - tokens.mean(0)
+    relevance = centred.norm(dim=1)
+    wanted = []
+    for i in range(len(tokens)):
+        better = [j for j in range(len(tokens)) if relevance[j] > relevance[i]]
+        near = [1 - torch.cosine_similarity(centred[i], centred[j], dim=0) for j in better]
+        wanted.append(relevance[i] * min(near, default=torch.tensor(2.0)))
+    torch.testing.assert_close(scores.diverse(hidden, visual)[0, visual[0]], torch.stack(wanted))
+
+
+def test_norm():
+    hidden, visual = drawn()
+    torch.testing.assert_close(scores.norm(hidden, visual), hidden.pow(2).sum(-1).sqrt())
+
+
+@pytest.mark.parametrize("name", ["uniform", "random"])
+def test_fixed_orders_have_no_ties(name):
+    hidden, visual = drawn(length=40, visual=30)
+    held = scores._RULES[name](hidden, visual)[0, visual[0]]
+    assert len(set(held.tolist())) == 30
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("subjects", [1, 3, 8])
+def test_partition_against_a_loop(seed, subjects):
+    hidden, visual = drawn(batch=3, seed=seed)
+    held = (hidden.sum(-1) * 2).round()  # ties
+    held[0, visual[0].nonzero()[1, 0]] = float("nan")
+    held[1, visual[1].nonzero()[2, 0]] = float("inf")
+    rows_a, rows_b, rows_t, slots, is_text, partners = partition(held, visual, subjects, 8)
+    for sample in range(3):
+        positions = visual[sample].nonzero()[:, 0].tolist()
+        text = [p for p in range(14) if p not in positions]
+        chosen = subjects_of(held[sample].tolist(), positions, subjects)
+        assert rows_a[sample].tolist() == sorted(text + chosen)
+        assert rows_b[sample].tolist() == [p for p in range(14) if p not in chosen]
+        assert rows_t[sample].tolist() == text
+        stacked = torch.cat([rows_a[sample], rows_b[sample], rows_t[sample]])
+        assert stacked[slots[sample]].tolist() == list(range(14))
+        assert rows_a[sample][is_text[sample]].tolist() == text
+        assert rows_b[sample][partners[sample]][is_text[sample]].tolist() == text
+
+
+def test_nan_ranks_last(model):
+    """All scores NaN but two: those two are kept, whatever their values."""
+    prompt = llava.prompt(model, [[3, "image", 6]])
+
+    def mostly_nan(hidden, visual):
+        place = torch.arange(visual.shape[1], device=visual.device)
+        return torch.where((place == 7) | (place == 11), -place.float(), torch.nan).expand(visual.shape)
+
+    wanted = expected(model, prompt, score=mostly_nan, keep_tokens=2, migration_depth=1)
+    assert {7, 11} <= set(wanted[0].rows.tolist())
+    compile_with_parvts(model, score=mostly_nan, keep_tokens=2, migration_depth=1)
+    with torch.no_grad():
+        assert_equal_prefill(model(**prompt.inputs), wanted)
+    uncompile(model)
+
+
+def test_a_rule_of_ones_own(model):
+    try:
+        @parvts_fx.register_rule("first")
+        def first(hidden, visual):
+            return -torch.arange(visual.shape[1], device=visual.device).float().expand(visual.shape)
+
+        check(model, llava.prompt(model, [[3, "image", 6]]), score="first", migration_depth=1)
+        with pytest.raises(ValueError, match="first"):
+            parvts_fx.register_rule("first")(first)
+    finally:
+        scores._RULES.pop("first", None)

@@ -1,0 +1,253 @@
+"""What must run unrewritten, or rewritten in an unusual setting: never a wrong answer, never a crash."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+import pytest
+import torch
+
+import parvts_fx
+from tests import llava, reference
+from tests.comparing import (
+    TOLERANCE, assert_equal_prefill, compile_with_parvts, expected, rule, uncompile,
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return llava.build()
+
+
+@pytest.fixture(scope="module")
+def prompt(model):
+    return llava.prompt(model, [[3, "image", 6], [2, "image", 3]])
+
+
+@pytest.fixture(autouse=True)
+def left_as_it_was(model):
+    yield
+    uncompile(model)
+
+
+def reasons(caught) -> list[str]:
+    return [str(w.message) for w in caught if issubclass(w.category, parvts_fx.ParvtsWarning)]
+
+
+def run_both(model, inputs, **options):
+    """(eager output, compiled output, reasons given) of the same call."""
+    with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        plain = model(**inputs)
+        compile_with_parvts(model, strict=False, **options)
+        output = model(**inputs)
+    return plain, output, reasons(caught)
+
+
+def assert_same_logits(output, plain):
+    assert reference.relative_error(output.logits, plain.logits) <= TOLERANCE
+
+
+@pytest.mark.parametrize("rows", [[[3, "image", 2, "image", 4], [5]], [["image", 1, "image", 1], [1, "image", 3]],
+                                  [[2, "image", "image", "image"], [4, "image"]]])
+def test_uneven_rows(model, rows):
+    prompt = llava.prompt(model, rows)
+    plain, output, told = run_both(model, prompt.inputs)
+    assert_same_logits(output, plain)
+    assert len(told) == 1 and "different numbers of visual tokens" in told[0]
+
+
+def test_uneven_rows_after_even_ones_of_the_same_sizes(model):
+    """The same compiled graph gets a prompt that it must not be used for, and then one that it may be used for."""
+    even = llava.prompt(model, [[3, "image", 6], [4, "image", 5]])
+    uneven = llava.prompt(model, [[3, "image", "image"], [4]])
+    uneven.inputs["input_ids"], uneven.inputs["attention_mask"] = (
+        torch.nn.functional.pad(t[:, -25:], (0, 0)) for t in (uneven.inputs["input_ids"], uneven.inputs["attention_mask"]))
+    uneven.inputs["input_ids"][0] = torch.cat([torch.full((25,), 7)])
+    uneven.inputs["input_ids"][0, :8], uneven.inputs["input_ids"][1, 1:25] = llava.IMAGE_TOKEN, llava.IMAGE_TOKEN
+    uneven.inputs["attention_mask"][:] = 1
+    with torch.no_grad():
+        plain = model(**uneven.inputs)
+    wanted = expected(model, even)
+    compile_with_parvts(model, strict=False)
+    with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert_equal_prefill(model(**even.inputs), wanted)
+        assert_same_logits(model(**uneven.inputs), plain)
+        assert_equal_prefill(model(**even.inputs), wanted)
+    assert len(reasons(caught)) == 1
+
+
+def test_uneven_rows_with_strict(model):
+    compile_with_parvts(model, strict=True)
+    with torch.no_grad(), pytest.raises(parvts_fx.NotRewritten, match="different numbers of visual tokens"):
+        model(**llava.prompt(model, [[3, "image", "image"], [4]]).inputs)
+
+
+@pytest.mark.parametrize("keep", [dict(keep_ratio=1), dict(keep_ratio=1.0), dict(keep_tokens=16), dict(keep_tokens=999)], ids=str)
+@pytest.mark.parametrize("fusion", ["attention", 0.5])
+def test_keeping_all_is_the_unmodified_model(model, prompt, keep, fusion):
+    plain, output, told = run_both(model, prompt.inputs, fusion=fusion, **keep)
+    assert torch.equal(output.logits, plain.logits) and told == []
+
+
+def test_text_prompts_are_left_alone_silently(model):
+    inputs = llava.prompt(model, [[9], [5]]).inputs
+    plain, output, told = run_both(model, inputs)
+    assert_same_logits(output, plain)
+    assert told == []
+
+
+def test_labels(model, prompt):
+    inputs = {**prompt.inputs, "labels": prompt.inputs["input_ids"]}
+    plain, output, told = run_both(model, inputs)
+    assert_same_logits(output, plain)
+    torch.testing.assert_close(output.loss, plain.loss)
+    assert len(told) == 1 and "labels" in told[0]
+
+
+def test_labels_after_a_call_without(model, prompt):
+    with torch.no_grad():
+        plain = model(**prompt.inputs, labels=prompt.inputs["input_ids"])
+    compile_with_parvts(model, strict=False)
+    with torch.no_grad(), pytest.warns(parvts_fx.ParvtsWarning, match="labels"):
+        assert model(**prompt.inputs).logits.shape[1] < plain.logits.shape[1]
+        torch.testing.assert_close(model(**prompt.inputs, labels=prompt.inputs["input_ids"]).loss, plain.loss)
+
+
+def test_gradients(model, prompt):
+    model.zero_grad()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        compile_with_parvts(model, lowering="aot_eager", strict=False)
+        output = model(**prompt.inputs)
+    assert output.logits.shape[1] == prompt.visual.shape[1]
+    assert any("gradients" in reason for reason in reasons(caught))
+    output.logits.sum().backward()
+    assert model.lm_head.weight.grad.abs().sum() > 0
+    model.zero_grad()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(model, prompt, mode):
+    wanted = expected(model, prompt)
+    compile_with_parvts(model)
+    with mode():
+        assert_equal_prefill(model(**prompt.inputs), wanted)
+
+
+def test_hidden_states(model, prompt):
+    kept = len(expected(model, prompt)[0].rows)
+    plain, output, told = run_both(model, {**prompt.inputs, "output_hidden_states": True})
+    lengths = {state.shape[1] for state in output.hidden_states}
+    assert len(output.hidden_states) == len(plain.hidden_states)
+    if told:
+        for ours, theirs in zip(output.hidden_states, plain.hidden_states):
+            assert reference.relative_error(ours, theirs) <= TOLERANCE
+    else:
+        assert lengths == {kept}
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_logits_to_keep(model, prompt, count):
+    wanted = expected(model, prompt)
+    compile_with_parvts(model)
+    with torch.no_grad():
+        logits = model(**prompt.inputs, logits_to_keep=count).logits
+    for sample, one in enumerate(wanted):
+        assert reference.relative_error(logits[sample], one.logits[-count:]) <= TOLERANCE
+
+
+def test_embeddings_in_place_of_ids(model, prompt):
+    wanted = expected(model, prompt)
+    with torch.no_grad():
+        embeddings = model.get_input_embeddings()(prompt.inputs["input_ids"])
+        compile_with_parvts(model)
+        inputs = {name: held for name, held in prompt.inputs.items() if name != "input_ids"}
+        assert_equal_prefill(model(inputs_embeds=embeddings, **inputs), wanted)
+
+
+@pytest.mark.parametrize("with_image", [False, True], ids=["text", "image"])
+def test_second_turn_on_a_filled_cache(model, with_image):
+    """New tokens with their positions in the full conversation, on the short cache of the first turn."""
+    first = llava.prompt(model, [[3, "image", 6]])
+    second = llava.prompt(model, [[2, "image", 3]] if with_image else [[5]], seed=9)
+    length, more = first.visual.shape[1], second.visual.shape[1]
+    inputs = {**second.inputs, "position_ids": torch.arange(length, length + more)[None]}
+    inputs.pop("attention_mask")
+    options = dict(keep_ratio=0.25, migration_depth=1)
+    with torch.no_grad(), reference.pruned(
+            model, llava.text_model(model).layers, llava.finish(model), llava.IMAGE_TOKEN,
+            keep_ratio=0.25, depth=1, score=rule()):
+        cache = model(**first.inputs).past_key_values
+        wanted = model(past_key_values=cache, **inputs)
+    with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        compile_with_parvts(model, strict=False, **options)
+        output = model(past_key_values=model(**first.inputs).past_key_values, **inputs)
+    assert_same_logits(output, wanted)
+    assert [layer.keys.shape[-2] for layer in output.past_key_values.layers] == [
+        layer.keys.shape[-2] for layer in wanted.past_key_values.layers]
+    assert len(reasons(caught)) == (1 if with_image else 0)
+
+
+@pytest.mark.parametrize("how", [dict(num_beams=2), dict(num_beams=3, num_return_sequences=2),
+                                 dict(do_sample=True, num_return_sequences=2), dict(repetition_penalty=1.3)], ids=str)
+def test_ways_to_generate(model, prompt, how):
+    options = dict(keep_ratio=0.25, depth=1, score=rule())
+    with reference.pruned(model, llava.text_model(model).layers, llava.finish(model), llava.IMAGE_TOKEN, **options):
+        torch.manual_seed(4)
+        wanted = model.generate(**prompt.inputs, max_new_tokens=5, **how)
+    compile_with_parvts(model, keep_ratio=0.25, migration_depth=1)
+    torch.manual_seed(4)
+    assert model.generate(**prompt.inputs, max_new_tokens=5, **how).tolist() == wanted.tolist()
+
+
+def test_static_cache_runs_unrewritten(model, prompt):
+    wanted = model.generate(**prompt.inputs, max_new_tokens=4, do_sample=False, cache_implementation="static")
+    compile_with_parvts(model, strict=False)
+    with pytest.warns(parvts_fx.ParvtsWarning, match="cache"):
+        ids = model.generate(**prompt.inputs, max_new_tokens=4, do_sample=False, cache_implementation="static")
+    assert ids.tolist() == wanted.tolist()
+
+
+def test_fullgraph(model, prompt):
+    wanted = expected(model, prompt)
+    model.compile(backend="parvts", fullgraph=True, options={"migration_depth": 2, "lowering": "eager", "strict": True})
+    with torch.no_grad():
+        assert_equal_prefill(model(**prompt.inputs), wanted)
+
+
+def test_a_compiled_wrapper_leaves_the_model_alone(model, prompt):
+    wanted = expected(model, prompt)
+    fast = torch.compile(model, backend="parvts", options={"migration_depth": 2, "lowering": "eager", "strict": True})
+    with torch.no_grad():
+        assert_equal_prefill(fast(**prompt.inputs), wanted)
+        assert model(**prompt.inputs).logits.shape[1] == prompt.visual.shape[1]
+
+
+class FailsMidway:
+    """A pass that breaks after it has changed the graph."""
+
+    name = "fails_midway"
+
+    def run(self, state):
+        state.decoder.merge.output.replace_all_uses_with(state.decoder.merge.masks[0])
+        raise KeyError("midway")
+
+
+def test_a_pass_that_fails_leaves_the_unrewritten_model(model, prompt, monkeypatch):
+    rewriting = sys.modules["parvts_fx.rewrite"]
+    build = rewriting.build_pipeline
+    monkeypatch.setattr(rewriting, "build_pipeline", lambda options: (*build(options)[:2], FailsMidway()))
+    weights = {name: held.clone() for name, held in model.state_dict().items()}
+    plain, output, told = run_both(model, prompt.inputs)
+    assert_same_logits(output, plain)
+    assert len(told) == 1 and "Traceback" in told[0] and "midway" in told[0]
+    assert all(torch.equal(held, weights[name]) for name, held in model.state_dict().items())
+    uncompile(model)
+    torch._dynamo.reset()
+    compile_with_parvts(model, strict=True)
+    with torch.no_grad(), pytest.raises(parvts_fx.NotRewritten, match="midway"):
+        model(**prompt.inputs)
