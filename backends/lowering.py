@@ -33,7 +33,14 @@ def tensorrt(module: GraphModule, example_inputs: Sequence[object], options: Opt
     except ImportError as error:
         raise ValueError('parvts_fx: option lowering="tensorrt": torch-tensorrt is not installed. '
                          'Install the extra: pip install "parvts_fx[tensorrt]".') from error
-    return _registered("tensorrt")(module, list(example_inputs), **_keywords(options))
+    from torch._dynamo.backends.registry import list_backends
+
+    known = list_backends(exclude_tags=())  # importing the package registers its backend, under both names of late
+    name = next((name for name in ("torch_tensorrt", "tensorrt") if name in known), None)
+    if name is None:
+        raise ValueError('parvts_fx: option lowering="tensorrt": the installed torch_tensorrt registers no backend for '
+                         "torch.compile. Install a version with the Dynamo frontend (2.1 or newer).")
+    return _registered(name)(module, list(example_inputs), **_keywords(options))
 
 
 _LOWERINGS: dict[str, Lowering] = {"inductor": inductor, "eager": eager, "tensorrt": tensorrt}

@@ -113,11 +113,12 @@ def test_tensorrt_stand_in(model, prompt, monkeypatch):
         received.append((module, options))
         return module.forward
 
-    package = types.ModuleType("torch_tensorrt")
-    monkeypatch.setitem(sys.modules, "torch_tensorrt", package)
+    stand_in._tags = ()  # as register_backend leaves it
     from torch._dynamo.backends import registry
 
-    monkeypatch.setitem(registry._COMPILER_FNS, "tensorrt", stand_in)
+    monkeypatch.setitem(sys.modules, "torch_tensorrt", types.ModuleType("torch_tensorrt"))
+    monkeypatch.setitem(registry._BACKENDS, "torch_tensorrt", None)
+    monkeypatch.setitem(registry._COMPILER_FNS, "torch_tensorrt", stand_in)
     wanted = expected_of(model, prompt)
     parvts_fx.compile(model, lowering="tensorrt", migration_depth=1, enabled_precisions={torch.float16})
     with torch.no_grad():
@@ -177,7 +178,6 @@ CACHED = """
     from tests import llava
     model = llava.build(layers=1)
     prompt = llava.prompt(model, [[3, "image", 6], [2, "image", 3]])
-    model.model.language_model.compile(backend="inductor")  # never called through: the whole model is
     model.compile(backend="parvts", dynamic={dynamic}, options=dict(migration_depth=1, strict=True, keep_ratio={ratio}))
     with torch.no_grad():
         out = model(**prompt.inputs)
@@ -201,9 +201,10 @@ def test_both_compile_caches_hit_in_a_second_process(tmp_path, dynamic):
 
     shape, inductor, aot = run(0.25)
     assert shape[1] == 13 and aot["autograd_cache_miss"] >= 1 and aot.get("autograd_cache_bypass", 0) == 0
+    saved = aot["autograd_cache_saved"]  # graphs without a kernel are not saved, by Inductor's own rules
     shape, inductor, aot = run(0.25)
-    assert shape[1] == 13 and aot["autograd_cache_hit"] >= 1
-    assert aot.get("autograd_cache_miss", 0) == 0 and inductor.get("fxgraph_cache_miss", 0) == 0
+    assert shape[1] == 13 and aot["autograd_cache_hit"] == saved
+    assert aot.get("autograd_cache_saved", 0) == 0 and inductor.get("fxgraph_cache_miss", 0) == 0
     shape, inductor, aot = run(0.5)
     assert shape[1] == 17 and aot["autograd_cache_miss"] >= 1
 
