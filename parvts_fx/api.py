@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
+from torch._dynamo.exc import TorchDynamoException
 from torch.fx import GraphModule
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,11 +23,22 @@ from parvts_fx.rewrite import Rewriting
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
+_CAPTURE_SETTINGS: tuple[dict[str, bool], ...] = (
+    {"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": True},
+    {"capture_scalar_outputs": True},
+    {},
+)
+_RECOMPILE_LIMIT = 128  # Dynamo itself stops at 256 per code object, whatever the limit
+
 _COMPILE_ARGUMENTS = ("fullgraph", "dynamic", "disable")
 
 
 def compile(model: Model, **options: Any) -> Model:
     """Compile a model in place and return it, so that ``generate`` cannot run uncompiled by mistake.
+
+    Unlike the plain backend, it has a say in how Dynamo captures the model, for the duration of each call and nowhere
+    else: data-dependent checks stay in the graph, so that more models reach the backend in one piece, and many models
+    may be compiled side by side.
 
     Args:
         model: any module whose forward merges visual features into a decoder's embeddings.
@@ -39,7 +52,35 @@ def compile(model: Model, **options: Any) -> Model:
     mode = options.pop("mode", None)
     parsed = parse_options(options, mode)
     model.compile(backend=functools.partial(parvts, options=parsed), **arguments)
+    model._compiled_call_impl = _with_capture_settings(model._compiled_call_impl)
     return model
+
+
+def _with_capture_settings(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Run a compiled call under the Dynamo settings that :func:`compile` arranges, which end with the call.
+
+    Checks on data (``.item()``, boolean indexing) otherwise break the graph between the merge and the decoder, or
+    between the decoder's layers. Where a model's own code cannot be captured that way (it branches on such data),
+    the next weaker settings are tried, and kept for calls with the same arguments. Models of one library share code
+    objects, and with them Dynamo's recompile limit.
+    """
+    chosen: dict[frozenset[str], int] = {}
+
+    @functools.wraps(call)
+    def arranged(*args: Any, **kwargs: Any) -> Any:
+        kind = frozenset(name for name, held in kwargs.items() if held is not None)
+        while True:
+            level = chosen.setdefault(kind, 0)
+            limit = max(_RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
+            try:
+                with torch._dynamo.config.patch(**_CAPTURE_SETTINGS[level], recompile_limit=limit):
+                    return call(*args, **kwargs)
+            except (TorchDynamoException, GuardOnDataDependentSymNode):
+                if level + 1 == len(_CAPTURE_SETTINGS):
+                    raise
+                chosen[kind] = level + 1
+
+    return arranged
 
 
 def explain(model: torch.nn.Module, /, *args: Any, options: Mapping[str, Any] | None = None, **inputs: Any) -> Report:
@@ -69,7 +110,7 @@ def explain(model: torch.nn.Module, /, *args: Any, options: Mapping[str, Any] | 
     traced = dataclasses.replace(parsed, lowering="eager", mode=None, lowering_options={})
     backend = functools.partial(parvts, options=traced, on_rewriting=collect)
     with torch.no_grad():  # static sizes, so that every count is a number
-        torch.compile(model._call_impl, backend=backend, dynamic=False)(*args, **inputs)
+        _with_capture_settings(torch.compile(model._call_impl, backend=backend, dynamic=False))(*args, **inputs)
     return Report(tuple(reports))
 
 
