@@ -11,6 +11,8 @@ import torch
 from torch.fx import GraphModule
 
 from parvts_fx.analysis import Decoder, find_decoder
+from parvts_fx.analysis.attention import attention_nodes
+from parvts_fx.analysis.merge import find_merge
 from parvts_fx.analysis.values import concrete, hint, value
 from parvts_fx.capture import capture, copy_graph_module
 from parvts_fx.errors import NotRewritten, Refusal
@@ -18,6 +20,7 @@ from parvts_fx.observe import dump_hook, log_hook
 from parvts_fx.options import Options, parse_options
 from parvts_fx.passes import Pass, State, build_pipeline, run_pipeline
 from parvts_fx.passes.insert_partition import visual_tokens
+from parvts_fx.passes.spread_masked_updates import SpreadMaskedUpdates
 from parvts_fx.precondition import Precondition
 from parvts_fx.report import GraphReport, LayerReport
 from parvts_fx.verify import CHEAP_CHECKS, Check, verifier
@@ -48,6 +51,7 @@ def rewrite_graph(
     start = time.perf_counter()
     nodes = len(module.graph.nodes)
     work = capture(module, example_inputs)
+    spread_masked_updates(work)
     decoder = find_decoder(work)
     if decoder is None:
         return Rewriting(GraphReport("untouched", "no visual features are merged into embeddings", nodes))
@@ -74,6 +78,14 @@ def rewrite_graph(
     work.recompile()
     layers = tuple(_layer_report(layer, options, facts) for layer in decoder.layers)
     return Rewriting(GraphReport("rewritten", layers=layers, passes=tuple(records), **facts), work, precondition)
+
+
+def spread_masked_updates(module: GraphModule) -> None:
+    """Give updates of masked rows behind the merge one row per token, so that the analysis can follow them."""
+    attentions = attention_nodes(module.graph)
+    merge = find_merge(module.graph, attentions)
+    if merge is not None:
+        SpreadMaskedUpdates().run(module, merge.output, attentions)
 
 
 def _check_fit(options: Options, decoder: Decoder, example_inputs: Sequence[object], module: GraphModule) -> None:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import subprocess
 import sys
 import textwrap
 import types
+from pathlib import Path
 
 import pytest
 import torch
 
 import parvts_fx
 from parvts_fx.backends.parvts import parvts
-from tests import llava, reference
-from tests.comparing import TOLERANCE, assert_equal_prefill, check, compile_with_parvts, expected, uncompile
+from tests import llava
+from tests.comparing import TOLERANCE, assert_equal_prefill, check, compile_with_parvts, expected, rule, uncompile
+from tests.plain import Plain, Row, Specification
+from tests.plain import prompt as plain_prompt
+from tests.plain_reference import largest_error
+from tests.plain_reference import reference as plain_reference
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +35,6 @@ def prompt(model):
 
 
 def in_a_fresh_process(code: str, **environment: str) -> subprocess.CompletedProcess:
-    import os
-
     return subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], capture_output=True, text=True,
                           env={**os.environ, **environment}, timeout=300)
 
@@ -170,18 +175,18 @@ def test_graphs_without_a_decoder_are_handed_on_as_they_are():
 
 
 CACHED = """
-    import json, sys, logging, warnings
+    import json, sys
     sys.path.insert(0, {root!r})
     import torch
     from torch._dynamo.utils import counters
-    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
-    from tests import llava
-    model = llava.build(layers=1)
-    prompt = llava.prompt(model, [[3, "image", 6], [2, "image", 3]])
-    model.compile(backend="parvts", dynamic={dynamic}, options=dict(migration_depth=1, strict=True, keep_ratio={ratio}))
+    from tests.plain import Plain, Specification, prompt
+    specification = Specification(layers=1, attention="masked", numbering="mask")
+    given = prompt(specification)
+    fast = torch.compile(Plain(specification), backend="parvts", dynamic={dynamic},
+                         options=dict(migration_depth=1, strict=True, keep_tokens={count}))
     with torch.no_grad():
-        out = model(**prompt.inputs)
-    print(json.dumps([tuple(out.logits.shape), dict(counters["inductor"]), dict(counters["aot_autograd"])]))
+        logits = fast(given.ids, given.features, given.mask)[0]
+    print(json.dumps([logits.shape[1], dict(counters["inductor"]), dict(counters["aot_autograd"])]))
 """
 
 
@@ -189,38 +194,52 @@ CACHED = """
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_both_compile_caches_hit_in_a_second_process(tmp_path, dynamic):
     """Nothing of ours in the graph keeps AOTAutograd's or Inductor's cache from hitting; other options miss."""
-    from pathlib import Path
-
     root = str(Path(__file__).resolve().parents[1])
-    environment = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
 
-    def run(ratio: float):
-        done = in_a_fresh_process(CACHED.format(root=root, dynamic=dynamic, ratio=ratio), **environment)
+    def run(count: int):
+        done = in_a_fresh_process(CACHED.format(root=root, dynamic=dynamic, count=count),
+                                  TORCHINDUCTOR_CACHE_DIR=str(tmp_path), OMP_NUM_THREADS="1")
         assert done.returncode == 0, done.stderr[-2000:]
         return json.loads(done.stdout.splitlines()[-1])
 
-    shape, inductor, aot = run(0.25)
-    assert shape[1] == 13 and aot["autograd_cache_miss"] >= 1 and aot.get("autograd_cache_bypass", 0) == 0
-    saved = aot["autograd_cache_saved"]  # graphs without a kernel are not saved, by Inductor's own rules
-    shape, inductor, aot = run(0.25)
-    assert shape[1] == 13 and aot["autograd_cache_hit"] == saved
-    assert aot.get("autograd_cache_saved", 0) == 0 and inductor.get("fxgraph_cache_miss", 0) == 0
-    shape, inductor, aot = run(0.5)
-    assert shape[1] == 17 and aot["autograd_cache_miss"] >= 1
+    length, inductor, aot = run(2)
+    assert length == 8 and aot["autograd_cache_saved"] == 1 and aot.get("autograd_cache_bypass", 0) == 0
+    length, inductor, aot = run(2)
+    assert length == 8 and aot["autograd_cache_hit"] == 1 and aot.get("autograd_cache_saved", 0) == 0
+    assert inductor.get("fxgraph_cache_hit", 0) == 1 and inductor.get("fxgraph_cache_miss", 0) == 0
+    length, inductor, aot = run(3)
+    assert length == 9 and aot["autograd_cache_miss"] == 1
 
 
 @pytest.mark.inductor
-@pytest.mark.parametrize("fusion, dynamic", [("attention", None), (0.3, None), ("attention", True)])
-def test_inductor(model, prompt, fusion, dynamic):
-    check(model, prompt, lowering="inductor", fusion=fusion, dynamic=dynamic, migration_depth=1, steps=2)
-
-
-@pytest.mark.inductor
-def test_modes_reach_inductor(model, prompt):
-    wanted = expected_of(model, prompt)
-    model.compile(backend="parvts", mode="max-autotune-no-cudagraphs", options=None)
-    uncompile(model)
-    parvts_fx.compile(model, mode="reduce-overhead", migration_depth=1)
+@pytest.mark.parametrize("fusion, dynamic", [("attention", None), (0.3, True)])
+def test_inductor(fusion, dynamic):
+    specification = Specification(layers=2, attention="masked", numbering="mask", rows=(Row(), Row(2, 3)))
+    given = plain_prompt(specification)
+    plain = Plain(specification)
+    wanted = plain_reference(plain, given, rule(), migration_depth=1, keep_tokens=2, fusion=fusion)
+    fast = torch.compile(plain, backend="parvts", dynamic=dynamic,
+                         options=dict(migration_depth=1, keep_tokens=2, fusion=fusion, strict=True))
     with torch.no_grad():
-        assert reference.relative_error(model(**prompt.inputs).logits[0], wanted[0].logits) <= TOLERANCE
-    uncompile(model)
+        assert largest_error(fast(given.ids, given.features, given.mask), wanted) <= TOLERANCE
+
+
+@pytest.mark.inductor
+def test_llava_through_inductor(model, prompt):
+    check(model, prompt, lowering="inductor", migration_depth=1, steps=2)
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead", "max-autotune-no-cudagraphs"])
+def test_modes_reach_the_lowering(mode):
+    specification = Specification()
+    given = plain_prompt(specification)
+    received = []
+
+    def own(module, example_inputs, **settings):
+        received.append(settings)
+        return module.forward
+
+    with torch.no_grad():
+        torch.compile(Plain(specification), backend=functools.partial(
+            parvts, options={"lowering": own, "migration_depth": 1}, mode=mode))(given.ids, given.features, given.mask)
+    assert received == [{} if mode is None else {"mode": mode}]

@@ -17,7 +17,7 @@ def _operands(node: Node) -> tuple[Node, Node, Node]:
     return named.get("self", named.get("input")), named["mask"], named["source"]
 
 
-def _is_merge(node: Node) -> bool:
+def is_merge(node: Node) -> bool:
     if not has_target(node, _FUNCTIONS, _METHODS) or not is_tensor(node):
         return False
     into, mask, source = _operands(node)
@@ -30,16 +30,27 @@ def _is_merge(node: Node) -> bool:
     )
 
 
+def enters_a_layer(node: Node, attentions: set[Node]) -> bool:
+    """Whether a merge writes into something that attention has touched, leaving aside where merged features come from."""
+    seen: set[Node] = set()
+    stack = [_operands(node)[0]]
+    while stack:
+        source = stack.pop()
+        if source in attentions:
+            return True
+        if source not in seen:
+            seen.add(source)
+            stack.extend([_operands(source)[0]] if is_merge(source) else source.all_input_nodes)
+    return False
+
+
 def find_merge(graph: Graph, attentions: set[Node]) -> VisualMerge | None:
     """The last merge into embeddings that no attention has touched, with the merges before it in the same stream.
 
     Args:
         attentions: nodes of all attention calls; a merge into their results belongs to a layer, not to the prompt.
     """
-    candidates = [
-        node for node in graph.nodes
-        if _is_merge(node) and not (ancestors([_operands(node)[0]]) & attentions)
-    ]
+    candidates = [node for node in graph.nodes if is_merge(node) and not enters_a_layer(node, attentions)]
     if not candidates:
         return None
     output = candidates[-1]

@@ -1,0 +1,123 @@
+"""Spread updates of masked rows over the whole prompt, so that no size depends on data."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from typing import ClassVar
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from parvts_fx.analysis.merge import enters_a_layer, is_merge
+from parvts_fx.analysis.values import ancestors, descendants, has_target, hint, is_index, is_tensor, leaves, value, with_leaves
+from parvts_fx.passes.editing import Editor
+
+_POINTWISE = (operator.add, operator.iadd, operator.mul, operator.imul, operator.sub, torch.add, torch.mul, torch.sub)
+_POINTWISE_METHODS = ("add", "add_", "mul", "mul_", "sub", "to", "clone", "type_as")
+
+
+@dataclasses.dataclass(frozen=True)
+class SpreadMaskedUpdates:
+    """Write updates of the rows that a mask chooses as operations on all rows.
+
+    ``h[mask] = f(h[mask], features)``  ==>  ``h' = where(mask, f(h, spread(features)), h)``
+    ``h.masked_scatter(mask, features)``  ==>  ``where(mask, spread(features), h)``, where attention came before
+
+    ``spread`` puts the n-th feature at the n-th masked position. Features that join the residual stream inside the
+    decoder (DeepStack) enter by such updates; spread, they have one row per token and can be cut like any other side
+    input. Leaves updates alone that are not of this form. The values computed stay the same.
+    """
+
+    name: ClassVar[str] = "spread_masked_updates"
+
+    def run(self, module: GraphModule, merged: Node, attentions: set[Node]) -> int:
+        """Rewrite what depends on ``merged``; returns the number of updates that were spread."""
+        editor, count = Editor(module), 0
+        for node in descendants(module.graph, [merged]):
+            if is_merge(node) and enters_a_layer(node, attentions):
+                count += _spread_scatter(editor, node)
+            elif node.op == "call_function" and node.target is operator.setitem:
+                count += _spread_setitem(editor, node)
+        if count:
+            module.graph.eliminate_dead_code()
+        return count
+
+
+def spread(features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The n-th row of features [count, hidden] at the n-th true entry of mask [batch, seq]; others hold any row."""
+    order = (mask.flatten().long().cumsum(0) - 1).clamp(min=0)
+    return features.index_select(0, order).view(*mask.shape, *features.shape[1:])
+
+
+def _spread_scatter(editor: Editor, node: Node) -> bool:
+    named = {**dict(zip(("self", "mask", "source"), node.args)), **node.kwargs}
+    target, mask, source = named.get("self", named.get("input")), named["mask"], named["source"]
+    if not (is_tensor(target) and is_tensor(mask) and value(target).dim() == 3 and value(mask).dim() == 3):
+        return False
+
+    def scattered(target: torch.Tensor, mask: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        rows = spread(source.reshape(-1, target.shape[2]), mask[..., 0])  # whole rows: checked where V is read
+        return torch.where(mask[..., :1], rows.to(target.dtype), target)
+
+    with editor.graph.inserting_before(node):
+        result = editor.inline(scattered, target, mask, source)
+    node.replace_all_uses_with(result)
+    editor.graph.erase_node(node)
+    return True
+
+
+def _masked_rows(index: object) -> Node | None:
+    """The bool mask [batch, seq] of an index such as ``mask`` or ``(mask, :)``."""
+    mask, *rest = index if isinstance(index, tuple) else (index,)
+    if any(part not in (slice(None), Ellipsis) for part in rest):
+        return None
+    return mask if is_tensor(mask) and value(mask).dtype == torch.bool and value(mask).dim() == 2 else None
+
+
+def _spread_setitem(editor: Editor, node: Node) -> bool:
+    graph: Graph = editor.graph
+    target, index, new = node.args
+    mask = _masked_rows(index)
+    if mask is None or not is_tensor(new) or not is_tensor(target) or value(target).dim() != 3:
+        return False
+    before = ancestors([new])
+    reads = [n for n in before if is_index(n) and is_tensor(n.args[0]) and _masked_rows(n.args[1]) is mask]
+    inside = set(descendants(graph, reads)) & before
+    for member in inside - set(reads):
+        if not has_target(member, _POINTWISE, _POINTWISE_METHODS):
+            return False
+    aliases = [user for user in target.users if user < node and is_tensor(user) and user not in reads and
+               value(user).untyped_storage()._cdata == value(target).untyped_storage()._cdata]
+    if aliases or any(read.args[0] is not target for read in reads):
+        return False
+    rows = hint(value(reads[0]).shape[0]) if reads else None
+    with graph.inserting_before(node):
+        full: dict[Node, Node] = {read: target for read in reads}
+
+        def on_all_rows(source: Node) -> Node:
+            if source not in full:
+                is_feature = is_tensor(source) and value(source).dim() == 2 and (
+                    rows is None or hint(value(source).shape[0]) in (rows, None))
+                full[source] = editor.inline(spread, source, mask) if is_feature else source
+            return full[source]
+
+        for member in graph.nodes:
+            if member in inside and member not in full:
+                changed = [on_all_rows(leaf) if isinstance(leaf, Node) else leaf for leaf in leaves(member)]
+                full[member] = editor.copy(member, *with_leaves(member, changed))
+        result = editor.inline(
+            lambda mask, rows, target: torch.where(mask[..., None], rows.to(target.dtype), target),
+            mask, on_all_rows(new), target)
+    for user in [user for user in target.users if node < user]:
+        user.replace_input_with(target, result)
+    graph.erase_node(node)
+    _drop_assertions(graph, reads)
+    return True
+
+
+def _drop_assertions(graph: Graph, reads: list[Node]) -> None:
+    """Remove Dynamo's checks on the number of masked rows; ``spread`` fails on its own where features are too few."""
+    for node in reversed(descendants(graph, reads)):
+        if has_target(node, (torch.ops.aten._assert_scalar.default, torch._check)) and not node.users:
+            graph.erase_node(node)
