@@ -1,0 +1,23 @@
+# Two commands do everything: `make demo` and `make test`. Both set up a virtual environment first.
+
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/.ready
+
+.PHONY: demo test clean
+
+demo: $(READY)
+	$(VENV)/bin/python -m bench.demo
+
+# One thread per test process: the models are small, and two processes share two cores.
+test: $(READY)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
+
+# The constraints pin torch, so that the same versions are installed everywhere.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo_out .pytest_cache
