@@ -12,6 +12,7 @@ import torch
 from torch.fx import GraphModule
 
 from parvts_fx.backends.lowering import Compiled, lower
+from parvts_fx.caches import tell_pruning
 from parvts_fx.capture import copy_graph_module
 from parvts_fx.errors import NotRewritten, ParvtsWarning, Refusal
 from parvts_fx.options import Options, parse_options
@@ -91,7 +92,10 @@ class Dispatch:
         elif _has_labels():
             reason = "labels are given, and a loss needs the logits of every position"
         if reason is None:
-            return self._rewritten(*inputs)
+            outputs = self._rewritten(*inputs)
+            visual = self._precondition.visual_tokens(inputs)
+            tell_pruning(visual - self._options.subject_count(visual))
+            return outputs
         if self._options.strict:
             raise NotRewritten(f"parvts_fx: this multimodal prefill cannot be rewritten: {reason}")
         warnings.warn(f"parvts_fx: this multimodal prefill runs unrewritten: {reason}", ParvtsWarning, stacklevel=2)

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from parvts_fx.analysis.values import fake_mode_of, value
 from parvts_fx.backends.parvts import parvts
+from parvts_fx.caches import find_caches, remember_dropped, watch_pruning
 from parvts_fx.capture import capture
 from parvts_fx.options import parse_options
 from parvts_fx.report import GraphReport, Report
@@ -38,7 +39,8 @@ def compile(model: Model, **options: Any) -> Model:
 
     Unlike the plain backend, it has a say in how Dynamo captures the model, for the duration of each call and nowhere
     else: data-dependent checks stay in the graph, so that more models reach the backend in one piece, and many models
-    may be compiled side by side.
+    may be compiled side by side. And it keeps the cache's count of seen tokens right (:mod:`parvts_fx.caches`), so that
+    a conversation may go on from a pruned prompt.
 
     Args:
         model: any module whose forward merges visual features into a decoder's embeddings.
@@ -73,12 +75,16 @@ def _with_capture_settings(call: Callable[..., Any]) -> Callable[..., Any]:
             level = chosen.setdefault(kind, 0)
             limit = max(_RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
             try:
-                with torch._dynamo.config.patch(**_CAPTURE_SETTINGS[level], recompile_limit=limit):
-                    return call(*args, **kwargs)
+                with torch._dynamo.config.patch(**_CAPTURE_SETTINGS[level], recompile_limit=limit), watch_pruning() as dropped:
+                    output = call(*args, **kwargs)
             except (TorchDynamoException, GuardOnDataDependentSymNode):
                 if level + 1 == len(_CAPTURE_SETTINGS):
                     raise
                 chosen[kind] = level + 1
+                continue
+            for cache in find_caches(output, kwargs) if dropped else []:
+                remember_dropped(cache, dropped[-1])
+            return output
 
     return arranged
 

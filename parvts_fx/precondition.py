@@ -29,14 +29,16 @@ class Precondition:
         graph.output(tuple(copies[mask] for mask in merge.masks))
         self._masks = GraphModule(module, graph)
         features = tuple(value(node) for node in merge.features)
-        self._per_row = _size_reader(module, concrete(visual_tokens(features, value(merge.output))))
+        self.visual_tokens: Callable[[Sequence[object]], int] = _size_reader(
+            module, concrete(visual_tokens(features, value(merge.output))))
+        """Visual tokens per sample, read from the sizes of actual inputs."""
 
     @torch.no_grad()
     def __call__(self, *inputs: object) -> bool:
         visual = None
         for mask in self._masks(*inputs):
             visual = flatten_mask(mask) if visual is None else visual | flatten_mask(mask)
-        return bool((visual.sum(1) == self._per_row(inputs)).all())
+        return bool((visual.sum(1) == self.visual_tokens(inputs)).all())
 
 
 def _size_reader(module: GraphModule, size: int | torch.SymInt) -> Callable[[Sequence[object]], int]:

@@ -66,11 +66,13 @@ def test_importing_changes_nothing():
     assert done.stdout == "fine\n", done.stderr
 
 
+@pytest.mark.supports("Lowerings", "eager, aot_eager and other registered backends")
 @pytest.mark.parametrize("lowering", ["eager", "aot_eager", "aot_eager_decomp_partition"])
 def test_lowerings_by_name(model, prompt, lowering):
     check(model, prompt, lowering=lowering, migration_depth=1)
 
 
+@pytest.mark.supports("Lowerings", "any callable")
 def test_a_callable_as_lowering(model, prompt):
     seen = []
 
@@ -110,6 +112,7 @@ def test_tensorrt_without_the_package(model, prompt):
     uncompile(model)
 
 
+@pytest.mark.supports("Lowerings", "tensorrt, against a stand-in: the real package has not been run")
 def test_tensorrt_stand_in(model, prompt, monkeypatch):
     """The rewritten graph and the settings reach torch_tensorrt's Dynamo backend."""
     received = []
@@ -134,6 +137,7 @@ def test_tensorrt_stand_in(model, prompt, monkeypatch):
     assert sum(count > 0 for count in sorts) == 1, "exactly one of the graphs holds the partition"
 
 
+@pytest.mark.supports("torch.compile", "several compiled models with different options in one process")
 def test_three_models_side_by_side(prompt):
     models = [llava.build(layers=2, seed=seed) for seed in range(3)]
     options = [dict(keep_ratio=0.25, migration_depth=1), dict(keep_tokens=2, migration_depth=0, fusion=0.5),
@@ -190,6 +194,7 @@ CACHED = """
 """
 
 
+@pytest.mark.supports("Lowerings", "AOTAutograd's and Inductor's caches hit in a second process")
 @pytest.mark.inductor
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_both_compile_caches_hit_in_a_second_process(tmp_path, dynamic):
@@ -224,6 +229,7 @@ def test_inductor(fusion, dynamic):
         assert largest_error(fast(given.ids, given.features, given.mask), wanted) <= TOLERANCE
 
 
+@pytest.mark.supports("Lowerings", "inductor (CPU)")
 @pytest.mark.inductor
 def test_llava_through_inductor(model, prompt):
     check(model, prompt, lowering="inductor", migration_depth=1, steps=2)

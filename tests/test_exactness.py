@@ -23,18 +23,21 @@ def model():
     return llava.build()
 
 
+@pytest.mark.supports("Prompts", "one or several images anywhere in the prompt; batches with left padding and images at different positions")
 @pytest.mark.parametrize("fusion", ["attention", 0.3])
 @pytest.mark.parametrize("rows", PROMPTS.values(), ids=PROMPTS.keys())
 def test_prompts(model, rows, fusion):
     check(model, llava.prompt(model, rows), keep_ratio=0.25, fusion=fusion, steps=3)
 
 
+@pytest.mark.supports("Options", "migration depth 0 to the number of layers, both fusions")
 @pytest.mark.parametrize("fusion", ["attention", 0.0, 1.0])
 @pytest.mark.parametrize("depth", [0, 1, 3])
 def test_migration_depths(model, depth, fusion):
     check(model, llava.prompt(model, PROMPTS["left padding"]), migration_depth=depth, fusion=fusion, keep_tokens=5)
 
 
+@pytest.mark.supports("Options", "one token to all but one kept, by share or by count")
 @pytest.mark.parametrize("fusion", ["attention", 0.6])
 @pytest.mark.parametrize("keep", [dict(keep_tokens=1), dict(keep_tokens=15), dict(keep_ratio=0.03), dict(), dict(keep_ratio=0.9)],
                          ids=str)
@@ -42,12 +45,14 @@ def test_kept_shares(model, keep, fusion):
     check(model, llava.prompt(model, PROMPTS["one image"]), fusion=fusion, **keep)
 
 
+@pytest.mark.supports("Options", "joint paths")
 @pytest.mark.parametrize("depth", [0, 2, 3])
 def test_joint_paths(model, depth):
     prompt = llava.prompt(model, PROMPTS["left padding"])
     check(model, prompt, paths="joint", migration_depth=depth, keep_ratio=0.25, steps=3)
 
 
+@pytest.mark.supports("Models", "LLaVA with Llama or Qwen2 text models; GQA, MHA and MQA")
 @pytest.mark.parametrize("text", ["llama", "qwen2"])
 @pytest.mark.parametrize("heads, groups", [(4, 4), (4, 1)], ids=["MHA", "MQA"])
 def test_text_models(text, heads, groups):
@@ -55,6 +60,7 @@ def test_text_models(text, heads, groups):
     check(model, llava.prompt(model, PROMPTS["left padding"]), keep_ratio=0.25, steps=3)
 
 
+@pytest.mark.supports("Models", "fused attention (sdpa) and attention written out (eager)")
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_attention_implementations(attention):
     model = llava.build(attention=attention)
@@ -74,6 +80,7 @@ COLLISIONS = {
 }
 
 
+@pytest.mark.supports("Prompts", "sizes that collide: sequence length equal to hidden size, vocabulary, head size, batch, ...")
 @pytest.mark.parametrize("fusion", ["attention", 0.3])
 @pytest.mark.parametrize("sizes, rows", COLLISIONS.values(), ids=COLLISIONS.keys())
 def test_colliding_sizes(sizes, rows, fusion):
@@ -81,6 +88,7 @@ def test_colliding_sizes(sizes, rows, fusion):
     check(model, llava.prompt(model, rows), keep_ratio=0.25, fusion=fusion)
 
 
+@pytest.mark.supports("torch.compile", "dynamic None, True and False; further calls with other lengths")
 @pytest.mark.parametrize("fusion", ["attention", 0.3])
 @pytest.mark.parametrize("dynamic", [None, True, False])
 def test_further_calls_with_other_lengths(model, dynamic, fusion):
@@ -96,6 +104,7 @@ def test_further_calls_with_other_lengths(model, dynamic, fusion):
         uncompile(model)
 
 
+@pytest.mark.supports("Models", "bfloat16, at its own tolerance")
 @pytest.mark.parametrize("fusion", ["attention", 0.3])
 def test_bfloat16(fusion):
     """Against the float32 reference with the same subject tokens; bf16 has 8 bits of mantissa."""
@@ -114,6 +123,7 @@ def test_bfloat16(fusion):
         assert_equal_prefill(model(**prompt.inputs), wanted, tolerance=3e-2)
 
 
+@pytest.mark.supports("Prompts", "a sample's result depends neither on its batch nor on padding")
 def test_a_sample_does_not_depend_on_its_batch(model):
     """One row alone, in a batch with others, and with more padding: the same logits."""
     rows = [[3, "image", 6], [8, "image", 20], [1, "image", 2]]

@@ -26,6 +26,7 @@ def drawn(batch: int = 2, length: int = 14, visual: int = 8, seed: int = 0):
     return torch.randn(batch, length, 6, generator=generator), mask
 
 
+@pytest.mark.supports("Options", "every built-in scoring rule")
 @pytest.mark.parametrize("name", scores.known_rules())
 def test_rules_run_through_the_backend(model, name):
     check(model, llava.prompt(model, [[3, "image", 6], [2, "image", 3]]), score=name, migration_depth=1, keep_ratio=0.3)
@@ -105,6 +106,7 @@ def test_nan_ranks_last(model):
     uncompile(model)
 
 
+@pytest.mark.supports("Options", "scoring rules of your own")
 def test_a_rule_of_ones_own(model):
     try:
         @parvts_fx.register_rule("first")

@@ -49,6 +49,7 @@ def assert_same_logits(output, plain):
     assert reference.relative_error(output.logits, plain.logits) <= TOLERANCE
 
 
+@pytest.mark.supports("Left unrewritten", "rows of a batch with different numbers of visual tokens")
 @pytest.mark.parametrize("rows", [[[3, "image", 2, "image", 4], [5]], [["image", 1, "image", 1], [1, "image", 3]],
                                   [[2, "image", "image", "image"], [4, "image"]]])
 def test_uneven_rows(model, rows):
@@ -85,6 +86,7 @@ def test_uneven_rows_with_strict(model):
         model(**llava.prompt(model, [[3, "image", "image"], [4]]).inputs)
 
 
+@pytest.mark.supports("Options", "keep_ratio=1 is the unmodified model")
 @pytest.mark.parametrize("keep", [dict(keep_ratio=1), dict(keep_ratio=1.0), dict(keep_tokens=16), dict(keep_tokens=999)], ids=str)
 @pytest.mark.parametrize("fusion", ["attention", 0.5])
 def test_keeping_all_is_the_unmodified_model(model, prompt, keep, fusion):
@@ -99,6 +101,7 @@ def test_text_prompts_are_left_alone_silently(model):
     assert told == []
 
 
+@pytest.mark.supports("Left unrewritten", "calls with labels")
 def test_labels(model, prompt):
     inputs = {**prompt.inputs, "labels": prompt.inputs["input_ids"]}
     plain, output, told = run_both(model, inputs)
@@ -116,6 +119,7 @@ def test_labels_after_a_call_without(model, prompt):
         torch.testing.assert_close(model(**prompt.inputs, labels=prompt.inputs["input_ids"]).loss, plain.loss)
 
 
+@pytest.mark.supports("Left unrewritten", "calls that record gradients")
 def test_gradients(model, prompt):
     model.zero_grad()
     with warnings.catch_warnings(record=True) as caught:
@@ -129,6 +133,7 @@ def test_gradients(model, prompt):
     model.zero_grad()
 
 
+@pytest.mark.supports("torch.compile", "no_grad and inference_mode")
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_gradients(model, prompt, mode):
     wanted = expected(model, prompt)
@@ -137,6 +142,7 @@ def test_without_gradients(model, prompt, mode):
         assert_equal_prefill(model(**prompt.inputs), wanted)
 
 
+@pytest.mark.supports("Calls", "output_hidden_states, rewritten or left as it is")
 def test_hidden_states(model, prompt):
     kept = len(expected(model, prompt)[0].rows)
     plain, output, told = run_both(model, {**prompt.inputs, "output_hidden_states": True})
@@ -149,6 +155,7 @@ def test_hidden_states(model, prompt):
         assert lengths == {kept}
 
 
+@pytest.mark.supports("Calls", "logits_to_keep")
 @pytest.mark.parametrize("count", [1, 3])
 def test_logits_to_keep(model, prompt, count):
     wanted = expected(model, prompt)
@@ -159,6 +166,7 @@ def test_logits_to_keep(model, prompt, count):
         assert reference.relative_error(logits[sample], one.logits[-count:]) <= TOLERANCE
 
 
+@pytest.mark.supports("Calls", "inputs_embeds in place of input_ids")
 def test_embeddings_in_place_of_ids(model, prompt):
     wanted = expected(model, prompt)
     with torch.no_grad():
@@ -168,6 +176,7 @@ def test_embeddings_in_place_of_ids(model, prompt):
         assert_equal_prefill(model(inputs_embeds=embeddings, **inputs), wanted)
 
 
+@pytest.mark.supports("Calls", "a second turn on the filled cache (one with an image runs unrewritten)")
 @pytest.mark.parametrize("with_image", [False, True], ids=["text", "image"])
 def test_second_turn_on_a_filled_cache(model, with_image):
     """New tokens with their positions in the full conversation, on the short cache of the first turn."""
@@ -192,6 +201,7 @@ def test_second_turn_on_a_filled_cache(model, with_image):
     assert len(reasons(caught)) == (1 if with_image else 0)
 
 
+@pytest.mark.supports("Calls", "generate: greedy, beams, sampling, several returned sequences, repetition penalty")
 @pytest.mark.parametrize("how", [dict(num_beams=2), dict(num_beams=3, num_return_sequences=2),
                                  dict(do_sample=True, num_return_sequences=2), dict(repetition_penalty=1.3)], ids=str)
 def test_ways_to_generate(model, prompt, how):
@@ -204,6 +214,7 @@ def test_ways_to_generate(model, prompt, how):
     assert model.generate(**prompt.inputs, max_new_tokens=5, **how).tolist() == wanted.tolist()
 
 
+@pytest.mark.supports("Left unrewritten", "static caches")
 def test_static_cache_runs_unrewritten(model, prompt):
     wanted = model.generate(**prompt.inputs, max_new_tokens=4, do_sample=False, cache_implementation="static")
     compile_with_parvts(model, strict=False)
@@ -212,6 +223,7 @@ def test_static_cache_runs_unrewritten(model, prompt):
     assert ids.tolist() == wanted.tolist()
 
 
+@pytest.mark.supports("torch.compile", "fullgraph=True")
 def test_fullgraph(model, prompt):
     wanted = expected(model, prompt)
     model.compile(backend="parvts", fullgraph=True, options={"migration_depth": 2, "lowering": "eager", "strict": True})
@@ -237,6 +249,7 @@ class FailsMidway:
         raise KeyError("midway")
 
 
+@pytest.mark.supports("Left unrewritten", "a pass that fails midway")
 def test_a_pass_that_fails_leaves_the_unrewritten_model(model, prompt, monkeypatch):
     rewriting = sys.modules["parvts_fx.rewrite"]
     build = rewriting.build_pipeline
@@ -251,3 +264,37 @@ def test_a_pass_that_fails_leaves_the_unrewritten_model(model, prompt, monkeypat
     compile_with_parvts(model, strict=True)
     with torch.no_grad(), pytest.raises(parvts_fx.NotRewritten, match="midway"):
         model(**prompt.inputs)
+
+
+@pytest.mark.supports("Calls", "with parvts_fx.compile, conversations that go on from a pruned prompt, by generate or by hand")
+@pytest.mark.parametrize("by_hand", [False, True], ids=["generate", "by hand"])
+def test_conversation_goes_on(model, by_hand):
+    """Positions and the new part of the conversation count the full prompt, not the shortened cache."""
+    first = llava.prompt(model, [[3, "image", 6]])
+    options = dict(keep_ratio=0.25, depth=1, score=rule())
+    steps, more = 3, torch.tensor([[9, 8, 7, 6]])
+    with reference.pruned(model, llava.text_model(model).layers, llava.finish(model), llava.IMAGE_TOKEN, **options), torch.no_grad():
+        cache = model(**first.inputs).past_key_values
+        length = first.visual.shape[1]
+        wanted = []
+        new = more
+        for _ in range(steps):
+            logits = model(input_ids=new, past_key_values=cache,
+                           position_ids=torch.arange(length, length + new.shape[1])[None]).logits[:, -1]
+            length += new.shape[1]
+            new = logits.argmax(-1, keepdim=True)
+            wanted.append(int(new))
+    parvts_fx.compile(model, lowering="eager", keep_ratio=0.25, migration_depth=1, strict=True)
+    with torch.no_grad():
+        cache = model(**first.inputs).past_key_values
+        assert cache.layers[0].keys.shape[-2] == 13 and cache.get_seq_length() == 25
+        if by_hand:  # no position ids: the model counts on from the cache
+            new, tokens = more, []
+            for _ in range(steps):
+                new = model(input_ids=new, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
+                tokens.append(int(new))
+        else:  # the whole conversation again: generate itself finds what is new
+            ids = torch.cat([first.inputs["input_ids"], more], 1)
+            tokens = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache,
+                                    max_new_tokens=steps, do_sample=False)[0, -steps:].tolist()
+    assert tokens == wanted

@@ -1,0 +1,83 @@
+"""Keep a shortened key-value cache honest about how many positions the conversation has had.
+
+A rewritten prefill caches the rows of path A only. transformers asks a cache for its length for two purposes: to tell
+how many keys there are (attention masks), and to tell how many tokens have been seen (positions of the next tokens,
+which part of a conversation is new). After pruning these are two different numbers. A graph cannot change Python
+attributes, so this happens behind the call that :func:`parvts_fx.compile` has arranged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+_PRUNED: contextvars.ContextVar[list[int] | None] = contextvars.ContextVar("parvts_fx_pruned", default=None)
+
+
+@contextlib.contextmanager
+def watch_pruning() -> Iterator[list[int]]:
+    """Collect, for the duration of a call, how many tokens per sample each rewritten prefill dropped."""
+    dropped: list[int] = []
+    token = _PRUNED.set(dropped)
+    try:
+        yield dropped
+    finally:
+        _PRUNED.reset(token)
+
+
+def tell_pruning(dropped: int) -> None:
+    """Called by a rewritten prefill each time it has run."""
+    held = _PRUNED.get()
+    if held is not None:
+        held.append(dropped)
+
+
+def is_cache(held: object) -> bool:
+    """Whether an object answers the questions of transformers' Cache that matter here."""
+    return all(hasattr(held, name) for name in ("layers", "get_seq_length", "get_query_offset", "get_mask_sizes"))
+
+
+def find_caches(output: object, arguments: Mapping[str, Any]) -> list[Any]:
+    """The caches that a call returned or was given."""
+    parts = list(output) if isinstance(output, (tuple, list)) else [getattr(output, "past_key_values", None)]
+    found = [held for held in (*parts, *arguments.values()) if is_cache(held)]
+    return list({id(held): held for held in found}.values())
+
+
+def remember_dropped(cache: Any, dropped: int) -> None:
+    """Let a cache's ``get_seq_length`` count the dropped tokens, and everything about its keys leave them out.
+
+    The cache object stays the same; its class becomes a subclass of what it was.
+    """
+    for layer in cache.layers:
+        if isinstance(getattr(layer, "cumulative_length", None), int):  # a sliding window's count of its own keys
+            layer.cumulative_length -= dropped
+    cache.dropped_tokens = getattr(cache, "dropped_tokens", 0) + dropped
+    if not getattr(type(cache), "counts_dropped_tokens", False):
+        cache.__class__ = _counting(type(cache))
+
+
+@functools.cache
+def _counting(cache_class: type) -> type:
+    class Counting(cache_class):
+        counts_dropped_tokens = True
+
+        def get_seq_length(self, layer_idx: int = 0) -> int:
+            """Tokens seen so far, the dropped ones included; 0 for a cache that has been emptied."""
+            length = super().get_seq_length(layer_idx)
+            return length + self.dropped_tokens if length else length
+
+        def get_query_offset(self, layer_idx: int = 0) -> int:
+            """Keys that stand in front of the next one."""
+            return super().get_seq_length(layer_idx)
+
+        def reset(self) -> None:
+            super().reset()
+            self.dropped_tokens = 0
+
+    Counting.__name__ = Counting.__qualname__ = cache_class.__name__
+    Counting.__module__ = cache_class.__module__
+    return Counting

@@ -1,0 +1,26 @@
+"""The README says what the tests show, and names the options that exist."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+
+from parvts_fx import Options
+from tests.supported import ROOT, replaced
+
+
+def test_the_table_of_what_is_supported_is_up_to_date():
+    text = (ROOT / "README.md").read_text()
+    done = subprocess.run([sys.executable, "-c", "from tests.supported import table; print(table())"],
+                          cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    rows = done.stdout[done.stdout.index("| area |"):].strip()
+    assert rows.count("\n") > 10
+    assert replaced(text, rows) == text, "run `python -m tests.supported`"
+
+
+def test_every_option_is_described():
+    text = (ROOT / "README.md").read_text()
+    for field in dataclasses.fields(Options):
+        assert f"`{field.name}`" in text, field.name
