@@ -27,12 +27,14 @@ def parvts(
     *,
     options: Options | Mapping[str, Any] | None = None,
     mode: str | None = None,
+    window_caches_follow: bool = False,
     on_rewriting: Callable[[GraphModule, Sequence[object], Rewriting], None] | None = None,
 ) -> Compiled:
     """Rewrite a multimodal prefill with ParVTS and lower it; lower every other graph as it is.
 
     Registered with torch.compile as "parvts" through the package's entry point. Args as torch.compile passes them:
-    ``options`` as in :class:`parvts_fx.Options`, ``mode`` for Inductor. ``on_rewriting`` is told of every graph, its
+    ``options`` as in :class:`parvts_fx.Options`, ``mode`` for Inductor. ``window_caches_follow``: the caller corrects
+    the token counts of sliding-window caches (as :func:`parvts_fx.compile` does). ``on_rewriting`` is told of every graph, its
     example inputs and what became of it.
 
     Errors in the options surface as a plain ValueError at the first call of the compiled model: raised in here, Dynamo
@@ -40,7 +42,7 @@ def parvts(
     """
     try:
         parsed = parse_options(options, mode)
-        done = _attempt(module, example_inputs, parsed)
+        done = _attempt(module, example_inputs, parsed, window_caches_follow)
         if on_rewriting is not None:
             on_rewriting(module, example_inputs, done)
         if done.module is None:
@@ -50,10 +52,12 @@ def parvts(
         return _raise_at_call(error)
 
 
-def _attempt(module: GraphModule, example_inputs: Sequence[object], options: Options) -> Rewriting:
+def _attempt(
+    module: GraphModule, example_inputs: Sequence[object], options: Options, window_caches_follow: bool
+) -> Rewriting:
     """Rewrite, or say why not. The only place that catches everything: users keep their model, whatever breaks."""
     try:
-        return rewrite_graph(module, example_inputs, options)
+        return rewrite_graph(module, example_inputs, options, window_caches_follow=window_caches_follow)
     except Refusal as refusal:
         reason = str(refusal)
         if options.strict:

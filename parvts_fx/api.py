@@ -53,7 +53,7 @@ def compile(model: Model, **options: Any) -> Model:
     arguments = {name: options.pop(name) for name in _COMPILE_ARGUMENTS if name in options}
     mode = options.pop("mode", None)
     parsed = parse_options(options, mode)
-    model.compile(backend=functools.partial(parvts, options=parsed), **arguments)
+    model.compile(backend=functools.partial(parvts, options=parsed, window_caches_follow=True), **arguments)
     model._compiled_call_impl = _with_capture_settings(model._compiled_call_impl)
     return model
 
@@ -114,7 +114,7 @@ def explain(model: torch.nn.Module, /, *args: Any, options: Mapping[str, Any] | 
         reports.append(report)
 
     traced = dataclasses.replace(parsed, lowering="eager", mode=None, lowering_options={})
-    backend = functools.partial(parvts, options=traced, on_rewriting=collect)
+    backend = functools.partial(parvts, options=traced, window_caches_follow=True, on_rewriting=collect)
     with torch.no_grad():  # static sizes, so that every count is a number
         _with_capture_settings(torch.compile(model._call_impl, backend=backend, dynamic=False))(*args, **inputs)
     return Report(tuple(reports))

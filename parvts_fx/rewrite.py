@@ -41,6 +41,7 @@ def rewrite_graph(
     options: Options,
     passes: Sequence[Pass] | None = None,
     checks: tuple[Check, ...] = CHEAP_CHECKS,
+    window_caches_follow: bool = False,
 ) -> Rewriting:
     """Rewrite a copy of the graph.
 
@@ -52,7 +53,7 @@ def rewrite_graph(
     nodes = len(module.graph.nodes)
     work = capture(module, example_inputs)
     spread_masked_updates(work)
-    decoder = find_decoder(work)
+    decoder = find_decoder(work, window_caches_follow)
     if decoder is None:
         return Rewriting(GraphReport("untouched", "no visual features are merged into embeddings", nodes))
     analysis = 1e3 * (time.perf_counter() - start)

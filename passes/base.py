@@ -60,15 +60,24 @@ class State:
     prune_node: Node | None = None
     """The residual stream after pruning: path A's rows alone."""
 
+    side_nodes: frozenset[Node] = dataclasses.field(init=False)
+    """What stood in the graph outside the decoder."""
+
     original_inputs: list[str] = dataclasses.field(init=False)
     original_outputs: list[object] = dataclasses.field(init=False)
+    last_rows: set[int] = dataclasses.field(init=False)
+    """Outputs that hold the prompt's last rows, or as many as there are: the caches of sliding windows."""
+
 
     def __post_init__(self) -> None:
         self.editor = Editor(self.module)
+        self.side_nodes = frozenset(self.module.graph.nodes) - frozenset(self.decoder.nodes)
         self.original_inputs = [node.name for node in self.module.graph.nodes if node.op == "placeholder"]
         outputs = output_node(self.module.graph).args[0]
         flat = outputs if isinstance(outputs, (tuple, list)) else [outputs]
         self.original_outputs = [value(out) if isinstance(out, Node) else out for out in flat]
+        inside, axes = set(self.decoder.nodes), self.decoder.tokens.axes
+        self.last_rows = {position for position, out in enumerate(flat) if out in inside and not axes.get(out)}
 
     @property
     def depth(self) -> int:

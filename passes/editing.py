@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_aggregate
 
-from parvts_fx.analysis.values import call, concrete, fake_mode_of, hint, value
+from parvts_fx.analysis.values import call, changed_in_place, concrete, fake_mode_of, hint, storage_of, value
 from parvts_fx.errors import Refusal
 
 Size = int | Node
@@ -43,6 +43,8 @@ class Editor:
         self.mode = fake_mode_of(module.graph)
         self._gathered: dict[tuple, Node] = {}
         self._masks: dict[tuple[str, str], Node] = {}
+        written = {node: changed_in_place(node) for node in self.graph.nodes}
+        self._writes = [(node, storage_of(target)) for node, target in written.items() if target is not None]
 
     # -- single nodes -----------------------------------------------------------------------------------------------
 
@@ -126,7 +128,10 @@ class Editor:
             return node
         key = (node, axis, rows.name, batch and batch[0])
         if key not in self._gathered:
-            with self.graph.inserting_before(max(node, rows.ready).next):
+            place = max(node, rows.ready)
+            if any(write > place and storage == storage_of(node) for write, storage in self._writes):
+                raise Refusal("a tensor whose rows are needed is changed in place later on", node)
+            with self.graph.inserting_before(place.next):
                 self._gathered[key] = self._gather(node, axis, rows, batch)
         return self._gathered[key]
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch.fx import Node
 
 from parvts_fx.analysis.tokens import AxisLabels, Count
-from parvts_fx.analysis.values import is_symbolic_int, is_tensor, leaves, symbols, value, with_leaves
+from parvts_fx.analysis.values import changed_in_place, is_symbolic_int, is_tensor, leaves, symbols, value, with_leaves
 from parvts_fx.errors import Refusal
 from parvts_fx.passes.base import State
 from parvts_fx.passes.editing import Rows, batch_of
@@ -41,6 +41,9 @@ def restrict(
     for node in region:
         if node in new:
             continue
+        written = changed_in_place(node)
+        if written is not None and (written not in new or written in start):
+            raise Refusal("a tensor in front of the rows' restriction is changed in place behind it", node)
         bindings = tokens.bindings.get(node, {})
         with editor.graph.inserting_before(node):
             like = next((s for s in node.all_input_nodes if s in tokens.axes and tokens.axes[s]), None)

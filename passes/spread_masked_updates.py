@@ -16,6 +16,8 @@ from parvts_fx.passes.editing import Editor
 _POINTWISE = (operator.add, operator.iadd, operator.mul, operator.imul, operator.sub, torch.add, torch.mul, torch.sub)
 _POINTWISE_METHODS = ("add", "add_", "mul", "mul_", "sub", "to", "clone", "type_as")
 
+_ASSERTIONS = (torch.ops.aten._assert_scalar.default, torch._check)
+
 
 @dataclasses.dataclass(frozen=True)
 class SpreadMaskedUpdates:
@@ -39,8 +41,6 @@ class SpreadMaskedUpdates:
                 count += _spread_scatter(editor, node)
             elif node.op == "call_function" and node.target is operator.setitem:
                 count += _spread_setitem(editor, node)
-        if count:
-            module.graph.eliminate_dead_code()
         return count
 
 
@@ -117,7 +117,10 @@ def _spread_setitem(editor: Editor, node: Node) -> bool:
 
 
 def _drop_assertions(graph: Graph, reads: list[Node]) -> None:
-    """Remove Dynamo's checks on the number of masked rows; ``spread`` fails on its own where features are too few."""
+    """Remove what read the masked rows: the update, and Dynamo's checks on their number.
+
+    ``spread`` fails on its own where features are too few.
+    """
     for node in reversed(descendants(graph, reads)):
-        if has_target(node, (torch.ops.aten._assert_scalar.default, torch._check)) and not node.users:
+        if not node.users and (node in reads or not node.is_impure() or has_target(node, _ASSERTIONS)):
             graph.erase_node(node)

@@ -10,15 +10,18 @@ from parvts_fx.analysis.attention import attention_nodes, find_attentions, reads
 from parvts_fx.analysis.merge import find_merge
 from parvts_fx.analysis.records import Attention, Decoder, Layer
 from parvts_fx.analysis.tokens import Probe, TokenMap
-from parvts_fx.analysis.values import ancestors, descendants, hint, is_index, is_tensor, output_node, value
+from parvts_fx.analysis.values import ancestors, changed_in_place, descendants, hint, is_index, is_tensor, output_node, value
 from parvts_fx.errors import Refusal
 
 TOKEN = "token"
 _SINK = "sink"
 
 
-def find_decoder(module: GraphModule) -> Decoder | None:
+def find_decoder(module: GraphModule, window_caches_follow: bool = False) -> Decoder | None:
     """Find the multimodal decoder in a captured graph.
+
+    Args:
+        window_caches_follow: the caller corrects the token counts of sliding-window caches after each prefill.
 
     Returns:
         The anatomy, or None where no visual features are merged into embeddings (a text prompt, a decode step, a
@@ -44,7 +47,7 @@ def find_decoder(module: GraphModule) -> Decoder | None:
         raise Refusal("no attention call reads the merged tokens as both queries and keys (a preallocated cache, say, "
                       "whose length the graph cannot change)", merge.output)
     layers, final, output = _layers(module, nodes, attentions, merge.output)
-    decoder = Decoder(merge, tuple(nodes), tuple(layers), final, output, tokens)
+    decoder = Decoder(merge, tuple(nodes), tuple(layers), final, output, tokens, window_caches_follow)
     _check(module, decoder)
     return decoder
 
@@ -125,25 +128,45 @@ def _output_of_last_layer(chain: list[Node], layers: list[Layer]) -> Node | None
 def _check(module: GraphModule, decoder: Decoder) -> None:
     """What would make dropping rows wrong, wherever it stands in the decoder."""
     tokens = decoder.tokens
-    inside = {node for layer in decoder.layers for attention in layer.attentions for node in attention.nodes}
     after_last = set(descendants(module.graph, [decoder.final]))
+    inside = set(decoder.nodes)
     for node in decoder.nodes:
-        if node.op == "call_method" and node.target.endswith("_") and not node.target.endswith("__"):
-            raise Refusal(f"the decoder changes a tensor in place ({node.target})", node)
-        if not is_tensor(node) or node in inside or tokens.axes.get(node) or not reads_tokens(node, tokens):
-            continue
-        if not _takes_last_rows(node, tokens):
-            raise Refusal("an operation reduces over the prompt's tokens (a loss or a pooling, say)", node)
-        if node not in after_last:
-            raise Refusal("a layer keeps the last tokens only (a sliding-window cache)", node)
+        target = changed_in_place(node)
+        if target is not None and target not in inside:
+            raise Refusal("the decoder writes into one of its inputs (a preallocated cache, say)", node)
     for node in output_node(module.graph).all_input_nodes:
-        if node in tokens.axes:
-            odd = [kind for kind in tokens.axes[node].values() if not kind.is_plain]
-            if odd:
-                raise Refusal(f"an output counts its tokens as {odd}", node)
+        if node not in tokens.axes:
+            continue
+        odd = [kind for kind in tokens.axes[node].values() if not kind.is_plain]
+        if odd:
+            raise Refusal(f"an output counts its tokens as {odd}", node)
+        for source in nodes_without_tokens(decoder, node):
+            if not reads_tokens(source, tokens):
+                continue
+            if not _takes_last_rows(source, tokens):
+                raise Refusal("an output reduces over the prompt's tokens (a loss or a pooling, say)", source)
+            if source not in after_last and not decoder.window_caches_follow:
+                raise Refusal("a layer caches its last tokens only, and counts them where a graph cannot reach (use "
+                              "parvts_fx.compile(model), which corrects the count)", source)
     for link in [*(layer.input for layer in decoder.layers), decoder.final]:
         if tokens.plain_axis(link) is None:
             raise Refusal("the residual stream has no plain token axis here", link)
+
+
+def nodes_without_tokens(decoder: Decoder, result: Node) -> list[Node]:
+    """The decoder's tensors without a token axis that lead to a result without one (itself included), in graph order.
+
+    Empty for a result that has a token axis.
+    """
+    inside, axes = set(decoder.nodes), decoder.tokens.axes
+    found: set[Node] = set()
+    stack = [result]
+    while stack:
+        node = stack.pop()
+        if node in inside and node not in found and not axes.get(node):
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return [node for node in decoder.nodes if node in found]
 
 
 def _takes_last_rows(node: Node, tokens: TokenMap) -> bool:

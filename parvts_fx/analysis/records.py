@@ -85,3 +85,6 @@ class Decoder:
 
     tokens: TokenMap
     """Which axes of which tensors run along the prompt, and which integers count its positions."""
+
+    window_caches_follow: bool = False
+    """Whether sliding-window caches may be shortened: their own count of tokens is corrected after the prefill."""

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import itertools
 import logging
+import operator
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -224,6 +225,8 @@ class Probe:
     def _evaluate(self, node: Node, current: list[Any], choice: Mapping[int, Binding], leaf_value: Any) -> Any:
         args, kwargs = with_leaves(node, [leaf_value(leaf, choice.get(i)) for i, leaf in enumerate(current)])
         with self.mode, torch.no_grad(), _quiet_trials():
+            if node.target is operator.setitem and isinstance(args[2], torch.Tensor):  # fake tensors do not check this
+                args[2].expand_as(args[0][args[1]])
             return call(self.module, node.op, node.target, args, kwargs)
 
     def _fake_leaf(self, leaf: Any, binding: Binding | None) -> Any:

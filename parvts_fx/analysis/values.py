@@ -84,6 +84,26 @@ def is_equality(node: Node) -> bool:
     return has_target(node, (operator.eq, torch.eq, torch.ops.aten.eq.Scalar), ("eq", "__eq__"))
 
 
+_IN_PLACE = (
+    operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.iand, operator.ior,
+)
+
+
+def changed_in_place(node: Node) -> Node | None:
+    """The tensor that a node writes into, or None for a node that only makes new values."""
+    if node.op == "call_function":
+        name = getattr(node.target, "__name__", "")
+        writes = node.target in _IN_PLACE or name.endswith("_") and not name.endswith("__")
+    else:
+        writes = node.op == "call_method" and node.target.endswith("_") and not node.target.endswith("__")
+    return node.args[0] if writes and node.args and is_tensor(node.args[0]) else None
+
+
+def storage_of(node: Node) -> int:
+    """Equal for tensors that are views of one another."""
+    return value(node).untyped_storage()._cdata
+
+
 def fake_mode_of(graph: Graph) -> FakeTensorMode:
     """The mode that the graph's own metadata carries; Dynamo has changed modes by the time a backend runs."""
     for node in graph.nodes:
