@@ -27,6 +27,14 @@ def expected(model: Any, prompt: llava.Prompt, inputs: dict | None = None, **opt
         score=rule(score) if isinstance(score, str) else score, **options)
 
 
+def pruned(model: Any, **options: Any):
+    """A context in which the eager model prefills as the reference does."""
+    def run(inputs: dict) -> list[reference.Prefill]:
+        return expected(model, llava.Prompt(inputs, inputs["input_ids"] == llava.IMAGE_TOKEN), **options)
+
+    return reference.pruned(model, run, llava.IMAGE_TOKEN)
+
+
 def compile_with_parvts(model: Any, lowering: Any = "eager", dynamic: bool | None = None, **options: Any) -> None:
     options = {"migration_depth": 2, "lowering": lowering, "strict": True, **options}
     model.compile(backend="parvts", options=options, dynamic=dynamic)

@@ -67,7 +67,8 @@ def record(model: torch.nn.Module, layers: Sequence[torch.nn.Module], inputs: di
         kept.arguments.append({k: v for k, v in kwargs.items() if k != "hidden_states"})
 
     def after(module: torch.nn.Module, args: tuple, output: Any) -> None:
-        kept.outputs.append(output[0] if isinstance(output, tuple) else output)
+        output = output[0] if isinstance(output, tuple) else output
+        kept.outputs.append(output.clone())  # a model may add to it in place before the next layer
 
     hooks = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
     hooks += [layer.register_forward_hook(after) for layer in layers]
@@ -228,11 +229,12 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @contextlib.contextmanager
-def pruned(model: torch.nn.Module, layers: Sequence[torch.nn.Module], finish: Callable, token: int, **options: Any):
+def pruned(model: torch.nn.Module, run: Callable[[dict[str, Any]], list[Prefill]], token: int):
     """While active, the eager model prefills multimodal prompts as the reference does, so that anything may call it.
 
     Args:
-        token: the id of visual tokens; options: as for :func:`prefill`.
+        run: the reference's prefill of given inputs.
+        token: the id of visual tokens.
     """
     forward = model.forward
 
@@ -245,11 +247,11 @@ def pruned(model: torch.nn.Module, layers: Sequence[torch.nn.Module], finish: Ca
         model.forward = forward
         inputs = {name: held for name, held in kwargs.items() if name not in ("past_key_values", "logits_to_keep")}
         try:
-            done = prefill(model, layers, finish, inputs, ids == token, **options)
+            done = run(inputs)
         finally:
             model.forward = replaced
         cache = DynamicCache() if cache is None else cache
-        for index in range(len(layers)):
+        for index in range(len(done[0].keys)):
             cache.update(torch.cat([d.keys[index] for d in done]), torch.cat([d.values[index] for d in done]), index)
         return CausalLMOutputWithPast(logits=torch.stack([d.logits for d in done]), past_key_values=cache)
 

@@ -11,7 +11,7 @@ import torch
 import parvts_fx
 from tests import llava, reference
 from tests.comparing import (
-    TOLERANCE, assert_equal_prefill, compile_with_parvts, expected, rule, uncompile,
+    TOLERANCE, assert_equal_prefill, compile_with_parvts, expected, pruned, uncompile,
 )
 
 
@@ -186,9 +186,7 @@ def test_second_turn_on_a_filled_cache(model, with_image):
     inputs = {**second.inputs, "position_ids": torch.arange(length, length + more)[None]}
     inputs.pop("attention_mask")
     options = dict(keep_ratio=0.25, migration_depth=1)
-    with torch.no_grad(), reference.pruned(
-            model, llava.text_model(model).layers, llava.finish(model), llava.IMAGE_TOKEN,
-            keep_ratio=0.25, depth=1, score=rule()):
+    with torch.no_grad(), pruned(model, keep_ratio=0.25, migration_depth=1):
         cache = model(**first.inputs).past_key_values
         wanted = model(past_key_values=cache, **inputs)
     with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
@@ -205,8 +203,7 @@ def test_second_turn_on_a_filled_cache(model, with_image):
 @pytest.mark.parametrize("how", [dict(num_beams=2), dict(num_beams=3, num_return_sequences=2),
                                  dict(do_sample=True, num_return_sequences=2), dict(repetition_penalty=1.3)], ids=str)
 def test_ways_to_generate(model, prompt, how):
-    options = dict(keep_ratio=0.25, depth=1, score=rule())
-    with reference.pruned(model, llava.text_model(model).layers, llava.finish(model), llava.IMAGE_TOKEN, **options):
+    with pruned(model, keep_ratio=0.25, migration_depth=1):
         torch.manual_seed(4)
         wanted = model.generate(**prompt.inputs, max_new_tokens=5, **how)
     compile_with_parvts(model, keep_ratio=0.25, migration_depth=1)
@@ -271,9 +268,8 @@ def test_a_pass_that_fails_leaves_the_unrewritten_model(model, prompt, monkeypat
 def test_conversation_goes_on(model, by_hand):
     """Positions and the new part of the conversation count the full prompt, not the shortened cache."""
     first = llava.prompt(model, [[3, "image", 6]])
-    options = dict(keep_ratio=0.25, depth=1, score=rule())
     steps, more = 3, torch.tensor([[9, 8, 7, 6]])
-    with reference.pruned(model, llava.text_model(model).layers, llava.finish(model), llava.IMAGE_TOKEN, **options), torch.no_grad():
+    with pruned(model, keep_ratio=0.25, migration_depth=1), torch.no_grad():
         cache = model(**first.inputs).past_key_values
         length = first.visual.shape[1]
         wanted = []
