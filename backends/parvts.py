@@ -18,7 +18,7 @@ from parvts_fx.errors import NotRewritten, ParvtsWarning, Refusal
 from parvts_fx.options import Options, parse_options
 from parvts_fx.precondition import Precondition
 from parvts_fx.report import GraphReport
-from parvts_fx.rewrite import Rewriting, rewrite_graph
+from parvts_fx.rewriting import Rewriting, rewrite_graph
 
 
 def parvts(
@@ -90,6 +90,10 @@ class Dispatch:
         self._unrewritten: Compiled | None = None
 
     def __call__(self, *inputs: object) -> object:
+        visual = self._precondition.visual_tokens(inputs)
+        dropped = visual - self._options.subject_count(visual)
+        if dropped == 0:
+            return self._run_unrewritten(inputs)
         reason = None
         if not self._precondition(*inputs):
             reason = "the samples of this batch have different numbers of visual tokens"
@@ -97,19 +101,18 @@ class Dispatch:
             reason = "labels are given, and a loss needs the logits of every position"
         if reason is None:
             outputs = self._rewritten(*inputs)
-            visual = self._precondition.visual_tokens(inputs)
-            tell_pruning(visual - self._options.subject_count(visual))
+            tell_pruning(dropped)
             return outputs
         if self._options.strict:
             raise NotRewritten(f"parvts_fx: this multimodal prefill cannot be rewritten: {reason}")
         warnings.warn(f"parvts_fx: this multimodal prefill runs unrewritten: {reason}", ParvtsWarning, stacklevel=2)
-        if self._unrewritten is None:
-            self._unrewritten = self._compile_unrewritten()
-        return self._unrewritten(*inputs)
+        return self._run_unrewritten(inputs)
 
-    def _compile_unrewritten(self) -> Compiled:
+    def _run_unrewritten(self, inputs: Sequence[object]) -> object:
         """Compiled when first needed; Dynamo guards its sizes, which need not be those of the rewritten graph."""
-        return torch.compile(self._original, backend=_LowerOnly(self._options))
+        if self._unrewritten is None:
+            self._unrewritten = torch.compile(self._original, backend=_LowerOnly(self._options))
+        return self._unrewritten(*inputs)
 
 
 def _has_labels() -> bool:

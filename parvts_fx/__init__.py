@@ -6,7 +6,7 @@
 from parvts_fx.api import compile, explain
 from parvts_fx.errors import NotRewritten, ParvtsWarning, Refusal
 from parvts_fx.options import Options
-from parvts_fx.rewrite import rewrite
+from parvts_fx.rewriting import rewrite
 from parvts_fx.scores import register_rule
 
 __all__ = [

@@ -20,7 +20,7 @@ from parvts_fx.caches import find_caches, remember_dropped, watch_pruning
 from parvts_fx.capture import capture
 from parvts_fx.options import parse_options
 from parvts_fx.report import GraphReport, Report
-from parvts_fx.rewrite import Rewriting
+from parvts_fx.rewriting import Rewriting
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 

@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Callable, Mapping
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -126,8 +125,8 @@ class Options:
         ratio = 1 / 9 if self.keep_ratio is None else self.keep_ratio
         if isinstance(visual, int):
             return max(1, math.floor(ratio * visual + 0.5))
-        share = Fraction(ratio).limit_denominator(10**6)  # integer arithmetic is all that symbolic sizes can do
-        return torch.sym_max(1, (2 * share.numerator * visual + share.denominator) // (2 * share.denominator))
+        share = ratio * torch.sym_float(visual) + 0.5  # the same arithmetic; sym_int rounds towards zero
+        return torch.sym_max(1, torch.sym_int(share))
 
     @property
     def keeps_all(self) -> bool:

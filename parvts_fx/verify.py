@@ -73,13 +73,13 @@ def drops_branch(state: State) -> str | None:
     """After pruning, what the outputs read of layer K's input they read through the pruned rows."""
     if state.prune_node is None:
         return None
-    late = state.decoder.nodes[state.decoder.nodes.index(state.cut) + 1:] if state.depth else ()
+    late = state.decoder.nodes[state.decoder.nodes.index(state.cut) + 1:]
     full = hint(state.decoder.tokens.size)
     kept = hint(value(state.prune_node).shape[1])
     if kept == full:
         return None
-    alive = set(state.module.graph.nodes)
     flow = graph_of(state.module.graph)
+    alive = nx.ancestors(flow, output_node(state.module.graph))
     if state.prune_node not in flow:
         return "the pruned residual stream has left the graph"
     for node in late:

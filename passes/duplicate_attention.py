@@ -12,7 +12,7 @@ from torch.fx import Node
 from parvts_fx.analysis.attention import KEY, QUERY, fused_arguments
 from parvts_fx.analysis.records import Attention, Operand
 from parvts_fx.analysis.tokens import AxisLabels, Count
-from parvts_fx.analysis.values import leaves, with_leaves
+from parvts_fx.analysis.values import leaves, value, with_leaves
 from parvts_fx.passes.base import PassResult, State
 from parvts_fx.passes.editing import Rows, batch_of
 
@@ -101,6 +101,8 @@ def _rows_of(state: State, operand: Operand, rows: Rows) -> Node:
 
 
 def _side_rows(state: State, side: Node, binding: AxisLabels, choice: dict[str, Rows], like: Node) -> Node:
+    rank = value(side).dim()
     for axis, label in binding.axes:
+        axis += value(side).dim() - rank  # gathering per sample may have put an axis for them in front
         side = state.editor.gather(side, axis, choice[label], batch_of(side, axis, state.batch, like))
     return side

@@ -55,7 +55,9 @@ def restrict(
                 elif isinstance(binding, Count):
                     leaf = editor.times(rows.count, binding.multiple)
                 elif isinstance(binding, AxisLabels):
+                    rank = value(leaf).dim()
                     for axis, _ in binding.axes:
+                        axis += value(leaf).dim() - rank  # the samples' axis may be new in front
                         leaf = editor.gather(leaf, axis, rows, batch_of(leaf, axis, state.batch, like))
                 elif isinstance(leaf, Node) and (leaf in tokens.axes or leaf in inside):
                     leaf = gather_rows(state, leaf, rows, node)

@@ -248,7 +248,7 @@ class FailsMidway:
 
 @pytest.mark.supports("Left unrewritten", "a pass that fails midway")
 def test_a_pass_that_fails_leaves_the_unrewritten_model(model, prompt, monkeypatch):
-    rewriting = sys.modules["parvts_fx.rewrite"]
+    rewriting = sys.modules["parvts_fx.rewriting"]
     build = rewriting.build_pipeline
     monkeypatch.setattr(rewriting, "build_pipeline", lambda options: (*build(options)[:2], FailsMidway()))
     weights = {name: held.clone() for name, held in model.state_dict().items()}

@@ -110,7 +110,10 @@ def _layers(
 
 
 def _output_of_last_layer(chain: list[Node], layers: list[Layer]) -> Node | None:
-    """Where the layer before has its output: as many links behind its attention, made by the same operations."""
+    """Where the layer before has its output: as many links behind its attention, made by the same operations.
+
+    With two layers the one before is the first, whose chain has further links inside the attention: the root's own.
+    """
     if len(layers) < 2:
         return None
 
@@ -119,10 +122,15 @@ def _output_of_last_layer(chain: list[Node], layers: list[Layer]) -> Node | None
         behind = [link for link in chain if link not in before]
         return behind if stop is None else behind[:behind.index(stop) + 1]
 
-    pattern = links_behind(layers[-2], layers[-1].input)
-    links = links_behind(layers[-1], None)[:len(pattern)]
-    same = [(link.op, link.target) for link in links] == [(link.op, link.target) for link in pattern]
-    return links[-1] if same and links else None
+    def operations(links: list[Node]) -> list[tuple[str, object]]:
+        return [(link.op, link.target) for link in links]
+
+    pattern, links = links_behind(layers[-2], layers[-1].input), links_behind(layers[-1], None)
+    shortest = 1 if len(layers) == 2 else len(pattern)
+    for length in range(len(pattern), shortest - 1, -1):
+        if length and operations(pattern[-length:]) == operations(links[:length]):
+            return links[length - 1]
+    return None
 
 
 def _check(module: GraphModule, decoder: Decoder) -> None:

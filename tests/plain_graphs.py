@@ -1,0 +1,73 @@
+"""Graphs of the models of :mod:`tests.plain`, as Dynamo hands them to a backend, and what it takes to rewrite them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch.fx import GraphModule
+
+import parvts_fx
+from parvts_fx.capture import copy_graph_module
+from parvts_fx.passes import OPTIONAL_PASSES, PassResult, State
+from tests.plain import Plain, Row, Specification, prompt
+
+# 13 tokens: a size that nothing else in these models has, so that it tells rows of the whole prompt.
+ROWS = (Row(before=2), Row(padding=2, before=1, between=2))
+SPECIFICATIONS = {
+    "causal": Specification(layers=3, length=13),
+    "masked": Specification(layers=3, length=13, rows=ROWS, attention="masked", heads=4, groups=2, fused_qkv=True),
+    "written": Specification(layers=3, length=13, rows=ROWS, attention="written", flat=True, numbering="mask"),
+    "GPT-J": Specification(layers=3, length=13, rows=ROWS, attention="masked", parallel=True, norm="layer"),
+}
+CHOICES: dict[str, dict[str, Any]] = {
+    "before layer 0": dict(migration_depth=0),
+    "attention, 1": dict(migration_depth=1),
+    "attention, 2": dict(migration_depth=2),
+    "attention, all": dict(migration_depth=3),
+    "weight, 2": dict(migration_depth=2, fusion=0.4),
+    "weight, all": dict(migration_depth=3, fusion=0.4),
+    "joint, 2": dict(migration_depth=2, paths="joint"),
+}
+
+
+def capture(
+    function: Callable[..., Any], *inputs: torch.Tensor, dynamic: bool | None = None
+) -> tuple[GraphModule, list]:
+    """The one graph that Dynamo makes, with its metadata: Dynamo clears that of its own graph when it is done."""
+    seen = []
+
+    def keep(module: GraphModule, example_inputs: list) -> Callable[..., Any]:
+        seen.append((copy_graph_module(module), list(example_inputs)))
+        return module.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(function, backend=keep, dynamic=dynamic, fullgraph=True)(*inputs)
+    (graph,) = seen
+    return graph
+
+
+@functools.cache
+def captured(spec: Specification, dynamic: bool | None = None) -> tuple[GraphModule, list]:
+    return capture(Plain(spec), *prompt(spec).arguments, dynamic=dynamic)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A pass that calls a function."""
+
+    name: ClassVar[str] = "broken_pass"
+    action: Callable[[State], Any]
+
+    def run(self, state: State) -> PassResult:
+        self.action(state)
+        return PassResult(1)
+
+
+def options(**choice: Any) -> parvts_fx.Options:
+    """Without optional passes: they save work, and these tests count it."""
+    return parvts_fx.Options(**{"keep_tokens": 2, "skip_passes": OPTIONAL_PASSES, **choice})

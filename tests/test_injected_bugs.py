@@ -1,0 +1,185 @@
+"""Mistakes that an implementation may contain, put in one at a time: the comparison with the reference finds each.
+
+A tolerance, a prompt or a weight scale under which one of them went unnoticed would say nothing about the code. None of
+them may raise: an error that a mistake in a patch causes would pass for a bug that was found.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from parvts_fx import scores
+from parvts_fx.analysis.values import ancestors, value
+from parvts_fx.passes import PruneBranch, State, duplicate_attention, insert_partition, prune_branch
+from parvts_fx.passes.editing import Editor
+from tests.plain import Plain, Row, Specification, prompt
+from tests.plain_reference import largest_error, reference
+
+FOUND, TOLERANCE = 1e-3, 2e-5
+
+ROWS = (Row(before=2), Row(padding=2, before=1, between=2))
+MASKED = Specification(
+    layers=3, heads=4, groups=2, attention="masked", scale=0.6, length=14, rows=ROWS, numbering="mask")
+WRITTEN = dataclasses.replace(MASKED, attention="written", flat=True)
+CAUSAL = dataclasses.replace(MASKED, attention="causal", numbering="index")
+
+
+def tied(hidden: Tensor, visual: Tensor) -> Tensor:
+    return (visual.long().cumsum(1) % 2).float()
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """One model, prompt and choice of options, compiled and held against the reference."""
+
+    spec: Specification = MASKED
+    migration_depth: int = 1
+    fusion: str | float = "attention"
+    score: Callable[[Tensor, Tensor], Tensor] = scores.diverse
+
+    def error(self) -> float:
+        given = prompt(self.spec)
+        options = {"keep_tokens": 2, "migration_depth": self.migration_depth, "fusion": self.fusion}
+        torch._dynamo.reset()
+        model = Plain(self.spec)
+        compiled = torch.compile(
+            model, backend="parvts", options={**options, "score": self.score, "lowering": "eager", "strict": True})
+        with torch.no_grad():
+            return largest_error(compiled(*given.arguments), reference(model, given, self.score, **options))
+
+
+Patch = Callable[[pytest.MonkeyPatch], None]
+
+
+def wrap(owner: Any, name: str, bug: Callable[..., Any]) -> Patch:
+    """Replace ``owner.name`` by ``bug(original, ...)``."""
+    original = getattr(owner, name)
+    return lambda patch: patch.setattr(owner, name, lambda *args, **kwargs: bug(original, *args, **kwargs))
+
+
+def attention_calls(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Patch:
+    """In the attention calls that the passes write, change the keyword arguments."""
+
+    def bug(original: Callable, self: Editor, target: Callable, *args: Any, **kwargs: Any) -> Any:
+        return original(self, target, *args, **(change(kwargs) if target is F.scaled_dot_product_attention else kwargs))
+
+    return wrap(Editor, "call", bug)
+
+
+def copied_attention_without_mask(original: Callable, self: Editor, node: Any, args: tuple, kwargs: dict) -> Any:
+    return original(self, node, args, {name: held for name, held in kwargs.items() if name != "attn_mask"})
+
+
+def partitioning(change: Callable[[list[Tensor], int], None]) -> Patch:
+    """Change the partition's tensors: rows of A, of B and of the text, slots, is_text, partners."""
+
+    def bug(original: Callable, given: Tensor, visual: Tensor, *counts: Any) -> list[Tensor]:
+        tensors = list(original(given, visual, *counts))
+        change(tensors, visual.shape[1])
+        return tensors
+
+    return wrap(insert_partition, "partition", bug)
+
+
+def scoring(change: Callable[[Tensor], Tensor]) -> Patch:
+    return wrap(insert_partition, "partition", lambda original, given, *rest: original(change(given), *rest))
+
+
+def rows_one_too_early(tensors: list[Tensor], length: int) -> None:
+    tensors[0] = (tensors[0] - 1).clamp(min=0)
+
+
+def rows_of_the_first_sample(tensors: list[Tensor], length: int) -> None:
+    tensors[0] = tensors[0][:1].expand_as(tensors[0]).clone()
+
+
+def partners_one_too_late(tensors: list[Tensor], length: int) -> None:
+    tensors[5] = (tensors[5] + 1).clamp(max=tensors[1].shape[1] - 1)
+
+
+def swapped_branches(original: Callable, self: Editor, target: Callable, *args: Any, **kwargs: Any) -> Any:
+    if target is torch.cat and len(args[0]) == 3:
+        args = ([args[0][1], args[0][0], args[0][2]], *args[1:])
+    return original(self, target, *args, **kwargs)
+
+
+def attending(change: Callable[[State, Any, Any], Any]) -> Patch:
+    """Change which keys a group of queries attends to."""
+
+    def bug(original: Callable, state: State, attention: Any, queries: Any, keys: Any) -> Any:
+        return original(state, attention, queries, change(state, queries, keys))
+
+    return wrap(duplicate_attention, "attend", bug)
+
+
+def depth_off_by(difference: int) -> Patch:
+    return lambda patch: patch.setattr(State, "depth", property(lambda self: self.options.migration_depth + difference))
+
+
+def whole_outputs(original: Callable, state: State, node: Any, *rest: Any) -> Any:
+    return node if any(user.op == "output" for user in node.users) else original(state, node, *rest)
+
+
+def ungathered_positions(original: Callable, self: Editor, node: Any, axis: int, rows: Any, batch: Any) -> Any:
+    """The first rows of what does not depend on the prompt's embeddings (rotary angles) in place of the chosen ones."""
+    follows = any("masked_scatter" in str(source.target) for source in ancestors([node]))
+    if follows or not value(node).is_floating_point():
+        return original(self, node, axis, rows, batch)
+    with self.graph.inserting_before(max(node, rows.ready).next):
+        return self.method("narrow", node, axis, 0, rows.count)
+
+
+def mask_by_slot(original: Callable, self: Editor, queries: Any, keys: Any, like: Any) -> Any:
+    """A causal mask over the compacted rows, as if both sides had the same positions."""
+    node = original(self, queries, keys, like)
+    with self.graph.inserting_before(node.next):
+        return self.inline(lambda mask: torch.ones_like(mask).tril(), node)
+
+
+def weight_on_the_other_path(original: Callable, self: PruneBranch, *args: Any) -> Any:
+    return original(dataclasses.replace(self, fusion=1 - self.fusion), *args)
+
+
+WEIGHT = Comparison(fusion=0.25)
+BUGS: dict[str, tuple[Patch, Comparison]] = {
+    "mask dropped in migration": (attention_calls(lambda named: {**named, "attn_mask": None}), Comparison()),
+    "mask dropped behind pruning": (wrap(Editor, "copy", copied_attention_without_mask), Comparison()),
+    "causal mask by slot": (wrap(Editor, "causal_mask", mask_by_slot), Comparison(CAUSAL)),
+    "scale dropped": (attention_calls(lambda named: {**named, "scale": None}), Comparison()),
+    "rows off by one": (partitioning(rows_one_too_early), Comparison()),
+    "rows off by one, written out": (partitioning(rows_one_too_early), Comparison(WRITTEN)),
+    "rows of another sample": (partitioning(rows_of_the_first_sample), Comparison()),
+    "branches swapped": (wrap(Editor, "call", swapped_branches), Comparison()),
+    "pruned one layer late": (depth_off_by(1), Comparison()),
+    "pruned one layer early": (depth_off_by(-1), Comparison()),
+    "pruned one layer late, weights": (depth_off_by(1), WEIGHT),
+    "lowest scores kept": (scoring(torch.neg), Comparison()),
+    "ties to the later position": (
+        scoring(lambda given: given + 1e-3 * torch.arange(given.shape[1])), Comparison(score=tied)),
+    "cache not shortened": (wrap(prune_branch, "gather_rows", whole_outputs), Comparison()),
+    "text sees the subject group alone": (
+        attending(lambda state, queries, keys: state.partition.subject if queries.name == "text" else keys),
+        Comparison()),
+    "groups see each other": (attending(lambda state, queries, keys: state.partition.everything), Comparison()),
+    "positions not gathered": (wrap(Editor, "gather", ungathered_positions), Comparison()),
+    "weight on the other path": (wrap(PruneBranch, "_fuse", weight_on_the_other_path), WEIGHT),
+    "fused with the next token": (partitioning(partners_one_too_late), WEIGHT),
+}
+
+
+@pytest.mark.parametrize("patch, comparison", BUGS.values(), ids=BUGS.keys())
+def test_bug_is_found(monkeypatch: pytest.MonkeyPatch, patch: Patch, comparison: Comparison) -> None:
+    patch(monkeypatch)
+    assert comparison.error() > FOUND
+
+
+@pytest.mark.parametrize("comparison", dict.fromkeys(comparison for _, comparison in BUGS.values()), ids=str)
+def test_comparison_passes_without_the_bug(comparison: Comparison) -> None:
+    assert comparison.error() < TOLERANCE
