@@ -57,8 +57,8 @@ class Options:
     strict: bool = False
     """Raise :class:`parvts_fx.NotRewritten` where a multimodal prefill cannot be rewritten, instead of warning."""
 
-    skip_passes: tuple[str, ...] = ()
-    """Names of optional passes to leave out (exact savings that change no result), for comparison."""
+    extra_passes: tuple[Any, ...] = ()
+    """Passes of your own (objects with a ``name`` and ``run(state)``), run when ours have rewritten the graph."""
 
     mode: str | None = None
     """As in torch.compile; handed to Inductor."""
@@ -93,14 +93,17 @@ class Options:
             _fail("strict", self.strict, "True or False", "")
         if self.mode is not None and self.mode not in MODES:
             _fail("mode", self.mode, f"one of {', '.join(MODES)}", "The modes are torch.compile's.")
-        object.__setattr__(self, "skip_passes", (self.skip_passes,) if isinstance(self.skip_passes, str)
-                           else tuple(self.skip_passes))
+        given = self.extra_passes if isinstance(self.extra_passes, (list, tuple)) else (self.extra_passes,)
+        for graph_pass in given:
+            if not isinstance(getattr(graph_pass, "name", None), str) or not callable(getattr(graph_pass, "run", None)):
+                _fail("extra_passes", graph_pass, "objects with a name and a method run(state)",
+                      "See parvts_fx.passes.base.Pass.")
+        object.__setattr__(self, "extra_passes", tuple(given))
         self._check_references()
 
     def _check_references(self) -> None:
-        """Names that point at something registered elsewhere: rules, lowerings, passes."""
+        """Names that point at something registered elsewhere: rules and lowerings."""
         from parvts_fx.backends.lowering import known_lowerings
-        from parvts_fx.passes import OPTIONAL_PASSES
         from parvts_fx.scores import known_rules
 
         for name, known in (("score", known_rules), ("lowering", known_lowerings)):
@@ -110,10 +113,6 @@ class Options:
                     _fail(name, value, f"a callable or one of {', '.join(sorted(known()))}", _closest(value, known()))
             elif not callable(value):
                 _fail(name, value, f"a callable or one of {', '.join(sorted(known()))}", "")
-        for value in self.skip_passes:
-            if value not in OPTIONAL_PASSES:
-                _fail("skip_passes", value, f"names among {', '.join(OPTIONAL_PASSES) or '(none)'}",
-                      _closest(str(value), OPTIONAL_PASSES))
 
     def subject_count(self, visual: int) -> int:
         """Number of subject tokens among ``visual`` visual tokens (DESIGN 1: round half up, at least one).

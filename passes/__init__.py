@@ -10,19 +10,17 @@ from parvts_fx.passes.insert_partition import InsertPartition
 from parvts_fx.passes.prune_branch import PruneBranch
 from parvts_fx.passes.remove_dead_code import RemoveDeadCode
 
-OPTIONAL_PASSES: tuple[str, ...] = ()
-
 
 def build_pipeline(options: Options) -> tuple[Pass, ...]:
     """The passes for these options, in order."""
     passes: list[Pass] = [InsertPartition(options)]
     if options.migration_depth > 0 and options.paths == "parallel":
         passes.append(DuplicateAttention() if options.fusion == "attention" else DuplicateLayers())
-    passes += [PruneBranch(options.fusion), RemoveDeadCode()]
+    passes += [PruneBranch(options.fusion), *options.extra_passes, RemoveDeadCode()]
     return tuple(passes)
 
 
 __all__ = [
-    "OPTIONAL_PASSES", "DuplicateAttention", "DuplicateLayers", "InsertPartition", "Pass", "PassRecord", "PassResult",
+    "DuplicateAttention", "DuplicateLayers", "InsertPartition", "Pass", "PassRecord", "PassResult",
     "PruneBranch", "RemoveDeadCode", "State", "build_pipeline", "run_pipeline",
 ]

@@ -118,8 +118,8 @@ class PassResult:
 class Pass(Protocol):
     """A rewriting of the graph in ``state.module``; its fields are its options.
 
-    A third party's pass is any object with a ``name`` and a ``run``; hand it to :func:`parvts_fx.rewrite` or add it
-    to :data:`parvts_fx.passes.PIPELINE`. The graph is valid before and after a pass, and every node that it adds
+    A third party's pass is any object with a ``name`` and a ``run``; name it in the option ``extra_passes``, or hand a
+    whole pipeline to :func:`parvts_fx.rewrite`. The graph is valid before and after a pass, and every node that it adds
     carries ``meta["example_value"]``.
     """
 

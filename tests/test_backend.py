@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -16,6 +17,7 @@ import torch
 
 import parvts_fx
 from parvts_fx.backends.parvts import parvts
+from parvts_fx.passes import PassResult
 from tests import llava
 from tests.comparing import TOLERANCE, assert_equal_prefill, check, compile_with_parvts, expected, rule, uncompile
 from tests.plain import Plain, Row, Specification
@@ -213,7 +215,7 @@ def test_both_compile_caches_hit_in_a_second_process(tmp_path, dynamic):
     assert length == 8 and aot["autograd_cache_hit"] == 1 and aot.get("autograd_cache_saved", 0) == 0
     assert inductor.get("fxgraph_cache_hit", 0) == 1 and inductor.get("fxgraph_cache_miss", 0) == 0
     length, inductor, aot = run(0.6)
-    assert length == 9 and aot["autograd_cache_miss"] == 1
+    assert length == 9 and aot["autograd_cache_miss"] >= 1 and inductor["fxgraph_cache_miss"] == 1
 
 
 @pytest.mark.inductor
@@ -233,6 +235,33 @@ def test_inductor(fusion, dynamic):
 @pytest.mark.inductor
 def test_llava_through_inductor(model, prompt):
     check(model, prompt, lowering="inductor", migration_depth=1, steps=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class TwiceTheLogits:
+    """A third party's pass: doubles the first output."""
+
+    name = "twice_the_logits"
+
+    def run(self, state):
+        output = next(iter(reversed(state.module.graph.nodes)))
+        logits = output.args[0][0]
+        with state.module.graph.inserting_before(output):
+            output.args = ((state.editor.call(torch.mul, logits, 2), *output.args[0][1:]),)
+        return PassResult(1)
+
+
+@pytest.mark.supports("Options", "passes of your own")
+def test_a_pass_of_ones_own():
+    specification = Specification()
+    given, plain = plain_prompt(specification), Plain(specification)
+    options = dict(migration_depth=1, lowering="eager", strict=True)
+    with torch.no_grad():
+        once = torch.compile(plain, backend="parvts", options=options)(*given.arguments)
+        torch._dynamo.reset()
+        twice = torch.compile(plain, backend="parvts", options={**options, "extra_passes": [TwiceTheLogits()]})(*given.arguments)
+    torch.testing.assert_close(twice[0], 2 * once[0])
+    torch.testing.assert_close(twice[1], once[1])
 
 
 @pytest.mark.parametrize("mode", [None, "reduce-overhead", "max-autotune-no-cudagraphs"])

@@ -37,7 +37,7 @@ BAD = [
     ({"score": 3}, "score=3"), ({"lowering": "inducktor"}, 'Did you mean "inductor"'), ({"lowering": None}, "lowering=None"),
     ({"strict": "yes"}, "strict='yes'"), ({"keep_rato": 0.5}, 'Did you mean "keep_ratio"'),
     ({"lowering": "eager", "max_autotune": True}, "takes no"), ({"mode": "fast"}, "mode='fast'"),
-    ({"skip_passes": "nothing"}, "skip_passes='nothing'"),
+    ({"extra_passes": [print]}, "extra_passes="),
 ]
 
 
