@@ -57,6 +57,9 @@ class Options:
     strict: bool = False
     """Raise :class:`parvts_fx.NotRewritten` where a multimodal prefill cannot be rewritten, instead of warning."""
 
+    skip_dead_rows: bool = True
+    """In the last migration layer, compute only the rows that something reads: the same result for less work."""
+
     extra_passes: tuple[Any, ...] = ()
     """Passes of your own (objects with a ``name`` and ``run(state)``), run when ours have rewritten the graph."""
 
@@ -89,8 +92,9 @@ class Options:
         if self.paths == "joint" and self.fusion != "attention":
             _fail("fusion", self.fusion, '"attention" together with paths="joint"',
                   "With joint paths there is one copy of the text rows and nothing to weigh.")
-        if not isinstance(self.strict, bool):
-            _fail("strict", self.strict, "True or False", "")
+        for name in ("strict", "skip_dead_rows"):
+            if not isinstance(getattr(self, name), bool):
+                _fail(name, getattr(self, name), "True or False", "")
         if self.mode is not None and self.mode not in MODES:
             _fail("mode", self.mode, f"one of {', '.join(MODES)}", "The modes are torch.compile's.")
         given = self.extra_passes if isinstance(self.extra_passes, (list, tuple)) else (self.extra_passes,)

@@ -9,18 +9,23 @@ from parvts_fx.passes.duplicate_layers import DuplicateLayers
 from parvts_fx.passes.insert_partition import InsertPartition
 from parvts_fx.passes.prune_branch import PruneBranch
 from parvts_fx.passes.remove_dead_code import RemoveDeadCode
+from parvts_fx.passes.skip_dead_rows import SkipDeadRows
 
 
 def build_pipeline(options: Options) -> tuple[Pass, ...]:
     """The passes for these options, in order."""
     passes: list[Pass] = [InsertPartition(options)]
+    attention = options.fusion == "attention"
+    early = options.skip_dead_rows and attention and options.migration_depth > 0
     if options.migration_depth > 0 and options.paths == "parallel":
-        passes.append(DuplicateAttention() if options.fusion == "attention" else DuplicateLayers())
+        passes.append(DuplicateAttention(leave_last=early) if attention else DuplicateLayers())
+    if early:
+        passes.append(SkipDeadRows(options.paths))
     passes += [PruneBranch(options.fusion), *options.extra_passes, RemoveDeadCode()]
     return tuple(passes)
 
 
 __all__ = [
     "DuplicateAttention", "DuplicateLayers", "InsertPartition", "Pass", "PassRecord", "PassResult",
-    "PruneBranch", "RemoveDeadCode", "State", "build_pipeline", "run_pipeline",
+    "PruneBranch", "RemoveDeadCode", "SkipDeadRows", "State", "build_pipeline", "run_pipeline",
 ]

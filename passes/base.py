@@ -28,6 +28,9 @@ class Partition:
     """Path B: all text and the non-subject tokens."""
 
     text: Rows
+    text_in_subject: Rows
+    """Where the text rows stand among the rows of path A."""
+
     everything: Rows
     slots: Node
     """[batch, seq] int64: where each position's row stands in the rows of A, B and T, one behind the other."""
@@ -37,6 +40,9 @@ class Partition:
 
     partners: Node
     """[batch, subject count] int64: for a text row of path A, the same token's row in path B (0 for others)."""
+
+    subject_slots: Node
+    """[batch, subject count] int64: where each row of path A stands in the rows of A and T, one behind the other."""
 
     visual_count: Size
     subject_count: Size
@@ -56,6 +62,12 @@ class State:
 
     attention_calls: dict[str, list[Node]] = dataclasses.field(default_factory=dict)
     """The attention outputs that the rewriting put in, by path."""
+
+    pruned: dict[Node, Node] = dataclasses.field(default_factory=dict)
+    """Where rows were dropped before layer K's input: nodes of the decoder, and what holds their path A rows."""
+
+    behind_cut: list[Node] | None = None
+    """With it: the decoder's nodes that are to run on path A's rows."""
 
     prune_node: Node | None = None
     """The residual stream after pruning: path A's rows alone."""

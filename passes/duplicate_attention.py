@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -29,10 +30,12 @@ class DuplicateAttention:
     """
 
     name: ClassVar[str] = "duplicate_attention"
+    leave_last: bool = False
+    """Leave the last call to :class:`SkipDeadRows`, which needs no output for the non-subject rows."""
 
     def run(self, state: State) -> PassResult:
         parts = state.partition
-        attentions = state.migration_attentions
+        attentions = state.migration_attentions[:-1] if self.leave_last else state.migration_attentions
         for attention in attentions:
             with state.editor.graph.inserting_before(attention.output.next):
                 outputs = []
@@ -52,15 +55,22 @@ class DuplicateAttention:
         return PassResult(len(attentions))
 
 
-def attend(state: State, attention: Attention, queries: Rows, keys: Rows) -> Node:
-    """Write an attention call again for some queries and some keys; returns its output."""
+def attend(
+    state: State, attention: Attention, queries: Rows, keys: Rows, ready: Mapping[Node, Node] | None = None
+) -> Node:
+    """Write an attention call again for some queries and some keys; returns its output.
+
+    Args:
+        ready: for operands that need not be gathered, what holds their chosen rows.
+    """
+    ready = ready or {}
     if len(attention.nodes) == 1:
-        return _attend_fused(state, attention, queries, keys)
+        return _attend_fused(state, attention, queries, keys, ready)
     editor = state.editor
     new: dict[Node, Any] = {}
     for operands, rows in ((attention.queries, queries), (attention.keys, keys)):
         for operand in operands:
-            new[operand.node] = _rows_of(state, operand, rows)
+            new[operand.node] = _rows_of(state, operand, rows, ready)
     choice = {QUERY: queries, KEY: keys}
     for node in attention.nodes:
         bindings = attention.bindings[node]
@@ -78,7 +88,9 @@ def attend(state: State, attention: Attention, queries: Rows, keys: Rows) -> Nod
     return new[attention.output]
 
 
-def _attend_fused(state: State, attention: Attention, queries: Rows, keys: Rows) -> Node:
+def _attend_fused(
+    state: State, attention: Attention, queries: Rows, keys: Rows, ready: Mapping[Node, Node]
+) -> Node:
     (node,) = attention.nodes
     named = fused_arguments(node)
     (query,), (key, val) = attention.queries, attention.keys
@@ -90,12 +102,14 @@ def _attend_fused(state: State, attention: Attention, queries: Rows, keys: Rows)
         choice = {QUERY: queries, KEY: keys}
         named["attn_mask"] = _side_rows(state, named["attn_mask"], binding, choice, query.node)
     for name, operand, rows in (("query", query, queries), ("key", key, keys), ("value", val, keys)):
-        named[name] = _rows_of(state, operand, rows)
+        named[name] = _rows_of(state, operand, rows, ready)
     operands = [named.pop(name) for name in ("query", "key", "value")]
     return state.editor.call(F.scaled_dot_product_attention, *operands, **named)
 
 
-def _rows_of(state: State, operand: Operand, rows: Rows) -> Node:
+def _rows_of(state: State, operand: Operand, rows: Rows, ready: Mapping[Node, Node]) -> Node:
+    if operand.node in ready:
+        return ready[operand.node]
     batch = batch_of(operand.node, operand.axis, state.batch)
     return state.editor.gather(operand.node, operand.axis, rows, batch)
 

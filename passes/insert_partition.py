@@ -30,7 +30,8 @@ def partition(
 
     Returns:
         positions of path A [batch, seq - visuals + subjects], of path B [batch, seq - subjects] and of the text
-        [batch, seq - visuals], ascending; slots [batch, seq]; is_text and partners [batch, path A] (see Partition).
+        [batch, seq - visuals], ascending; slots [batch, seq]; is_text, partners and subject_slots [batch, path A];
+        text_in_subject [batch, seq - visuals] (see Partition).
     """
     length = visual.shape[1]
     scores = torch.where(torch.isnan(scores), -torch.inf, scores.float())
@@ -52,7 +53,9 @@ def partition(
     slots = torch.where(visual, visual_slots, size_a + size_b + ranks(~visual))
     is_text = ~visual.gather(1, rows_a)
     partners = torch.where(is_text, ranks(in_b).gather(1, rows_a), 0)
-    return rows_a, positions(in_b, size_b), positions(~visual, length - visuals), slots, is_text, partners
+    subject_slots = torch.where(is_text, size_a + ranks(is_text), ranks(torch.ones_like(is_text)))
+    rows_b, rows_t = positions(in_b, size_b), positions(~visual, length - visuals)
+    return rows_a, rows_b, rows_t, slots, is_text, partners, subject_slots, positions(is_text, length - visuals)
 
 
 def visual_tokens(features: tuple[torch.Tensor, ...], hidden: torch.Tensor) -> int:
@@ -94,12 +97,13 @@ class InsertPartition:
             visual = editor.inline(union, *merge.masks)
             scores = trace_rule(editor, self.options.score, merge.output, visual)
             *tensors, subjects, visuals = editor.inline(split, merge.output, scores, visual, *merge.features)
-            rows_a, rows_b, rows_t, slots, is_text, partners = tensors
-            named = {"subject": rows_a, "non_subject": rows_b, "text": rows_t}
+            rows_a, rows_b, rows_t, slots, is_text, partners, subject_slots, text_in_subject = tensors
+            named = {"subject": rows_a, "non_subject": rows_b, "text": rows_t, "text_in_subject": text_in_subject}
             rows = {name: Rows(name, index, editor.size(index, 1)) for name, index in named.items()}
             everything = Rows("everything", None, editor.size(merge.output, 1))
         state.partition = Partition(
-            rows["subject"], rows["non_subject"], rows["text"], everything, slots, is_text, partners, visuals, subjects)
+            **rows, everything=everything, slots=slots, is_text=is_text, partners=partners, subject_slots=subject_slots,
+            visual_count=visuals, subject_count=subjects)
         return PassResult(count, f"{_show(subjects)} of {_show(visuals)} visual tokens in the subject group")
 
 

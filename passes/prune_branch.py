@@ -31,7 +31,7 @@ class PruneBranch:
         rows, graph = state.partition.subject, state.module.graph
         fused = state.non_subject_link is not None
         seed = state.decoder.merge.output if fused else state.cut
-        kept = gather_rows(state, seed, rows)
+        start = state.pruned or {seed: gather_rows(state, seed, rows)}
 
         def fuse(node: Node, copy: Node) -> Node:
             if node is not state.cut:
@@ -39,11 +39,14 @@ class PruneBranch:
             state.prune_node = self._fuse(state, copy)
             return state.prune_node
 
-        state.prune_node = kept
         inside = set(state.decoder.nodes)
-        region = [node for node in descendants(graph, [seed]) if node in inside and node is not seed]
-        copies = restrict(state, region, {seed: kept}, rows, fuse if fused else None)
-        if fused:
+        region = state.behind_cut
+        if region is None:
+            region = [node for node in descendants(graph, [seed]) if node in inside and node is not seed]
+        copies = restrict(state, region, start, rows, fuse if fused else None)
+        if not fused:
+            state.prune_node = copies[state.cut]
+        else:
             for attention in state.migration_attentions:
                 state.attention_calls.setdefault("subject", []).append(copies[attention.output])
         output = output_node(graph)

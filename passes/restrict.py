@@ -38,7 +38,7 @@ def restrict(
     editor, tokens = state.editor, state.decoder.tokens
     inside = set(state.decoder.nodes)
     new: dict[Node, Node] = dict(start)
-    for node in region:
+    for node in _with_their_tuples(state, region, new):
         if node in new:
             continue
         written = changed_in_place(node)
@@ -65,6 +65,21 @@ def restrict(
             copy = editor.copy(node, *with_leaves(node, fresh))
             new[node] = copy if replaced is None else replaced(node, copy)
     return new
+
+
+def _with_their_tuples(state: State, region: Iterable[Node], start: Mapping[Node, Node]) -> list[Node]:
+    """The region, and the nodes in front of it whose results are tuples: only tensors can be gathered."""
+    inside = set(state.decoder.nodes)
+    found: set[Node] = set()
+    stack = list(region)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(
+                source for source in node.all_input_nodes
+                if source in inside and source not in start and isinstance(value(source), (tuple, list)))
+    return [node for node in state.decoder.nodes if node in found]
 
 
 def gather_rows(state: State, node: Node, rows: Rows, reader: Node | None = None) -> Node:

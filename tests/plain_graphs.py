@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 import parvts_fx
 from parvts_fx.capture import copy_graph_module
-from parvts_fx.passes import OPTIONAL_PASSES, PassResult, State
+from parvts_fx.passes import PassResult, State
 from tests.plain import Plain, Row, Specification, prompt
 
 # 13 tokens: a size that nothing else in these models has, so that it tells rows of the whole prompt.
@@ -69,5 +69,5 @@ class Call:
 
 
 def options(**choice: Any) -> parvts_fx.Options:
-    """Without optional passes: they save work, and these tests count it."""
-    return parvts_fx.Options(**{"keep_tokens": 2, "skip_passes": OPTIONAL_PASSES, **choice})
+    """Without the saving of dead rows, so that all migration layers look alike; it has tests of its own."""
+    return parvts_fx.Options(**{"keep_tokens": 2, "skip_dead_rows": False, **choice})

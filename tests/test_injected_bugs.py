@@ -17,7 +17,7 @@ from torch import Tensor
 
 from parvts_fx import scores
 from parvts_fx.analysis.values import ancestors, value
-from parvts_fx.passes import PruneBranch, State, duplicate_attention, insert_partition, prune_branch
+from parvts_fx.passes import PruneBranch, State, duplicate_attention, insert_partition, prune_branch, skip_dead_rows
 from parvts_fx.passes.editing import Editor
 from tests.plain import Plain, Row, Specification, prompt
 from tests.plain_reference import largest_error, reference
@@ -43,14 +43,15 @@ class Comparison:
     migration_depth: int = 1
     fusion: str | float = "attention"
     score: Callable[[Tensor, Tensor], Tensor] = scores.diverse
+    skip_dead_rows: bool = False
 
     def error(self) -> float:
         given = prompt(self.spec)
         options = {"keep_tokens": 2, "migration_depth": self.migration_depth, "fusion": self.fusion}
+        ours = {"score": self.score, "skip_dead_rows": self.skip_dead_rows, "lowering": "eager", "strict": True}
         torch._dynamo.reset()
         model = Plain(self.spec)
-        compiled = torch.compile(
-            model, backend="parvts", options={**options, "score": self.score, "lowering": "eager", "strict": True})
+        compiled = torch.compile(model, backend="parvts", options={**options, **ours})
         with torch.no_grad():
             return largest_error(compiled(*given.arguments), reference(model, given, self.score, **options))
 
@@ -78,7 +79,7 @@ def copied_attention_without_mask(original: Callable, self: Editor, node: Any, a
 
 
 def partitioning(change: Callable[[list[Tensor], int], None]) -> Patch:
-    """Change the partition's tensors: rows of A, of B and of the text, slots, is_text, partners."""
+    """Change the partition's tensors, in the order in which ``partition`` returns them."""
 
     def bug(original: Callable, given: Tensor, visual: Tensor, *counts: Any) -> list[Tensor]:
         tensors = list(original(given, visual, *counts))
@@ -104,6 +105,14 @@ def partners_one_too_late(tensors: list[Tensor], length: int) -> None:
     tensors[5] = (tensors[5] + 1).clamp(max=tensors[1].shape[1] - 1)
 
 
+def text_slots_off_by_one(tensors: list[Tensor], length: int) -> None:
+    tensors[6] = (tensors[6] - 1).clamp(min=0)
+
+
+def text_queries_off_by_one(tensors: list[Tensor], length: int) -> None:
+    tensors[7] = (tensors[7] + 1).clamp(max=tensors[0].shape[1] - 1)
+
+
 def swapped_branches(original: Callable, self: Editor, target: Callable, *args: Any, **kwargs: Any) -> Any:
     if target is torch.cat and len(args[0]) == 3:
         args = ([args[0][1], args[0][0], args[0][2]], *args[1:])
@@ -113,10 +122,14 @@ def swapped_branches(original: Callable, self: Editor, target: Callable, *args: 
 def attending(change: Callable[[State, Any, Any], Any]) -> Patch:
     """Change which keys a group of queries attends to."""
 
-    def bug(original: Callable, state: State, attention: Any, queries: Any, keys: Any) -> Any:
-        return original(state, attention, queries, change(state, queries, keys))
+    def bug(original: Callable, state: State, attention: Any, queries: Any, keys: Any, *rest: Any) -> Any:
+        return original(state, attention, queries, change(state, queries, keys), *rest)
 
-    return wrap(duplicate_attention, "attend", bug)
+    def patch(monkeypatch: pytest.MonkeyPatch) -> None:
+        for owner in (duplicate_attention, skip_dead_rows):
+            wrap(owner, "attend", bug)(monkeypatch)
+
+    return patch
 
 
 def depth_off_by(difference: int) -> Patch:
@@ -147,7 +160,7 @@ def weight_on_the_other_path(original: Callable, self: PruneBranch, *args: Any) 
     return original(dataclasses.replace(self, fusion=1 - self.fusion), *args)
 
 
-WEIGHT = Comparison(fusion=0.25)
+WEIGHT, DEAD = Comparison(fusion=0.25), Comparison(migration_depth=2, skip_dead_rows=True)
 BUGS: dict[str, tuple[Patch, Comparison]] = {
     "mask dropped in migration": (attention_calls(lambda named: {**named, "attn_mask": None}), Comparison()),
     "mask dropped behind pruning": (wrap(Editor, "copy", copied_attention_without_mask), Comparison()),
@@ -168,6 +181,14 @@ BUGS: dict[str, tuple[Patch, Comparison]] = {
         attending(lambda state, queries, keys: state.partition.subject if queries.name == "text" else keys),
         Comparison()),
     "groups see each other": (attending(lambda state, queries, keys: state.partition.everything), Comparison()),
+    "text sees the subject group alone, without dead rows": (
+        attending(lambda state, queries, keys: state.partition.subject if queries.name == "text" else keys), DEAD),
+    "groups see each other, without dead rows": (
+        attending(lambda state, queries, keys: state.partition.everything), Comparison(skip_dead_rows=True)),
+    "text rows misplaced": (partitioning(text_slots_off_by_one), DEAD),
+    "queries of other rows": (partitioning(text_queries_off_by_one), DEAD),
+    "mask dropped, without dead rows": (attention_calls(lambda named: {**named, "attn_mask": None}), DEAD),
+    "positions not gathered, without dead rows": (wrap(Editor, "gather", ungathered_positions), DEAD),
     "positions not gathered": (wrap(Editor, "gather", ungathered_positions), Comparison()),
     "weight on the other path": (wrap(PruneBranch, "_fuse", weight_on_the_other_path), WEIGHT),
     "fused with the next token": (partitioning(partners_one_too_late), WEIGHT),
