@@ -201,6 +201,7 @@ def test_bug_is_found(monkeypatch: pytest.MonkeyPatch, patch: Patch, comparison:
     assert comparison.error() > FOUND
 
 
-@pytest.mark.parametrize("comparison", dict.fromkeys(comparison for _, comparison in BUGS.values()), ids=str)
+@pytest.mark.parametrize("comparison", dict.fromkeys(comparison for _, comparison in BUGS.values()),
+                         ids=lambda held: f"{held.spec.attention}, K={held.migration_depth}, {held.fusion}")
 def test_comparison_passes_without_the_bug(comparison: Comparison) -> None:
     assert comparison.error() < TOLERANCE
