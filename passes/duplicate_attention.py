@@ -34,25 +34,29 @@ class DuplicateAttention:
     """Leave the last call to :class:`SkipDeadRows`, which needs no output for the non-subject rows."""
 
     def run(self, state: State) -> PassResult:
-        parts = state.partition
         attentions = state.migration_attentions[:-1] if self.leave_last else state.migration_attentions
         for attention in attentions:
-            with state.editor.graph.inserting_before(attention.output.next):
-                outputs = []
-                for path, queries, keys in (
-                    ("subject", parts.subject, parts.subject),
-                    ("non_subject", parts.non_subject, parts.non_subject),
-                    ("text", parts.text, parts.everything),
-                ):
-                    outputs.append(attend(state, attention, queries, keys))
-                    state.attention_calls.setdefault(path, []).append(outputs[-1])
-                axis = attention.output_axis
-                joined = state.editor.call(torch.cat, outputs, dim=axis)
-                slots = Rows("slots", parts.slots, parts.everything.count)
-                result = state.editor.gather(joined, axis, slots, batch_of(attention.output, axis, state.batch))
-            state.decoder.tokens.axes[result] = state.decoder.tokens.axes[attention.output]
-            attention.output.replace_all_uses_with(result)
+            duplicate(state, attention)
         return PassResult(len(attentions))
+
+
+def duplicate(state: State, attention: Attention) -> None:
+    """Replace one attention call by three, and let all that read its output read theirs."""
+    parts, axis = state.partition, attention.output_axis
+    with state.editor.graph.inserting_before(attention.output.next):
+        outputs = []
+        for path, queries, keys in (
+            ("subject", parts.subject, parts.subject),
+            ("non_subject", parts.non_subject, parts.non_subject),
+            ("text", parts.text, parts.everything),
+        ):
+            outputs.append(attend(state, attention, queries, keys))
+            state.attention_calls.setdefault(path, []).append(outputs[-1])
+        joined = state.editor.call(torch.cat, outputs, dim=axis)
+        slots = Rows("slots", parts.slots, parts.everything.count)
+        result = state.editor.gather(joined, axis, slots, batch_of(attention.output, axis, state.batch))
+    state.decoder.tokens.axes[result] = state.decoder.tokens.axes[attention.output]
+    attention.output.replace_all_uses_with(result)
 
 
 def attend(

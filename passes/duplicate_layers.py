@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from parvts_fx.analysis.values import ancestors
+from parvts_fx.analysis.values import needed_for
 from parvts_fx.passes.base import PassResult, State
 from parvts_fx.passes.restrict import restrict
 
@@ -25,7 +25,7 @@ class DuplicateLayers:
     def run(self, state: State) -> PassResult:
         rows = state.partition.non_subject
         merge = state.decoder.merge.output
-        needed = ancestors([state.cut])
+        needed = needed_for(state.module.graph, [state.cut])
         region = [node for node in state.decoder.nodes if node in needed and node is not merge]
         start = {merge: state.editor.gather(merge, 1, rows, (0, state.batch))}
         copies = restrict(state, region, start, rows)

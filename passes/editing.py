@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_aggregate
 
+from parvts_fx.analysis.tokens import quiet_trials
 from parvts_fx.analysis.values import call, changed_in_place, concrete, fake_mode_of, hint, storage_of, value
 from parvts_fx.errors import Refusal
 
@@ -51,7 +52,7 @@ class Editor:
     def _evaluate(self, node: Node) -> Node:
         args, kwargs = map_aggregate((node.args, node.kwargs), lambda leaf: value(leaf) if isinstance(leaf, Node) else leaf)
         try:
-            with self.mode, torch.no_grad():
+            with self.mode, torch.no_grad(), quiet_trials():
                 node.meta["example_value"] = call(self.module, node.op, node.target, args, kwargs)
         except Refusal:
             raise

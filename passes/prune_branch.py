@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from parvts_fx.analysis.decoder import nodes_without_tokens
-from parvts_fx.analysis.values import changed_in_place, descendants, output_node, value
+from parvts_fx.analysis.values import descendants, output_node, value
 from parvts_fx.passes.base import PassResult, State
 from parvts_fx.passes.restrict import gather_rows, restrict
 
@@ -59,9 +59,6 @@ class PruneBranch:
                     output.replace_input_with(node, restrict(state, short, {}, rows)[node])
                 else:
                     output.replace_input_with(node, gather_rows(state, node, rows))
-        for node in reversed(region):  # the originals; writes into their own tensors are no reason to keep them
-            if not node.users and changed_in_place(node) is not None:
-                graph.erase_node(node)
         return PassResult(len(region))
 
     def _fuse(self, state: State, subject: Node) -> Node:

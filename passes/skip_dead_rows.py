@@ -9,9 +9,9 @@ import torch
 from torch.fx import Node
 
 from parvts_fx.analysis.records import Attention
-from parvts_fx.analysis.values import ancestors, output_node
+from parvts_fx.analysis.values import ancestors, needed_for, output_node
 from parvts_fx.passes.base import PassResult, State
-from parvts_fx.passes.duplicate_attention import attend
+from parvts_fx.passes.duplicate_attention import attend, duplicate
 from parvts_fx.passes.editing import Rows, batch_of
 from parvts_fx.passes.restrict import restrict
 
@@ -33,8 +33,13 @@ class SkipDeadRows:
     def run(self, state: State) -> PassResult:
         parts, decoder = state.partition, state.decoder
         last = state.migration_attentions[-1]
-        read_in_full = ancestors(operand.node for operand in last.keys)
-        alive = ancestors([output_node(state.module.graph)])
+        graph = state.module.graph
+        read_in_full = needed_for(graph, [operand.node for operand in last.keys])
+        if last.output in read_in_full:  # a residual stream that is updated in place
+            if self.paths == "parallel":
+                duplicate(state, last)
+            return PassResult(0, "the layer writes into what its keys and values are computed from")
+        alive = needed_for(graph, [output_node(graph)])
         short = [node for node in decoder.nodes if node in alive and node not in read_in_full and node not in last.nodes]
         in_front = ancestors(operand.node for operand in last.queries)
         copies = restrict(state, [node for node in short if node in in_front], {}, parts.subject)

@@ -30,7 +30,7 @@ _FAKE_LOG = logging.getLogger("torch._subclasses.fake_tensor")
 
 
 @contextlib.contextmanager
-def _quiet_trials() -> Iterator[None]:
+def quiet_trials() -> Iterator[None]:
     """A trial that fails is the normal case here; fake tensors would log each with its traceback."""
 
     def drop(_: logging.LogRecord) -> bool:
@@ -224,7 +224,7 @@ class Probe:
 
     def _evaluate(self, node: Node, current: list[Any], choice: Mapping[int, Binding], leaf_value: Any) -> Any:
         args, kwargs = with_leaves(node, [leaf_value(leaf, choice.get(i)) for i, leaf in enumerate(current)])
-        with self.mode, torch.no_grad(), _quiet_trials():
+        with self.mode, torch.no_grad(), quiet_trials():
             if node.target is operator.setitem and isinstance(args[2], torch.Tensor):  # fake tensors do not check this
                 args[2].expand_as(args[0][args[1]])
             return call(self.module, node.op, node.target, args, kwargs)

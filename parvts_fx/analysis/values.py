@@ -101,7 +101,23 @@ def changed_in_place(node: Node) -> Node | None:
 
 def storage_of(node: Node) -> int:
     """Equal for tensors that are views of one another."""
-    return value(node).untyped_storage()._cdata
+    tensor = value(node)
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # inside vmap a tensor has no storage of its own
+        return id(tensor)
+    return tensor.untyped_storage()._cdata
+
+
+def needed_for(graph: Graph, roots: Iterable[Node]) -> set[Node]:
+    """The nodes, all that they depend on, and every write into memory that any of these has a view of."""
+    needed = ancestors(roots)
+    writes = {node: storage_of(target) for node in graph.nodes if (target := changed_in_place(node)) is not None}
+    while writes:
+        memory = {storage_of(node) for node in needed if is_tensor(node)}
+        more = ancestors(node for node, storage in writes.items() if storage in memory) - needed
+        if not more:
+            break
+        needed |= more
+    return needed
 
 
 def fake_mode_of(graph: Graph) -> FakeTensorMode:

@@ -176,3 +176,15 @@ def mistral3():
         text_config=dict(model_type="mistral", **text(sliding_window=None)), image_token_index=IMAGE, spatial_merge_size=2)
     return hf.Mistral3ForConditionalGeneration(config), prompt(
         16, pixel_values=pixels(1, 3, 32, 32), image_sizes=torch.tensor([[32, 32]]))
+
+
+@builder("experts whose results are added in place, chunked attention, layers without positions")
+def llama4():
+    config = hf.Llama4Config(
+        vision_config=dict(hidden_size=32, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=32,
+                           patch_size=4, vision_output_dim=32, projector_input_dim=32, projector_output_dim=32,
+                           pixel_shuffle_ratio=0.5),
+        text_config=text(intermediate_size_mlp=56, num_local_experts=3, num_experts_per_tok=1, attention_chunk_size=18,
+                         layer_types=["chunked_attention", "chunked_attention", "full_attention"], no_rope_layers=[1, 1, 0]),
+        image_token_index=IMAGE)
+    return hf.Llama4ForConditionalGeneration(config), prompt(16, pixel_values=pixels(1, 3, 32, 32))
