@@ -119,7 +119,7 @@ class Options:
                 _fail(name, value, f"a callable or one of {', '.join(sorted(known()))}", "")
 
     def subject_count(self, visual: int) -> int:
-        """Number of subject tokens among ``visual`` visual tokens (DESIGN 1: round half up, at least one).
+        """Number of subject tokens among ``visual`` visual tokens (round half up, at least one).
 
         ``visual`` may be a torch.SymInt; the result then is one too.
         """

@@ -21,7 +21,7 @@ def flatten_mask(mask: torch.Tensor) -> torch.Tensor:
 def partition(
     scores: torch.Tensor, visual: torch.Tensor, subjects: int, visuals: int
 ) -> tuple[torch.Tensor, ...]:
-    """Split every sample's positions into the paths of ParVTS (arXiv 2511.18875, DESIGN 1).
+    """Split every sample's positions into the paths of ParVTS (arXiv 2511.18875; README, "What it does").
 
     Args:
         scores: [batch, seq] float; only visual positions count. NaN ranks last; ties go to the earlier position.
