@@ -12,7 +12,8 @@ import torch
 from torch.fx import GraphModule
 
 from parvts_fx.backends.lowering import Compiled, lower
-from parvts_fx.caches import tell_pruning
+from parvts_fx.analysis.attention import attention_nodes
+from parvts_fx.caches import note_short_caches, tell_pruning, watch_short_caches
 from parvts_fx.capture import copy_graph_module
 from parvts_fx.errors import NotRewritten, ParvtsWarning, Refusal
 from parvts_fx.options import Options, parse_options
@@ -46,10 +47,16 @@ def parvts(
         if on_rewriting is not None:
             on_rewriting(module, example_inputs, done)
         if done.module is None:
-            return lower(module, example_inputs, parsed)
+            lowered = lower(module, example_inputs, parsed)
+            return watch_short_caches(lowered) if _may_decode(module, window_caches_follow) else lowered
         return Dispatch(lower(done.module, example_inputs, parsed), done.precondition, module, parsed)
     except (ValueError, NotRewritten) as error:
         return _raise_at_call(error)
+
+
+def _may_decode(module: GraphModule, window_caches_follow: bool) -> bool:
+    """Whether a graph may go on from a shortened cache that nobody corrects: it has attention, and reads past keys."""
+    return not window_caches_follow and bool(attention_nodes(module.graph))
 
 
 def _attempt(
@@ -102,6 +109,7 @@ class Dispatch:
         if reason is None:
             outputs = self._rewritten(*inputs)
             tell_pruning(dropped)
+            note_short_caches(outputs)
             return outputs
         if self._options.strict:
             raise NotRewritten(f"parvts_fx: this multimodal prefill cannot be rewritten: {reason}")

@@ -11,8 +11,14 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-from collections.abc import Iterator, Mapping
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+
+import torch
+
+from parvts_fx.errors import ParvtsWarning
 
 _PRUNED: contextvars.ContextVar[list[int] | None] = contextvars.ContextVar("parvts_fx_pruned", default=None)
 
@@ -33,6 +39,50 @@ def tell_pruning(dropped: int) -> None:
     held = _PRUNED.get()
     if held is not None:
         held.append(dropped)
+
+
+_SHORT: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
+"""Shortened cache tensors that are alive and whose count nobody corrects, by identity."""
+
+
+def note_short_caches(outputs: Sequence[object]) -> None:
+    """Remember the tensors that a rewritten prefill hands out, unless the caller corrects their cache's count."""
+    if _PRUNED.get() is None:
+        _SHORT.update({id(held): held for held in outputs if isinstance(held, torch.Tensor) and held.dim() == 4})
+
+
+def watch_short_caches(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a graph that has attention but no merge: warn where it counts positions from a shortened cache.
+
+    Positions are taken to be given if two inputs or more hold one integer per new token (ids and positions), or one
+    beside embeddings.
+    """
+
+    def watching(*inputs: object) -> Any:
+        outputs = call(*inputs)
+        if _SHORT and any(_SHORT.get(id(held)) is held for held in inputs):
+            _warn_of_positions(inputs)
+            note_short_caches(outputs)
+        return outputs
+
+    return watching
+
+
+def _warn_of_positions(inputs: Sequence[object]) -> None:
+    tensors = [held for held in inputs if isinstance(held, torch.Tensor)]
+    counted = [x.shape[-1] for x in tensors if x.dim() >= 2 and x.dtype == torch.int64]
+    new = min(counted, default=0)
+    embedded = any(x.dim() == 3 and x.is_floating_point() and x.shape[1] == new for x in tensors)
+    if counted.count(new) < (1 if embedded else 2):
+        warnings.warn(
+            "parvts_fx: the model goes on from a cache out of which visual tokens were dropped, and is given no "
+            "position_ids: it counts positions from the short cache. Pass position_ids that go on from the full prompt, "
+            "or use parvts_fx.compile(model), which keeps the count", ParvtsWarning, stacklevel=3)
+    elif new > 1:
+        warnings.warn(
+            "parvts_fx: a further prompt goes on from a cache out of which visual tokens were dropped: ids and "
+            "position_ids must be those that follow the full prompt (generate takes the cache's length for it). "
+            "parvts_fx.compile(model) keeps the count", ParvtsWarning, stacklevel=3)
 
 
 def is_cache(held: object) -> bool:

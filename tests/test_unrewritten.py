@@ -195,7 +195,33 @@ def test_second_turn_on_a_filled_cache(model, with_image):
     assert_same_logits(output, wanted)
     assert [layer.keys.shape[-2] for layer in output.past_key_values.layers] == [
         layer.keys.shape[-2] for layer in wanted.past_key_values.layers]
-    assert len(reasons(caught)) == (1 if with_image else 0)
+    assert all("a further prompt goes on" in reason or "unrewritten" in reason for reason in reasons(caught)), reasons(caught)
+    assert any("unrewritten" in reason for reason in reasons(caught)) == with_image
+
+
+@pytest.mark.supports("Calls", "a warning where positions would be counted from a shortened cache")
+@pytest.mark.parametrize("new, told", [(1, "is given no position_ids"), (4, "is given no position_ids")], ids=str)
+def test_positions_are_never_shifted_silently(model, new, told):
+    """The plain backend cannot correct the cache's count; without position_ids it says so."""
+    first = llava.prompt(model, [[3, "image", 6]])
+    compile_with_parvts(model)
+    more = torch.arange(5, 5 + new)[None]
+    with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        cache = model(**first.inputs).past_key_values
+        assert not reasons(caught)
+        model(input_ids=more, past_key_values=cache)
+        assert len(reasons(caught)) == 1 and told in reasons(caught)[0]
+        model(input_ids=more, past_key_values=cache)  # and on from the longer cache
+        assert len(reasons(caught)) == 2
+
+
+def test_generate_says_nothing_about_positions(model, prompt):
+    compile_with_parvts(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.generate(**prompt.inputs, max_new_tokens=4, do_sample=False)
+    assert not reasons(caught)
 
 
 @pytest.mark.supports("Calls", "generate: greedy, beams, sampling, several returned sequences, repetition penalty")
