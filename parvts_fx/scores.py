@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from parvts_fx.analysis.values import concrete, value
+from parvts_fx.analysis.values import ancestors, concrete, hint, is_tensor, value
 
 if TYPE_CHECKING:
     from torch.fx import Node
@@ -100,6 +100,13 @@ def _centred(hidden: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
     return (tokens - mean) * weight
 
 
+def _refuse_data_dependent_sizes(nodes: set[Node]) -> None:
+    for node in nodes:
+        shape = value(node).shape if is_tensor(node) else [value(node)]
+        if any(isinstance(size, torch.SymInt) and hint(size) is None for size in shape):
+            raise TypeError(f"the size of {node.name} depends on data")
+
+
 def trace_rule(editor: Editor, rule: str | Rule, hidden: Node, visual: Node) -> Node:
     """Write a rule into the graph.
 
@@ -116,6 +123,7 @@ def trace_rule(editor: Editor, rule: str | Rule, hidden: Node, visual: Node) -> 
 
     try:
         node = editor.inline(traced, hidden, visual)
+        _refuse_data_dependent_sizes(ancestors([node]) - ancestors([hidden, visual]))
     except Exception as error:
         if returned and not isinstance(returned[-1], torch.Tensor):
             node = None  # not even a tensor: said below
