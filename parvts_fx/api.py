@@ -27,6 +27,7 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 _CAPTURE_SETTINGS: tuple[dict[str, bool], ...] = (
     {"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": True},
     {"capture_scalar_outputs": True},
+    {"capture_dynamic_output_shape_ops": True},
     {},
 )
 _RECOMPILE_LIMIT = 128  # Dynamo itself stops at 256 per code object, whatever the limit
@@ -53,9 +54,16 @@ def compile(model: Model, **options: Any) -> Model:
     arguments = {name: options.pop(name) for name in _COMPILE_ARGUMENTS if name in options}
     mode = options.pop("mode", None)
     parsed = parse_options(options, mode)
-    model.compile(backend=functools.partial(parvts, options=parsed, window_caches_follow=True), **arguments)
-    model._compiled_call_impl = _with_capture_settings(model._compiled_call_impl)
+    for module in {id(module): module for module in (model, _called_by_generate(model))}.values():
+        module.compile(backend=functools.partial(parvts, options=parsed, window_caches_follow=True), **arguments)
+        module._compiled_call_impl = _with_capture_settings(module._compiled_call_impl)
     return model
+
+
+def _called_by_generate(model: torch.nn.Module) -> torch.nn.Module:
+    """What ``generate`` ends up calling: the adapted model inside a wrapper of PEFT's kind, else the model itself."""
+    base = getattr(model, "get_base_model", None)
+    return base() if callable(base) else model
 
 
 def _with_capture_settings(call: Callable[..., Any]) -> Callable[..., Any]:

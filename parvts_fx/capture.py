@@ -45,6 +45,8 @@ def capture(module: GraphModule, example_inputs: Sequence[object]) -> GraphModul
 
     class Fill(Interpreter):
         def run_node(self, node: Node) -> object:
+            if value(node) is not None and node.op != "output":
+                return value(node)
             result = super().run_node(node)
             if value(node) is None and node.op != "output":
                 node.meta["example_value"] = result

@@ -6,6 +6,7 @@ may put two images into one row and none into another without any size telling. 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import sympy
@@ -13,32 +14,45 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from parvts_fx.analysis.records import VisualMerge
-from parvts_fx.analysis.values import ancestors, concrete, value
-from parvts_fx.passes.insert_partition import flatten_mask, visual_tokens
+from parvts_fx.analysis.values import ancestors, value
+from parvts_fx.passes.insert_partition import flatten_mask
 
 
 class Precondition:
     """Callable on the graph's inputs: does every row hold the number of visual tokens that the graph assumes?"""
 
     def __init__(self, module: GraphModule, merge: VisualMerge):
-        needed = ancestors(merge.masks)
-        graph, copies = Graph(), {}
-        for node in module.graph.nodes:
-            if node.op == "placeholder" or node in needed:
-                copies[node] = graph.node_copy(node, lambda source: copies[source])
-        graph.output(tuple(copies[mask] for mask in merge.masks))
-        self._masks = GraphModule(module, graph)
-        features = tuple(value(node) for node in merge.features)
-        self.visual_tokens: Callable[[Sequence[object]], int] = _size_reader(
-            module, concrete(visual_tokens(features, value(merge.output))))
+        self._masks = visual_mask(module, merge)
+        self.visual_tokens: Callable[[Sequence[object]], int] = _size_reader(module, merge.visual_tokens)
         """Visual tokens per sample, read from the sizes of actual inputs."""
 
     @torch.no_grad()
     def __call__(self, *inputs: object) -> bool:
-        visual = None
-        for mask in self._masks(*inputs):
-            visual = flatten_mask(mask) if visual is None else visual | flatten_mask(mask)
-        return bool((visual.sum(1) == self.visual_tokens(inputs)).all())
+        return bool((self._masks(*inputs).sum(1) == self.visual_tokens(inputs)).all())
+
+
+def visual_mask(module: GraphModule, merge: VisualMerge) -> Callable[..., torch.Tensor]:
+    """A function of the graph's inputs: [batch, seq] bool, true where a visual token stands."""
+    needed = ancestors(merge.masks)
+    graph, copies = Graph(), {}
+    for node in module.graph.nodes:
+        if node.op == "placeholder" or node in needed:
+            copies[node] = graph.node_copy(node, lambda source: copies[source])
+    graph.output(tuple(copies[mask] for mask in merge.masks))
+    masks = GraphModule(module, graph)
+
+    @torch.no_grad()
+    def visual(*inputs: object) -> torch.Tensor:
+        first, *others = (flatten_mask(mask) for mask in masks(*inputs))
+        return functools.reduce(torch.logical_or, others, first)
+
+    return visual
+
+
+def same_count(visual: torch.Tensor) -> int | None:
+    """How many visual tokens every sample has; None if they differ."""
+    counts = visual.sum(1).tolist()
+    return counts[0] if len(set(counts)) == 1 else None
 
 
 def _size_reader(module: GraphModule, size: int | torch.SymInt) -> Callable[[Sequence[object]], int]:

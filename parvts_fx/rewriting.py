@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
 
-from parvts_fx.analysis import Decoder, find_decoder
-from parvts_fx.analysis.attention import attention_nodes
+from parvts_fx.analysis import Decoder, VisualMerge, find_decoder
+from parvts_fx.analysis.calls import attention_nodes
 from parvts_fx.analysis.merge import find_merge
-from parvts_fx.analysis.values import concrete, hint, value
+from parvts_fx.analysis.values import hint, value
 from parvts_fx.capture import capture, copy_graph_module
 from parvts_fx.errors import NotRewritten, Refusal
+from parvts_fx.handover import MergedInput
 from parvts_fx.observe import dump_hook, log_hook
 from parvts_fx.options import Options, parse_options
 from parvts_fx.passes import Pass, State, build_pipeline, run_pipeline
-from parvts_fx.passes.insert_partition import visual_tokens
+from parvts_fx.passes.invert_permutations import InvertPermutations
 from parvts_fx.passes.spread_masked_updates import SpreadMaskedUpdates
-from parvts_fx.precondition import Precondition
+from parvts_fx.passes.unify_merges import UnifyMerges
+from parvts_fx.precondition import Precondition, same_count, visual_mask
 from parvts_fx.report import GraphReport, LayerReport
 from parvts_fx.verify import CHEAP_CHECKS, Check, verifier
 
@@ -33,6 +36,11 @@ class Rewriting:
     report: GraphReport
     module: GraphModule | None = None
     precondition: Precondition | None = None
+    """None where the graph is rewritten for one number of visual tokens."""
+
+    merge: VisualMerge | None = None
+    visual_mask: Callable[..., torch.Tensor] | None = None
+    """Of the rewritten graph's inputs: [batch, seq] bool, true where a visual token stands."""
 
 
 def rewrite_graph(
@@ -42,8 +50,13 @@ def rewrite_graph(
     passes: Sequence[Pass] | None = None,
     checks: tuple[Check, ...] = CHEAP_CHECKS,
     window_caches_follow: bool = False,
+    handed: MergedInput | None = None,
 ) -> Rewriting:
     """Rewrite a copy of the graph.
+
+    Args:
+        handed: an input that holds embeddings with visual features merged in, which happened in an earlier graph. The
+            rewritten graph takes one input more, the [batch, seq] bool mask of visual tokens.
 
     Raises:
         Refusal: it is a multimodal prefill, and rewriting it might give a wrong answer.
@@ -52,17 +65,22 @@ def rewrite_graph(
     start = time.perf_counter()
     nodes = len(module.graph.nodes)
     work = capture(module, example_inputs)
-    spread_masked_updates(work)
-    decoder = find_decoder(work, window_caches_follow)
+    attentions = attention_nodes(work.graph)
+    if handed is None:
+        UnifyMerges().run(work, attentions)
+    merge = handed.receive(work) if handed else find_merge(work.graph, attentions)
+    if merge is not None:
+        normalise(work, merge)
+    decoder = find_decoder(work, window_caches_follow, merge)
     if decoder is None:
         return Rewriting(GraphReport("untouched", "no visual features are merged into embeddings", nodes))
     analysis = 1e3 * (time.perf_counter() - start)
     _check_fit(options, decoder, example_inputs, module)
-    merge = decoder.merge
     batch, size, _ = value(merge.output).shape
-    visuals = concrete(visual_tokens(tuple(value(node) for node in merge.features), value(merge.output)))
-    if hint(visuals) is None:
-        raise Refusal("the number of visual tokens depends on data", merge.output)
+    if hint(merge.visual_tokens) is None:  # it depends on data: rewrite for the prompt at hand
+        merge = dataclasses.replace(merge, count=_count(work, merge, example_inputs))
+        decoder = dataclasses.replace(decoder, merge=merge)
+    visuals = merge.visual_tokens
     subjects = options.subject_count(hint(visuals))
     facts = {
         "nodes": nodes, "prompt_tokens": hint(size), "batch": hint(batch), "visual_tokens": hint(visuals),
@@ -72,21 +90,34 @@ def rewrite_graph(
         return Rewriting(GraphReport("untouched", "all visual tokens are kept", **facts))
     if hint(visuals) == 0:
         raise Refusal("there are fewer visual tokens than samples", merge.output)
-    precondition = Precondition(work, merge)
+    precondition = Precondition(work, merge) if merge.count is None else None
+    mask = visual_mask(work, merge)
     state = State(work, decoder, options)
     hooks = [verifier(checks), log_hook, dump_hook(work, merge, hint(visuals))]
     records = run_pipeline(build_pipeline(options) if passes is None else passes, state, hooks)
     work.recompile()
     layers = tuple(_layer_report(layer, options, facts) for layer in decoder.layers)
-    return Rewriting(GraphReport("rewritten", layers=layers, passes=tuple(records), **facts), work, precondition)
+    return Rewriting(GraphReport("rewritten", layers=layers, passes=tuple(records), **facts), work, precondition, merge, mask)
 
 
-def spread_masked_updates(module: GraphModule) -> None:
-    """Give updates of masked rows behind the merge one row per token, so that the analysis can follow them."""
-    attentions = attention_nodes(module.graph)
-    merge = find_merge(module.graph, attentions)
-    if merge is not None:
-        SpreadMaskedUpdates().run(module, merge.output, attentions)
+def normalise(module: GraphModule, merge: VisualMerge) -> None:
+    """Write what follows the merge in forms whose sizes follow the number of rows, so that the analysis can follow."""
+    InvertPermutations().run(module)
+    SpreadMaskedUpdates().run(module, merge.output, attention_nodes(module.graph))
+
+
+def _count(module: GraphModule, merge: VisualMerge, example_inputs: Sequence[object]) -> int:
+    """Visual tokens per sample of the prompt that is being compiled."""
+    reason = Refusal("the number of visual tokens depends on data", merge.output)
+    if any(isinstance(given, FakeTensor) for given in example_inputs):
+        raise reason
+    try:
+        count = same_count(visual_mask(module, merge)(*example_inputs))
+    except Exception as error:  # sizes that no input has, say
+        raise reason from error
+    if count is None:
+        raise Refusal("the samples of this batch have different numbers of visual tokens", merge.output)
+    return count
 
 
 def _check_fit(options: Options, decoder: Decoder, example_inputs: Sequence[object], module: GraphModule) -> None:
@@ -102,7 +133,7 @@ def _check_fit(options: Options, decoder: Decoder, example_inputs: Sequence[obje
 
 
 def _layer_report(layer: Any, options: Options, facts: Mapping[str, int]) -> LayerReport:
-    kinds = ", ".join(dict.fromkeys(attention.kind for attention in layer.attentions))
+    kinds = ", ".join(dict.fromkeys(attention.kind for attention in layer.attentions)) or "no attention"
     size, visuals, subjects = facts["prompt_tokens"], facts["visual_tokens"], facts["subject_tokens"]
     kept = size - visuals + subjects
     if layer.index >= options.migration_depth:

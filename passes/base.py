@@ -10,7 +10,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch.fx import GraphModule, Node
 
-from parvts_fx.analysis.records import Attention, Decoder
+from parvts_fx.analysis.records import Attention, Decoder, Mixer
 from parvts_fx.analysis.values import output_node, value
 from parvts_fx.errors import Refusal
 from parvts_fx.options import Options
@@ -113,6 +113,10 @@ class State:
             raise Refusal("the end of the last layer cannot be told from its final norm, so constant weights cannot be "
                           f"applied there (use migration_depth < {len(layers)} or fusion=\"attention\")")
         return self.decoder.output
+
+    @property
+    def migration_mixers(self) -> list[Mixer]:
+        return [mixer for layer in self.decoder.layers[: self.depth] for mixer in layer.mixers]
 
     @property
     def migration_attentions(self) -> list[Attention]:

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
-from parvts_fx.analysis.attention import KEY, QUERY, fused_arguments
+from parvts_fx.analysis.attention import KEY, QUERY
+from parvts_fx.analysis.calls import fused_arguments
 from parvts_fx.analysis.records import Attention, Operand
 from parvts_fx.analysis.tokens import AxisLabels, Count
 from parvts_fx.analysis.values import leaves, value, with_leaves
@@ -74,7 +75,7 @@ def attend(
     new: dict[Node, Any] = {}
     for operands, rows in ((attention.queries, queries), (attention.keys, keys)):
         for operand in operands:
-            new[operand.node] = _rows_of(state, operand, rows, ready)
+            new[operand.node] = _rows_of(state, operand, rows, ready, attention.nodes[0])
     choice = {QUERY: queries, KEY: keys}
     for node in attention.nodes:
         bindings = attention.bindings[node]
@@ -86,7 +87,7 @@ def attend(
             elif isinstance(binding, Count):
                 leaf = editor.times(choice[binding.label].count, binding.multiple)
             elif isinstance(binding, AxisLabels):
-                leaf = _side_rows(state, leaf, binding, choice, node)
+                leaf = _side_rows(state, leaf, binding, choice, node, node)
             fresh.append(leaf)
         new[node] = editor.copy(node, *with_leaves(node, fresh))
     return new[attention.output]
@@ -104,23 +105,25 @@ def _attend_fused(
     elif named["attn_mask"] is not None:
         (binding,) = attention.bindings[node].values()
         choice = {QUERY: queries, KEY: keys}
-        named["attn_mask"] = _side_rows(state, named["attn_mask"], binding, choice, query.node)
+        named["attn_mask"] = _side_rows(state, named["attn_mask"], binding, choice, query.node, node)
     for name, operand, rows in (("query", query, queries), ("key", key, keys), ("value", val, keys)):
-        named[name] = _rows_of(state, operand, rows, ready)
+        named[name] = _rows_of(state, operand, rows, ready, attention.nodes[0])
     operands = [named.pop(name) for name in ("query", "key", "value")]
     return state.editor.call(F.scaled_dot_product_attention, *operands, **named)
 
 
-def _rows_of(state: State, operand: Operand, rows: Rows, ready: Mapping[Node, Node]) -> Node:
+def _rows_of(state: State, operand: Operand, rows: Rows, ready: Mapping[Node, Node], reader: Node) -> Node:
     if operand.node in ready:
         return ready[operand.node]
     batch = batch_of(operand.node, operand.axis, state.batch)
-    return state.editor.gather(operand.node, operand.axis, rows, batch)
+    return state.editor.gather(operand.node, operand.axis, rows, batch, reader)
 
 
-def _side_rows(state: State, side: Node, binding: AxisLabels, choice: dict[str, Rows], like: Node) -> Node:
+def _side_rows(
+    state: State, side: Node, binding: AxisLabels, choice: dict[str, Rows], like: Node, reader: Node
+) -> Node:
     rank = value(side).dim()
     for axis, label in binding.axes:
         axis += value(side).dim() - rank  # gathering per sample may have put an axis for them in front
-        side = state.editor.gather(side, axis, choice[label], batch_of(side, axis, state.batch, like))
+        side = state.editor.gather(side, axis, choice[label], batch_of(side, axis, state.batch, like), reader)
     return side

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_aggregate
 
-from parvts_fx.analysis.tokens import quiet_trials
+from parvts_fx.analysis.probe import quiet_trials
 from parvts_fx.analysis.values import call, changed_in_place, concrete, fake_mode_of, hint, storage_of, value
 from parvts_fx.errors import Refusal
 
@@ -44,8 +44,14 @@ class Editor:
         self.mode = fake_mode_of(module.graph)
         self._gathered: dict[tuple, Node] = {}
         self._masks: dict[tuple[str, str], Node] = {}
-        written = {node: changed_in_place(node) for node in self.graph.nodes}
-        self._writes = [(node, storage_of(target)) for node, target in written.items() if target is not None]
+        self._writes: dict[int, list[Node]] = {}
+        for node in self.graph.nodes:
+            self._note_write(node)
+
+    def _note_write(self, node: Node) -> None:
+        target = changed_in_place(node)
+        if target is not None:
+            self._writes.setdefault(storage_of(target), []).append(node)
 
     # -- single nodes -----------------------------------------------------------------------------------------------
 
@@ -76,7 +82,9 @@ class Editor:
         if node.op == "get_attr":
             new.meta["example_value"] = value(node)
             return new
-        return self._evaluate(new)
+        self._evaluate(new)
+        self._note_write(new)
+        return new
 
     def size(self, node: Node, axis: int) -> Size:
         """The size of an axis: an int where it is one, else a node."""
@@ -89,6 +97,12 @@ class Editor:
         if isinstance(count, int) and isinstance(multiple, int):
             return count * multiple
         return self.call(operator.mul, count, multiple)
+
+    def plus(self, one: Size, other: Size, sign: int = 1) -> Size:
+        """``one + other``, or with a sign of -1 ``one - other``."""
+        if isinstance(one, int) and isinstance(other, int):
+            return one + sign * other
+        return self.call(operator.add if sign > 0 else operator.sub, one, other)
 
     # -- whole functions --------------------------------------------------------------------------------------------
 
@@ -118,20 +132,24 @@ class Editor:
 
     # -- rows -------------------------------------------------------------------------------------------------------
 
-    def gather(self, node: Node, axis: int, rows: Rows, batch: tuple[int, int | torch.SymInt] | None) -> Node:
+    def gather(
+        self, node: Node, axis: int, rows: Rows, batch: tuple[int, int | torch.SymInt] | None, reader: Node | None = None
+    ) -> Node:
         """The rows of a tensor along one axis, per sample.
 
         Args:
+            reader: who reads them, for a tensor that may be written into in between; None if it is not.
             batch: (axis, size) of the samples in this tensor; the axis may be -1 or less for "in front of the tensor"
                 and may have size 1, where all samples share the tensor. None for a batch of one.
         """
         if rows.index is None:
             return node
-        key = (node, axis, rows.name, batch and batch[0])
+        writes = self._writes.get(storage_of(node), ())
+        if reader is None and any(write > node for write in writes):
+            raise Refusal("a tensor whose rows are needed is changed in place later on", node)
+        place = max([node, rows.ready, *(write for write in writes if write < reader)] if writes else [node, rows.ready])
+        key = (node, axis, rows.name, batch and batch[0], place)
         if key not in self._gathered:
-            place = max(node, rows.ready)
-            if any(write > place and storage == storage_of(node) for write, storage in self._writes):
-                raise Refusal("a tensor whose rows are needed is changed in place later on", node)
             with self.graph.inserting_before(place.next):
                 self._gathered[key] = self._gather(node, axis, rows, batch)
         return self._gathered[key]

@@ -58,12 +58,6 @@ def partition(
     return rows_a, rows_b, rows_t, slots, is_text, partners, subject_slots, positions(is_text, length - visuals)
 
 
-def visual_tokens(features: tuple[torch.Tensor, ...], hidden: torch.Tensor) -> int:
-    """Visual tokens per sample, from the number of features that are merged in."""
-    total = sum(feature.numel() // hidden.shape[2] for feature in features)
-    return total // hidden.shape[0]
-
-
 @dataclasses.dataclass(frozen=True)
 class InsertPartition:
     """Score the visual tokens after the merge and lay out the rows of each path.
@@ -88,7 +82,9 @@ class InsertPartition:
             return visual
 
         def split(hidden: torch.Tensor, scores: torch.Tensor, visual: torch.Tensor, *features: torch.Tensor) -> tuple:
-            visuals = visual_tokens(features, hidden)
+            visuals = merge.count
+            if visuals is None:
+                visuals = sum(feature.numel() // hidden.shape[2] for feature in features) // hidden.shape[0]
             subjects = self.options.subject_count(visuals)
             visual = visual.expand(hidden.shape[0], -1)
             return (*partition(scores, visual, subjects, visuals), subjects, visuals)
@@ -96,7 +92,7 @@ class InsertPartition:
         with editor.graph.inserting_before(last.next):
             visual = editor.inline(union, *merge.masks)
             scores = trace_rule(editor, self.options.score, merge.output, visual)
-            *tensors, subjects, visuals = editor.inline(split, merge.output, scores, visual, *merge.features)
+            *tensors, subjects, visuals = editor.inline(split, merge.output, scores, visual, *(merge.features if merge.count is None else ()))
             rows_a, rows_b, rows_t, slots, is_text, partners, subject_slots, text_in_subject = tensors
             named = {"subject": rows_a, "non_subject": rows_b, "text": rows_t, "text_in_subject": text_in_subject}
             rows = {name: Rows(name, index, editor.size(index, 1)) for name, index in named.items()}

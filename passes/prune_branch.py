@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch.fx import Node
 
-from parvts_fx.analysis.decoder import nodes_without_tokens
+from parvts_fx.analysis.last_rows import last_rows_of
 from parvts_fx.analysis.values import descendants, output_node, value
 from parvts_fx.passes.base import PassResult, State
 from parvts_fx.passes.restrict import gather_rows, restrict
@@ -31,7 +31,7 @@ class PruneBranch:
         rows, graph = state.partition.subject, state.module.graph
         fused = state.non_subject_link is not None
         seed = state.decoder.merge.output if fused else state.cut
-        start = state.pruned or {seed: gather_rows(state, seed, rows)}
+        start = state.pruned or {seed: gather_rows(state, seed, rows, seed.next)}
 
         def fuse(node: Node, copy: Node) -> Node:
             if node is not state.cut:
@@ -54,11 +54,11 @@ class PruneBranch:
             if node in copies:
                 output.replace_input_with(node, copies[node])
             elif node in inside:
-                short = nodes_without_tokens(state.decoder, node)  # the last rows of a cache: those of the kept ones
+                short = last_rows_of(state.decoder, node)  # the last rows of a cache: those of the kept ones
                 if short:
                     output.replace_input_with(node, restrict(state, short, {}, rows)[node])
                 else:
-                    output.replace_input_with(node, gather_rows(state, node, rows))
+                    output.replace_input_with(node, gather_rows(state, node, rows, output))
         return PassResult(len(region))
 
     def _fuse(self, state: State, subject: Node) -> Node:

@@ -7,8 +7,10 @@ from typing import Any
 
 from torch.fx import Node
 
-from parvts_fx.analysis.tokens import AxisLabels, Count
-from parvts_fx.analysis.values import changed_in_place, is_symbolic_int, is_tensor, leaves, symbols, value, with_leaves
+from parvts_fx.analysis.tokens import AxisLabels, Count, Filling
+from parvts_fx.analysis.values import (
+    changed_in_place, descendants, is_symbolic_int, is_tensor, leaves, symbols, value, with_leaves,
+)
 from parvts_fx.errors import Refusal
 from parvts_fx.passes.base import State
 from parvts_fx.passes.editing import Rows, batch_of
@@ -54,11 +56,13 @@ def restrict(
                     leaf = new[leaf]
                 elif isinstance(binding, Count):
                     leaf = editor.times(rows.count, binding.multiple)
+                elif isinstance(binding, Filling):
+                    leaf = editor.plus(leaf, editor.plus(editor.size(state.decoder.merge.output, 1), rows.count, -1))
                 elif isinstance(binding, AxisLabels):
                     rank = value(leaf).dim()
                     for axis, _ in binding.axes:
                         axis += value(leaf).dim() - rank  # the samples' axis may be new in front
-                        leaf = editor.gather(leaf, axis, rows, batch_of(leaf, axis, state.batch, like))
+                        leaf = editor.gather(leaf, axis, rows, batch_of(leaf, axis, state.batch, like), node)
                 elif isinstance(leaf, Node) and (leaf in tokens.axes or leaf in inside):
                     leaf = gather_rows(state, leaf, rows, node)
                 fresh.append(leaf)
@@ -68,8 +72,9 @@ def restrict(
 
 
 def _with_their_tuples(state: State, region: Iterable[Node], start: Mapping[Node, Node]) -> list[Node]:
-    """The region, and the nodes in front of it whose results are tuples: only tensors can be gathered."""
+    """The region, and what it needs of the nodes in front: fresh tensors, and tuples (only tensors can be gathered)."""
     inside = set(state.decoder.nodes)
+    fresh = inside - set(descendants(state.module.graph, [state.decoder.merge.output]))
     found: set[Node] = set()
     stack = list(region)
     while stack:
@@ -78,7 +83,7 @@ def _with_their_tuples(state: State, region: Iterable[Node], start: Mapping[Node
             found.add(node)
             stack.extend(
                 source for source in node.all_input_nodes
-                if source in inside and source not in start and isinstance(value(source), (tuple, list)))
+                if source in fresh or source in inside and source not in start and isinstance(value(source), (tuple, list)))
     return [node for node in state.decoder.nodes if node in found]
 
 
@@ -92,5 +97,5 @@ def gather_rows(state: State, node: Node, rows: Rows, reader: Node | None = None
     for axis, kind in axes.items():
         if not kind.is_plain:
             raise Refusal(f"a tensor that crosses the point of pruning counts its tokens as {kind}", node)
-        node = state.editor.gather(node, axis, rows, batch_of(node, axis, state.batch))
+        node = state.editor.gather(node, axis, rows, batch_of(node, axis, state.batch), reader)
     return node

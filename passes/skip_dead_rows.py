@@ -22,7 +22,7 @@ class SkipDeadRows:
 
     ``h[K] = layer(h)[A]``  ==>  the same rows of ``h[K]``, with queries, attention output and MLP on path A's rows
 
-    The last attention call before the cut is the last to mix rows. Of what stands behind it only path A's rows are
+    Where the last attention call before the cut is the last to mix rows: of what stands behind it only path A's rows are
     ever read, and of what stands in front of it all rows are needed only where its keys and values depend on them.
     Nothing that leaves the graph changes. Refuses when an operation does not work on fewer rows.
     """
@@ -32,6 +32,8 @@ class SkipDeadRows:
 
     def run(self, state: State) -> PassResult:
         parts, decoder = state.partition, state.decoder
+        if not state.migration_attentions:
+            return PassResult(0, "no attention in the migration layers")
         last = state.migration_attentions[-1]
         graph = state.module.graph
         read_in_full = needed_for(graph, [operand.node for operand in last.keys])
@@ -41,6 +43,10 @@ class SkipDeadRows:
             return PassResult(0, "the layer writes into what its keys and values are computed from")
         alive = needed_for(graph, [output_node(graph)])
         short = [node for node in decoder.nodes if node in alive and node not in read_in_full and node not in last.nodes]
+        if any(mixer.output in short for mixer in state.migration_mixers if mixer.attention is None):
+            if self.paths == "parallel":
+                duplicate(state, last)
+            return PassResult(0, "tokens meet behind the last attention")
         in_front = ancestors(operand.node for operand in last.queries)
         copies = restrict(state, [node for node in short if node in in_front], {}, parts.subject)
         with state.editor.graph.inserting_before(last.output.next):
@@ -56,7 +62,7 @@ class SkipDeadRows:
             return attend(state, attention, parts.subject, parts.everything, copies)
         text_queries = {
             operand.node: editor.gather(copies[operand.node], operand.axis, parts.text_in_subject,
-                                        batch_of(operand.node, operand.axis, state.batch))
+                                        batch_of(operand.node, operand.axis, state.batch), attention.output.next)
             for operand in attention.queries if operand.node in copies
         }
         outputs = {

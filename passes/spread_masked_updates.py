@@ -10,7 +10,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from parvts_fx.analysis.merge import enters_a_layer, is_merge
-from parvts_fx.analysis.values import ancestors, descendants, has_target, hint, is_index, is_tensor, leaves, value, with_leaves
+from parvts_fx.analysis.values import ancestors, descendants, has_target, hint, is_index, is_tensor, leaves, storage_of, value, with_leaves
 from parvts_fx.passes.editing import Editor
 
 _POINTWISE = (operator.add, operator.iadd, operator.mul, operator.imul, operator.sub, torch.add, torch.mul, torch.sub)
@@ -55,15 +55,19 @@ def _spread_scatter(editor: Editor, node: Node) -> bool:
     target, mask, source = named.get("self", named.get("input")), named["mask"], named["source"]
     if not (is_tensor(target) and is_tensor(mask) and value(target).dim() == 3 and value(mask).dim() == 3):
         return False
-
-    def scattered(target: torch.Tensor, mask: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-        rows = spread(source.reshape(-1, target.shape[2]), mask[..., 0])  # whole rows: checked where V is read
-        return torch.where(mask[..., :1], rows.to(target.dtype), target)
-
+    hidden = value(target).shape[2]
+    while source.op == "call_method" and source.target in ("view", "reshape", "flatten") and value(source).dim() == 1:
+        source = source.args[0]
     with editor.graph.inserting_before(node):
-        result = editor.inline(scattered, target, mask, source)
+        flat = editor.call(operator.getitem, mask, (Ellipsis, 0))
+        if value(source).dim() != 2:
+            source = editor.method("reshape", source, -1, hidden)
+        result, reads = _updated(editor, target, flat, source)
+    if result is None:
+        return False
     node.replace_all_uses_with(result)
     editor.graph.erase_node(node)
+    _drop_assertions(editor.graph, reads)
     return True
 
 
@@ -81,39 +85,66 @@ def _spread_setitem(editor: Editor, node: Node) -> bool:
     mask = _masked_rows(index)
     if mask is None or not is_tensor(new) or not is_tensor(target) or value(target).dim() != 3:
         return False
-    before = ancestors([new])
-    reads = [n for n in before if is_index(n) and is_tensor(n.args[0]) and _masked_rows(n.args[1]) is mask]
-    inside = set(descendants(graph, reads)) & before
-    for member in inside - set(reads):
-        if not has_target(member, _POINTWISE, _POINTWISE_METHODS):
-            return False
-    aliases = [user for user in target.users if user < node and is_tensor(user) and user not in reads and
-               value(user).untyped_storage()._cdata == value(target).untyped_storage()._cdata]
-    if aliases or any(read.args[0] is not target for read in reads):
-        return False
-    rows = hint(value(reads[0]).shape[0]) if reads else None
     with graph.inserting_before(node):
-        full: dict[Node, Node] = {read: target for read in reads}
-
-        def on_all_rows(source: Node) -> Node:
-            if source not in full:
-                is_feature = is_tensor(source) and value(source).dim() == 2 and (
-                    rows is None or hint(value(source).shape[0]) in (rows, None))
-                full[source] = editor.inline(spread, source, mask) if is_feature else source
-            return full[source]
-
-        for member in graph.nodes:
-            if member in inside and member not in full:
-                changed = [on_all_rows(leaf) if isinstance(leaf, Node) else leaf for leaf in leaves(member)]
-                full[member] = editor.copy(member, *with_leaves(member, changed))
-        result = editor.inline(
-            lambda mask, rows, target: torch.where(mask[..., None], rows.to(target.dtype), target),
-            mask, on_all_rows(new), target)
+        result, reads = _updated(editor, target, mask, new)
+    if result is None:
+        return False
+    aliases = [user for user in target.users if user < node and is_tensor(user) and user not in reads and
+               storage_of(user) == storage_of(target)]
+    if aliases:
+        return False
     for user in [user for user in target.users if node < user]:
         user.replace_input_with(target, result)
     graph.erase_node(node)
     _drop_assertions(graph, reads)
     return True
+
+
+def _same_mask(one: Node, other: Node) -> bool:
+    return _mask_root(one) is _mask_root(other)
+
+
+def _mask_root(mask: Node) -> Node:
+    """What a mask was made from by adding and dropping an axis of one entry."""
+    while has_target(mask, (), ("squeeze", "unsqueeze")) or is_index(mask) and mask.args[1] == (Ellipsis, 0):
+        mask = mask.args[0]
+    return mask
+
+
+def _updated(editor: Editor, target: Node, mask: Node, new: Node) -> tuple[Node | None, list[Node]]:
+    """``target`` with its masked rows replaced by ``new`` [count, hidden], written on all rows; and what it read of them.
+
+    The insertion point stands behind all three. None where ``new`` is made from the masked rows in another way than
+    entry by entry.
+    """
+    graph = editor.graph
+    before = ancestors([new])
+    reads = [
+        n for n in before if is_index(n) and is_tensor(n.args[0]) and (own := _masked_rows(n.args[1])) is not None
+        and _same_mask(own, mask)
+    ]
+    inside = set(descendants(graph, reads)) & before
+    if any(not has_target(member, _POINTWISE, _POINTWISE_METHODS) for member in inside - set(reads)):
+        return None, reads
+    if any(read.args[0] is not target for read in reads):
+        return None, reads
+    rows = hint(value(reads[0]).shape[0]) if reads else None
+    full: dict[Node, Node] = {read: target for read in reads}
+
+    def on_all_rows(source: Node) -> Node:
+        if source not in full:
+            is_feature = is_tensor(source) and value(source).dim() == 2 and (
+                rows is None or hint(value(source).shape[0]) in (rows, None))
+            full[source] = editor.inline(spread, source, mask) if is_feature else source
+        return full[source]
+
+    for member in [node for node in graph.nodes if node in inside and node not in full]:
+        changed = [on_all_rows(leaf) if isinstance(leaf, Node) else leaf for leaf in leaves(member)]
+        full[member] = editor.copy(member, *with_leaves(member, changed))
+    result = editor.inline(
+        lambda mask, rows, target: torch.where(mask[..., None], rows.to(target.dtype), target),
+        mask, on_all_rows(new), target)
+    return result, reads
 
 
 def _drop_assertions(graph: Graph, reads: list[Node]) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 import parvts_fx
-from parvts_fx.analysis.attention import is_fused_attention, is_softmax
+from parvts_fx.analysis.calls import is_fused_attention, is_softmax
 from parvts_fx.analysis.values import hint_shape, is_tensor, output_node, value
 from parvts_fx.passes import State, build_pipeline
 from parvts_fx.rewriting import rewrite_graph

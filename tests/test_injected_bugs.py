@@ -140,11 +140,11 @@ def whole_outputs(original: Callable, state: State, node: Any, *rest: Any) -> An
     return node if any(user.op == "output" for user in node.users) else original(state, node, *rest)
 
 
-def ungathered_positions(original: Callable, self: Editor, node: Any, axis: int, rows: Any, batch: Any) -> Any:
+def ungathered_positions(original: Callable, self: Editor, node: Any, axis: int, rows: Any, batch: Any, *more: Any) -> Any:
     """The first rows of what does not depend on the prompt's embeddings (rotary angles) in place of the chosen ones."""
     follows = any("masked_scatter" in str(source.target) for source in ancestors([node]))
     if follows or not value(node).is_floating_point():
-        return original(self, node, axis, rows, batch)
+        return original(self, node, axis, rows, batch, *more)
     with self.graph.inserting_before(max(node, rows.ready).next):
         return self.method("narrow", node, axis, 0, rows.count)
 

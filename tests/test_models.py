@@ -1,22 +1,37 @@
-"""Architectures that differ in structure, through generate, against the eager reference."""
+"""Architectures that differ in structure, against the eager reference; the whole list is ``python -m bench.models``."""
 
 from __future__ import annotations
 
 import pytest
 
 from tests.comparing import TOLERANCE
-from tests.models.builders import BUILDERS, IMAGE
-from tests.models.generating import largest_error
-from tests.reference import subject_count
+from tests.models.builders import BUILDERS
+from tests.models.generating import Comparison, cache_lengths
+
+GENERATE = (
+    "llava", "llava_next", "internvl", "qwen2_vl", "qwen3_vl", "gemma3", "paligemma", "aya_vision", "idefics3", "mistral3",
+    "llama4", "qwen3_vl_moe", "qwen3_5", "lfm2_vl", "gemma3n", "gemma4", "granite4_vision", "kimi_k25", "molmo2",
+    "nemotron_h_omni", "exaone4_5", "video_llama_3 (video)",
+)
+"""One architecture for every structural trait."""
+
+FORWARD = ("llava", "qwen2_5_vl", "idefics3", "kosmos-2", "git")
 
 
-@pytest.mark.supports("Architectures", ", ".join(sorted(BUILDERS)) + " (generate, both fusions)")
+@pytest.mark.supports("Architectures", ", ".join(GENERATE) + " (generate, both fusions)")
 @pytest.mark.parametrize("fusion", ["attention", 0.4])
-@pytest.mark.parametrize("name", BUILDERS)
-def test_architectures(name, fusion):
+@pytest.mark.parametrize("name", GENERATE)
+def test_generate(name, fusion):
     built = BUILDERS[name]()
-    ids = built.inputs["input_ids"]
-    visual = int((ids == IMAGE).sum())
-    error, kept = largest_error(built.model, built.inputs, IMAGE, migration_depth=1, keep_ratio=0.25, fusion=fusion)
-    assert error <= TOLERANCE
-    assert kept == ids.shape[1] - visual + subject_count(visual, 0.25)
+    with Comparison(built, fusion=fusion) as compared:
+        assert compared.generate(built.inputs) <= TOLERANCE
+        lengths = cache_lengths(compared.run_compiled(built.inputs, 1).past_key_values)
+    assert max(lengths) == compared.kept
+
+
+@pytest.mark.supports("Architectures", ", ".join(FORWARD) + " (forward)")
+@pytest.mark.parametrize("name", FORWARD)
+def test_forward(name):
+    built = BUILDERS[name]()
+    with Comparison(built) as compared:
+        assert compared.forward(built.inputs) <= TOLERANCE

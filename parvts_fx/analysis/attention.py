@@ -4,42 +4,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection
-from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
+from parvts_fx.analysis.calls import fused_arguments, is_fused_attention, is_softmax
+from parvts_fx.analysis.last_rows import is_state
+from parvts_fx.analysis.probe import Probe
 from parvts_fx.analysis.records import Attention, Operand
-from parvts_fx.analysis.tokens import AxisLabels, Probe, TokenMap
-from parvts_fx.analysis.values import has_target, hint, is_tensor, leaves, value
+from parvts_fx.analysis.tokens import AxisLabels, TokenMap
+from parvts_fx.analysis.values import hint, leaves, value
 from parvts_fx.errors import Refusal
 
 QUERY, KEY = "query", "key"
-
-_FUSED = (F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
-_FUSED_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-_SOFTMAX = (torch.softmax, F.softmax, torch.ops.aten.softmax.int, torch.ops.aten._softmax.default)
-
-
-def is_fused_attention(node: Node) -> bool:
-    return has_target(node, _FUSED)
-
-
-def fused_arguments(node: Node) -> dict[str, Any]:
-    """The arguments of a fused attention call by name, whichever way they were passed; defaults filled in."""
-    defaults = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
-    return {**defaults, **dict(zip(_FUSED_ARGUMENTS, node.args)), **node.kwargs}
-
-
-def is_softmax(node: Node) -> bool:
-    return has_target(node, _SOFTMAX, ("softmax",))
-
-
-def attention_nodes(graph: Graph) -> set[Node]:
-    """Every node that may be the heart of an attention call, in any part of the model."""
-    return {node for node in graph.nodes if is_fused_attention(node) or is_softmax(node)}
-
 
 def find_attentions(module: GraphModule, nodes: Collection[Node], tokens: TokenMap) -> list[Attention]:
     """The attention calls whose queries and keys are both prompt tokens, in graph order.
@@ -87,6 +63,8 @@ def _fused(node: Node, tokens: TokenMap, decoder: set[Node]) -> Attention | None
         return None  # attends to something that is not the prompt: each row by itself
     if arguments["dropout_p"] not in (0, 0.0):
         raise Refusal("attention dropout is active", node)
+    if query in decoder and not tokens.axes.get(query) and not is_state(query, tokens.probed, tokens):
+        return None  # the prompt's last rows ask by themselves
     queries, keys = (_operand(query, tokens, node),), (_operand(key, tokens, node), _operand(val, tokens, node))
     bindings: dict[int, object] = {}
     kind = "fused causal" if arguments["is_causal"] else "fused"
@@ -144,8 +122,7 @@ def _written_out(module: GraphModule, softmax: Node, nodes: Collection[Node], to
         for operand, label in zip(operands, labels):
             probe.seed(operand.node, {operand.axis: label})
         try:
-            for node in ordered:
-                probe.run(node)
+            probe.run(ordered)
         except Refusal:
             continue
         axes = probe.found.axes.get(output, {})
@@ -162,8 +139,3 @@ def _softmax_axis(node: Node) -> int:
     if not isinstance(axis, int):
         raise Refusal("a softmax without an explicit axis", node)
     return axis % value(node).dim()
-
-
-def reads_tokens(node: Node, tokens: TokenMap) -> bool:
-    """Whether any tensor that the node reads has a token axis."""
-    return any(is_tensor(source) and tokens.axes.get(source) for source in node.all_input_nodes)

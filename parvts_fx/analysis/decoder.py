@@ -2,25 +2,48 @@
 
 from __future__ import annotations
 
+import operator
+
 import networkx as nx
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
-from parvts_fx.analysis.attention import attention_nodes, find_attentions, reads_tokens
+from parvts_fx.analysis.attention import find_attentions
+from parvts_fx.analysis.calls import attention_nodes, fused_arguments, is_fused_attention
+from parvts_fx.analysis.last_rows import is_state, keeps_rows_apart, nodes_without_tokens, reads_tokens
 from parvts_fx.analysis.merge import find_merge
-from parvts_fx.analysis.records import Attention, Decoder, Layer
-from parvts_fx.analysis.tokens import Probe, TokenMap
-from parvts_fx.analysis.values import ancestors, changed_in_place, descendants, hint, is_index, is_tensor, output_node, value
+from parvts_fx.analysis.mixers import find_mixers
+from parvts_fx.analysis.records import Decoder, Layer, Mixer, VisualMerge
+from parvts_fx.analysis.probe import Probe
+from parvts_fx.analysis.tokens import TokenMap
+from parvts_fx.analysis.values import (
+    ancestors, changed_in_place, descendants, has_target, hint, is_tensor, output_node, storage_of, value,
+)
 from parvts_fx.errors import Refusal
 
 TOKEN = "token"
 _SINK = "sink"
+_SUMS = (operator.add, operator.iadd, torch.add, torch.ops.aten.add.Tensor)
+_FRESH = (torch.empty, torch.zeros, torch.ones, torch.full)
 
 
-def find_decoder(module: GraphModule, window_caches_follow: bool = False) -> Decoder | None:
+class NoDecoder(Refusal):
+    """Visual features are merged in this graph, and what follows the merge is in another one."""
+
+    def __init__(self, module: GraphModule, merge: VisualMerge):
+        super().__init__(
+            "visual features are merged in this graph, but no attention follows: the graph breaks between the merge and "
+            "the decoder (parvts_fx.compile(model) captures both in one graph where Dynamo can)", merge.output)
+        self.module, self.merge = module, merge
+
+
+def find_decoder(
+    module: GraphModule, window_caches_follow: bool = False, merge: VisualMerge | None = None
+) -> Decoder | None:
     """Find the multimodal decoder in a captured graph.
 
     Args:
+        merge: where visual features enter, if that is known; None to look for it.
         window_caches_follow: the caller corrects the token counts of sliding-window caches after each prefill.
 
     Returns:
@@ -29,52 +52,73 @@ def find_decoder(module: GraphModule, window_caches_follow: bool = False) -> Dec
 
     Raises:
         Refusal: there is a merge, but what follows it is not understood.
+        NoDecoder: there is a merge, and no attention follows.
     """
-    merge = find_merge(module.graph, attention_nodes(module.graph))
+    merge = merge or find_merge(module.graph, attention_nodes(module.graph))
     if merge is None:
         return None
     batch, size, _ = value(merge.output).shape
     if hint(size) is None or hint(batch) is None:
         raise Refusal("the prompt's length depends on data", merge.output)
-    nodes = descendants(module.graph, [merge.output])
+    nodes = _with_buffers(module.graph, descendants(module.graph, [merge.output]))
     if not any(node in attention_nodes(module.graph) for node in nodes):
-        raise Refusal(
-            "visual features are merged in this graph, but no attention follows: the graph breaks between the merge and "
-            "the decoder (parvts_fx.compile(model) captures both in one graph where Dynamo can)", merge.output)
-    tokens = _token_axes(module, nodes, size)
+        raise NoDecoder(module, merge)
+    tokens = _token_axes(module, nodes, merge.output, size)
     attentions = find_attentions(module, nodes, tokens)
     if not attentions:
         raise Refusal("no attention call reads the merged tokens as both queries and keys (a preallocated cache, say, "
                       "whose length the graph cannot change)", merge.output)
-    layers, final, output = _layers(module, nodes, attentions, merge.output)
+    mixers = find_mixers(module.graph, nodes, attentions, tokens)
+    layers, final, output = _layers(module, nodes, mixers, tokens, merge.output)
     decoder = Decoder(merge, tuple(nodes), tuple(layers), final, output, tokens, window_caches_follow)
     _check(module, decoder)
     return decoder
 
 
-def _token_axes(module: GraphModule, nodes: list[Node], size: int | torch.SymInt) -> TokenMap:
-    probe = Probe(module, size, Probe.lengths_for(module, hint(size), [TOKEN]))
-    probe.seed(nodes[0], {1: TOKEN})
-    for node in nodes[1:]:
-        probe.run(node)
-    return probe.found
+def _token_axes(module: GraphModule, nodes: list[Node], start: Node, size: int | torch.SymInt) -> TokenMap:
+    """Probe with a longer prompt, or where that does not work with a shorter one: what pads up to blocks has room then."""
+    problem: Refusal | None = None
+    for shorter in (False, True):
+        try:
+            probe = Probe(module, size, Probe.lengths_for(module, hint(size), [TOKEN], shorter))
+            probe.seed(start, {1: TOKEN})
+            probe.run([node for node in nodes if node is not start])
+            return probe.found
+        except Refusal as refusal:
+            problem = problem or refusal
+    raise problem
+
+
+def _with_buffers(graph: Graph, nodes: list[Node]) -> list[Node]:
+    """The nodes, and the fresh tensors that they write into: those are as long as what is written."""
+    written = {storage_of(target) for node in nodes if (target := changed_in_place(node)) is not None}
+    inside, buffers = set(nodes), set()
+    for node in graph.nodes:
+        if node not in inside and is_tensor(node) and storage_of(node) in written:
+            if has_target(node, _FRESH) or buffers & set(node.all_input_nodes):
+                buffers.add(node)
+    return [node for node in graph.nodes if node in inside or node in buffers]
 
 
 def _layers(
-    module: GraphModule, nodes: list[Node], attentions: list[Attention], start: Node
+    module: GraphModule, nodes: list[Node], mixers: list[Mixer], tokens: TokenMap, start: Node
 ) -> tuple[list[Layer], Node, Node | None]:
-    """Cut the decoder into layers along the chain of dominators from its first attention call to its result.
+    """Cut the decoder into layers along the chain of dominators from its first token mixer to its result.
 
-    Keys and values are left out of the flow (layers may share them), and so is what no attention has touched
-    (per-layer inputs computed from the embeddings): neither is the residual stream.
+    Keys and values are left out of the flow (layers may share them), and so is what no mixer has touched (per-layer
+    inputs computed from the embeddings): neither is the residual stream.
     """
-    first, last = attentions[0], attentions[-1]
+    first, last = mixers[0], mixers[-1]
+    attentions = [mixer.attention for mixer in mixers if mixer.attention is not None]
     touched = set(descendants(module.graph, [first.output]))
     skipped = {
         (key.node, own)
         for attention in attentions for key in attention.keys for own in attention.nodes
         if key.node not in {query.node for query in attention.queries}
     }
+    for node in filter(is_fused_attention, nodes):  # those of the last rows alone among them
+        named = fused_arguments(node)
+        skipped |= {(named[name], node) for name in ("key", "value") if named[name] is not named["query"]}
     flow = nx.DiGraph()
     flow.add_node(first.output)
     for node in nodes:
@@ -83,9 +127,12 @@ def _layers(
                 (source, node) for source in node.all_input_nodes if source in touched and (source, node) not in skipped
             )
     after_last = set(descendants(module.graph, [last.output]))
-    results = [node for node in output_node(module.graph).all_input_nodes if node in after_last and node in flow]
+    results = [
+        node for node in output_node(module.graph).all_input_nodes
+        if node in after_last and node in flow and not is_state(node, nodes, tokens)
+    ]
     if not results:
-        raise Refusal("nothing that the last attention call computes leaves the graph", last.output)
+        raise Refusal("nothing that the last token mixer computes leaves the graph", last.output)
     flow.add_edges_from((node, _SINK) for node in results)
     dominator = nx.immediate_dominators(flow, first.output)
     chain: list[Node] = []
@@ -94,17 +141,20 @@ def _layers(
         chain.append(link)
         link = dominator[link] if dominator[link] is not link else None
     chain.reverse()
-    groups: list[tuple[Node, list[Attention]]] = [(start, [])]
-    for attention in attentions:
-        before = ancestors(query.node for query in attention.queries)
+    inside = set(nodes)
+    while chain and not any(source in inside and source not in touched for source in chain[0].all_input_nodes):
+        del chain[0]  # inside the first mixer: no residual has bypassed it yet
+    groups: list[tuple[Node, list[Mixer]]] = [(start, [])]
+    for mixer in mixers:
+        before = ancestors(mixer.reads)
         links = [link for link in chain if link in before]
         if links and links[-1] is not groups[-1][0]:
             groups.append((links[-1], []))
-        groups[-1][1].append(attention)
-    before_last = ancestors(query.node for query in last.queries)
+        groups[-1][1].append(mixer)
+    before_last = ancestors(last.reads)
     final = next((link for link in chain if link not in before_last), None)
     if final is None:
-        raise Refusal("no link of the residual stream follows the last attention call", last.output)
+        raise Refusal("no link of the residual stream follows the last token mixer", last.output)
     layers = [Layer(index, link, tuple(own)) for index, (link, own) in enumerate(groups)]
     return layers, final, _output_of_last_layer(chain, layers)
 
@@ -118,7 +168,7 @@ def _output_of_last_layer(chain: list[Node], layers: list[Layer]) -> Node | None
         return None
 
     def links_behind(layer: Layer, stop: Node | None) -> list[Node]:
-        before = ancestors(query.node for query in layer.attentions[-1].queries)
+        before = ancestors(layer.mixers[-1].reads)
         behind = [link for link in chain if link not in before]
         return behind if stop is None else behind[:behind.index(stop) + 1]
 
@@ -148,49 +198,35 @@ def _check(module: GraphModule, decoder: Decoder) -> None:
         odd = [kind for kind in tokens.axes[node].values() if not kind.is_plain]
         if odd:
             raise Refusal(f"an output counts its tokens as {odd}", node)
-        for source in nodes_without_tokens(decoder, node):
+        for source in nodes_without_tokens(decoder.nodes, node, tokens):
             if not reads_tokens(source, tokens):
                 continue
-            if not _takes_last_rows(source, tokens):
-                raise Refusal("an output reduces over the prompt's tokens (a loss or a pooling, say)", source)
-            if source not in after_last and not decoder.window_caches_follow:
+            if not keeps_rows_apart(source, tokens):
+                if node in after_last:
+                    raise Refusal("an output reduces over the prompt's tokens (a loss or a pooling, say)", source)
+            elif source not in after_last and not decoder.window_caches_follow:
                 raise Refusal("a layer caches its last tokens only, and counts them where a graph cannot reach (use "
                               "parvts_fx.compile(model), which corrects the count)", source)
+    if all(_joins_residual(node, decoder) for node in _streams_that_leave(module, decoder)):
+        raise Refusal("the graph breaks between the decoder's layers: what leaves it is the residual stream "
+                      "(parvts_fx.compile(model) captures them in one graph where Dynamo can)", decoder.final)
     for link in [*(layer.input for layer in decoder.layers), decoder.final]:
         if tokens.plain_axis(link) is None:
             raise Refusal("the residual stream has no plain token axis here", link)
 
 
-def nodes_without_tokens(decoder: Decoder, result: Node) -> list[Node]:
-    """The decoder's tensors without a token axis that lead to a result without one (itself included), in graph order.
-
-    Empty for a result that has a token axis.
-    """
-    inside, axes = set(decoder.nodes), decoder.tokens.axes
-    found: set[Node] = set()
-    stack = [result]
-    while stack:
-        node = stack.pop()
-        if node in inside and node not in found and not axes.get(node):
-            found.add(node)
-            stack.extend(node.all_input_nodes)
-    return [node for node in decoder.nodes if node in found]
+def _streams_that_leave(module: GraphModule, decoder: Decoder) -> list[Node]:
+    """What the graph returns of what the last token mixer has computed."""
+    behind = {decoder.final, *descendants(module.graph, [decoder.final])}
+    return [
+        node for node in output_node(module.graph).all_input_nodes
+        if node in behind and not is_state(node, decoder.nodes, decoder.tokens)
+    ]
 
 
-def _takes_last_rows(node: Node, tokens: TokenMap) -> bool:
-    """``x[..., -n:, ...]`` or ``x[..., -1, ...]`` along the token axis: those rows are the last of any subset too."""
-    if not is_index(node) or not is_tensor(node.args[0]):
-        return False
-    axis = tokens.plain_axis(node.args[0])
-    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-    if axis is None or any(part is None or part is Ellipsis for part in index) or axis >= len(index):
-        return False
-
-    def number(part: object) -> object:
-        return hint(value(part)) if isinstance(part, Node) else part
-
-    part = index[axis]
-    if isinstance(part, slice):
-        start = number(part.start)
-        return isinstance(start, int) and start < 0 and part.stop is None and part.step in (None, 1)
-    return isinstance(number(part), int) and number(part) < 0
+def _joins_residual(node: Node, decoder: Decoder) -> bool:
+    """Whether a result is a sum as it stands between layers, not normalised and not projected to a vocabulary."""
+    tokens = decoder.tokens
+    summands = [source for source in node.all_input_nodes if tokens.plain_axis(source) is not None]
+    return has_target(node, _SUMS, ("add", "add_")) and len(summands) == 2 and all(
+        value(source).shape == value(node).shape for source in summands)

@@ -40,7 +40,7 @@ def enters_a_layer(node: Node, attentions: set[Node]) -> bool:
             return True
         if source not in seen:
             seen.add(source)
-            stack.extend([_operands(source)[0]] if is_merge(source) else source.all_input_nodes)
+            stack.extend([_operands(source)[0]] if is_merge(source) else filter(is_tensor, source.all_input_nodes))
     return False
 
 

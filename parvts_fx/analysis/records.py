@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+import torch
 from torch.fx import Node
+
+from parvts_fx.analysis.values import concrete, value
 
 if TYPE_CHECKING:
     from parvts_fx.analysis.tokens import TokenMap
@@ -22,7 +25,18 @@ class VisualMerge:
     """One bool mask per merge, [batch, seq, 1 or hidden] or [batch, seq]: true where a visual token stands."""
 
     features: tuple[Node, ...]
-    """The features that were merged, [visual tokens, hidden] or any shape of as many elements."""
+    """The features that were merged, [visual tokens, hidden] or any shape of as many elements; empty if not in the graph."""
+
+    count: int | None = None
+    """Visual tokens per sample where the features' sizes do not tell; the graph is then rewritten for that number."""
+
+    @property
+    def visual_tokens(self) -> int | torch.SymInt:
+        """Visual tokens per sample."""
+        if self.count is not None:
+            return self.count
+        batch, _, hidden = value(self.output).shape
+        return concrete(sum(value(node).numel() // hidden for node in self.features) // batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,14 +72,30 @@ class Attention:
 
 
 @dataclasses.dataclass(frozen=True)
+class Mixer:
+    """One place where tokens meet."""
+
+    reads: tuple[Node, ...]
+    """What the rows that ask are computed from: an attention's queries, another mixer's inputs."""
+
+    output: Node
+    attention: Attention | None
+    """None for a mixer that is no softmax attention: a convolution, a scan."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Layer:
-    """A decoder layer: the attention calls between two links of the residual stream."""
+    """A decoder layer: the token mixers between two links of the residual stream."""
 
     index: int
     input: Node
     """The link of the residual stream (a dominator of all that follows) that enters the layer."""
 
-    attentions: tuple[Attention, ...]
+    mixers: tuple[Mixer, ...]
+
+    @property
+    def attentions(self) -> tuple[Attention, ...]:
+        return tuple(mixer.attention for mixer in self.mixers if mixer.attention is not None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,74 +1,102 @@
-"""Hold ``generate`` on any Hugging Face model against the eager reference."""
+"""Hold a model, compiled, against the eager reference: forward and generate."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 import parvts_fx
 from parvts_fx.scores import diverse
-from tests import reference
-
-VISION = ("vision", "visual", "audio", "tower")
-
-
-def decoder_of(model: nn.Module) -> tuple[list[nn.Module], nn.Module]:
-    """The text model's layers and its final norm, by the names that the tests' models give them."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and name.endswith("layers") and not any(word in name for word in VISION):
-            parent = model.get_submodule(name.rsplit(".", 1)[0])
-            return list(module), parent.norm
-    raise LookupError("no decoder layers in this model")
+from tests.models.oracle import Oracle, fill
+from tests.models.registry import Built
+from tests.reference import relative_error
 
 
-class Oracle:
-    """The reference with a tail that is the model's own: its final norm is fed the pruned rows."""
-
-    def __init__(self, model: Any, token: int, **options: Any):
-        self.model, self.token, self.options = model, token, options
-        self.layers, self.norm = decoder_of(model)
-
-    def prefill(self, inputs: dict[str, Any]) -> list[reference.Prefill]:
-        return reference.prefill(self.model, self.layers, self.tail(inputs), inputs, inputs["input_ids"] == self.token,
-                                 score=diverse, **self.options)
-
-    def tail(self, inputs: dict[str, Any]) -> Callable[[torch.Tensor], torch.Tensor]:
-        forward = self.model.forward
-
-        def finish(hidden: torch.Tensor) -> torch.Tensor:
-            hook = self.norm.register_forward_pre_hook(lambda module, args: (hidden,))
-            try:
-                return forward(**inputs).logits
-            finally:
-                hook.remove()
-
-        return finish
-
-    def generate(self, inputs: dict[str, Any], steps: int) -> Any:
-        with reference.pruned(self.model, self.prefill, self.token), torch.no_grad():
-            return _generate(self.model, inputs, steps)
+def cache_tensors(cache: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Everything that a cache holds: keys and values, states of scans and convolutions."""
+    for index, layer in enumerate(cache.layers):
+        for name, held in vars(layer).items():
+            entries = held.items() if isinstance(held, dict) else [("", held)]
+            for key, entry in entries:
+                if isinstance(entry, torch.Tensor) and entry.numel() and entry.is_floating_point():
+                    yield f"{index}.{name}{key}", entry
 
 
-def _generate(model: Any, inputs: dict[str, Any], steps: int) -> Any:
-    return model.generate(**inputs, max_new_tokens=steps, do_sample=False, output_logits=True, return_dict_in_generate=True)
+def cache_error(actual: Any, wanted: Any) -> float:
+    ours, theirs = dict(cache_tensors(actual)), dict(cache_tensors(wanted))
+    if ours.keys() != theirs.keys():
+        return math.inf
+    return max((relative_error(ours[name], theirs[name]) for name in ours), default=0.0)
 
 
-def largest_error(model: Any, inputs: dict[str, Any], token: int, *, steps: int = 3, **options: Any) -> tuple[float, int]:
-    """(largest relative error over every step's logits and every cache tensor, rows that the prefill kept)."""
-    keep = {name: held for name, held in options.items() if name != "migration_depth"}
-    wanted = Oracle(model, token, depth=options["migration_depth"], **keep).generate(inputs, steps)
-    parvts_fx.compile(model, lowering="eager", strict=True, score=diverse, **options)
-    try:
+def run_generate(model: Any, inputs: Mapping[str, Any], steps: int) -> Any:
+    with torch.no_grad():
+        return model.generate(**inputs, max_new_tokens=steps, min_new_tokens=steps, do_sample=False, output_logits=True,
+                              return_dict_in_generate=True)
+
+
+def cache_lengths(cache: Any) -> list[int]:
+    """Entries per layer of every layer that holds keys."""
+    return [layer.keys.shape[-2] for layer in cache.layers if getattr(layer, "keys", None) is not None]
+
+
+class Comparison:
+    """One model, compiled with one choice of options, against the reference with the same."""
+
+    def __init__(self, built: Built, *, keep_ratio: float = 0.25, fusion: str | float = "attention", depth: int = 1,
+                 listed_depth: int | None = None):
+        """``listed_depth``: the depth as the model's list of layers counts it, where some entries mix no tokens."""
+        self.built, self.model = built, built.model
+        self.options = dict(keep_ratio=keep_ratio, migration_depth=depth, fusion=fusion)
+        self.oracle = Oracle(built.model, built.token, depth=listed_depth or depth, keep_ratio=keep_ratio, score=diverse,
+                             fusion=fusion)
+
+    def __enter__(self) -> Comparison:
+        parvts_fx.compile(self.model, lowering="eager", strict=True, score=diverse, **self.options)
+        self.compiled = self.model._compiled_call_impl
+        self.model._compiled_call_impl = None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.model._compiled_call_impl = None
+
+    def forward(self, inputs: Mapping[str, Any]) -> float:
+        """Largest relative error over all logits of path A and every cache tensor."""
+        wanted = self.oracle.prefill(inputs)
+        cache = {} if self.oracle.makes_cache else {"past_key_values": self.oracle.fresh_cache()}
         with torch.no_grad():
-            actual = _generate(model, inputs, steps)
-    finally:
-        model._compiled_call_impl = None
-    errors = [reference.relative_error(ours, theirs) for ours, theirs in zip(actual.logits, wanted.logits, strict=True)]
-    for ours, theirs in zip(actual.past_key_values.layers, wanted.past_key_values.layers, strict=True):
-        errors += [reference.relative_error(ours.keys, theirs.keys), reference.relative_error(ours.values, theirs.values)]
-    if actual.sequences.tolist() != wanted.sequences.tolist():
-        errors.append(float("inf"))
-    return max(errors), max(layer.keys.shape[-2] for layer in actual.past_key_values.layers) - steps + 1
+            actual = self.compiled(**inputs, use_cache=True, **cache)
+        error = relative_error(actual.logits, wanted.logits)
+        return max(error, cache_error(actual.past_key_values, self._as_cached(wanted)))
+
+    @property
+    def kept(self) -> int:
+        """Rows that the reference's last prefill kept."""
+        return self.oracle.rows
+
+    def _as_cached(self, wanted: Any) -> Any:
+        cache = copy.deepcopy(self.oracle.empty)
+        fill(cache, wanted.cache, self.oracle.empty)
+        return cache
+
+    def generate(self, inputs: Mapping[str, Any], steps: int = 3) -> float:
+        """Largest relative error over every step's logits and every cache tensor; infinite if a token differs."""
+        with self.oracle.installed():
+            wanted = run_generate(self.model, inputs, steps)
+        actual = self.run_compiled(inputs, steps)
+        errors = [relative_error(ours, theirs) for ours, theirs in zip(actual.logits, wanted.logits, strict=True)]
+        errors.append(cache_error(actual.past_key_values, wanted.past_key_values))
+        if actual.sequences.tolist() != wanted.sequences.tolist():
+            errors.append(math.inf)
+        return max(errors)
+
+    def run_compiled(self, inputs: Mapping[str, Any], steps: int) -> Any:
+        self.model._compiled_call_impl = self.compiled
+        try:
+            return run_generate(self.model, inputs, steps)
+        finally:
+            self.model._compiled_call_impl = None

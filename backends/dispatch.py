@@ -1,0 +1,141 @@
+"""Decides at each call whether the rewritten graph may run."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from parvts_fx.backends.lowering import Compiled, lower
+from parvts_fx.caches import note_short_caches, tell_pruning
+from parvts_fx.capture import copy_graph_module
+from parvts_fx.errors import NotRewritten, ParvtsWarning
+from parvts_fx.handover import MergedInput, visual_rows
+from parvts_fx.options import Options
+from parvts_fx.precondition import same_count
+from parvts_fx.rewriting import Rewriting
+
+_MOST_COUNTS = 8
+"""For how many different numbers of visual tokens one graph is compiled, where no size tells the number."""
+
+_DIFFER = "the samples of this batch have different numbers of visual tokens"
+
+
+class Dispatch:
+    """Runs the rewritten graph where it may be used for the prompt at hand, and the unrewritten one elsewhere.
+
+    Args:
+        done: the rewriting for the example inputs.
+        lowered: its compiled form; None to compile it when it is first called.
+        original: the graph as it came.
+        position: which input holds embeddings that an earlier graph merged, if any does.
+        again: rewrites the original for other inputs, with another number of visual tokens.
+    """
+
+    def __init__(
+        self, done: Rewriting, lowered: Compiled | None, original: GraphModule, options: Options, position: int | None,
+        again: Callable[[GraphModule, Sequence[object], MergedInput | None], Rewriting],
+    ):
+        self._done = done
+        self._original = copy_graph_module(original)
+        self._options = options
+        self._position = position
+        self._again = again
+        self._unrewritten: Compiled | None = None
+        self._by_count: dict[int | None, Compiled] = {}
+        """Compiled forms by the number of visual tokens; None for the one that reads it off the sizes."""
+        if lowered is None:
+            lowered = torch.compile(done.module, backend=_LowerOnly(options))
+        self._by_count[None if done.precondition else done.merge.count] = lowered
+
+    def __call__(self, *inputs: object) -> object:
+        if self._position is not None and visual_rows(inputs[self._position]) is None:
+            return self._run_unrewritten(inputs)  # text alone
+        precondition = self._done.precondition
+        if precondition is None:
+            visual = self._visual(inputs)
+            count = same_count(visual)
+            reason = _DIFFER if count is None else None
+        else:
+            visual, count = None, precondition.visual_tokens(inputs)
+            reason = None
+        dropped = 0 if count is None else count - self._options.subject_count(count) if count else 0
+        if reason is None and dropped == 0:
+            return self._run_unrewritten(inputs)
+        if precondition is not None and not precondition(*inputs):
+            reason = _DIFFER
+        elif _has_labels():
+            reason = "labels are given, and a loss needs the logits of every position"
+        compiled = None
+        if reason is None:
+            compiled = self._by_count.get(None if precondition else count)
+            if compiled is None:
+                compiled, reason = self._compile_for(count, inputs)
+        if compiled is None:
+            if reason is not None:
+                self._tell(reason)
+            return self._run_unrewritten(inputs)
+        outputs = compiled(*inputs) if self._position is None else compiled(*inputs, visual)
+        tell_pruning(dropped)
+        note_short_caches(outputs)
+        return outputs
+
+    def _visual(self, inputs: Sequence[object]) -> torch.Tensor:
+        if self._position is None:
+            return self._done.visual_mask(*inputs)
+        return visual_rows(inputs[self._position])
+
+    def _compile_for(self, count: int, inputs: Sequence[object]) -> tuple[Compiled | None, str | None]:
+        """The compiled form for another number of visual tokens, or None and the reason, if it has not been told yet."""
+        if len(self._by_count) >= _MOST_COUNTS:
+            return None, (f"the number of visual tokens depends on data here, and {_MOST_COUNTS} different numbers have "
+                          "been compiled already (generate and sizes that the graph knows have no such limit)")
+        handed = None if self._position is None else MergedInput(self._position, self._visual(inputs))
+        done = self._again(self._original, inputs, handed)
+        if done.module is None:
+            return None, None
+        self._by_count[count] = torch.compile(done.module, backend=_LowerOnly(self._options))
+        return self._by_count[count], None
+
+    def _tell(self, reason: str) -> None:
+        if self._options.strict:
+            raise NotRewritten(f"parvts_fx: this multimodal prefill cannot be rewritten: {reason}")
+        warnings.warn(f"parvts_fx: this multimodal prefill runs unrewritten: {reason}", ParvtsWarning, stacklevel=3)
+
+    def _run_unrewritten(self, inputs: Sequence[object]) -> object:
+        """Compiled when first needed; Dynamo guards its sizes, which need not be those of the rewritten graph."""
+        if self._unrewritten is None:
+            self._unrewritten = torch.compile(self._original, backend=_LowerOnly(self._options))
+        return self._unrewritten(*inputs)
+
+
+class _LowerOnly:
+    """A Dynamo backend that applies a lowering and nothing else."""
+
+    __name__ = "parvts_lowering"
+
+    def __init__(self, options: Options):
+        self._options = options
+
+    def __call__(self, module: GraphModule, example_inputs: Sequence[object]) -> Compiled:
+        return lower(module, example_inputs, self._options)
+
+
+def _has_labels() -> bool:
+    """Whether a forward() that is running was called with labels.
+
+    Where the graph breaks behind the decoder, the loss is not in the graph, and no guard of it sees the labels: the
+    callers' frames are all that tells.
+    """
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if "forward" in frame.f_code.co_name and "labels" in frame.f_code.co_varnames:
+            held = frame.f_locals
+            if isinstance(held.get("self"), torch.nn.Module) and isinstance(held.get("labels"), torch.Tensor):
+                return True
+        frame = frame.f_back
+    return False

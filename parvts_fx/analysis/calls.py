@@ -1,0 +1,34 @@
+"""Recognises the operations that attention is made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Graph, Node
+
+from parvts_fx.analysis.values import has_target
+
+_FUSED = (F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
+_FUSED_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+_SOFTMAX = (torch.softmax, F.softmax, torch.ops.aten.softmax.int, torch.ops.aten._softmax.default)
+
+
+def is_fused_attention(node: Node) -> bool:
+    return has_target(node, _FUSED)
+
+
+def fused_arguments(node: Node) -> dict[str, Any]:
+    """The arguments of a fused attention call by name, whichever way they were passed; defaults filled in."""
+    defaults = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
+    return {**defaults, **dict(zip(_FUSED_ARGUMENTS, node.args)), **node.kwargs}
+
+
+def is_softmax(node: Node) -> bool:
+    return has_target(node, _SOFTMAX, ("softmax",))
+
+
+def attention_nodes(graph: Graph) -> set[Node]:
+    """Every node that may be the heart of an attention call, in any part of the model."""
+    return {node for node in graph.nodes if is_fused_attention(node) or is_softmax(node)}

@@ -1,0 +1,266 @@
+"""Finds out which sizes follow the prompt, by evaluating the decoder at another prompt length.
+
+Node by node, on fake tensors: what must change for a node to still work follows the prompt; everything else stays. No
+operator is known by name here. A reading that works where it is taken may turn out wrong further on (a buffer of 30
+entries works by itself, until 127 tokens are copied into it): then the search goes back to the nearest choice that
+the failing node depends on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import GraphModule, Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from parvts_fx.analysis.tokens import Axis, Binding, Count, Filling, TokenMap, readings_of
+from parvts_fx.analysis.values import ancestors, call, concrete, hint, hint_shape, is_tensor, leaves, value, with_leaves
+from parvts_fx.errors import Refusal
+
+_MOST_RETREATS = 400
+_FAKE_LOG = logging.getLogger("torch._subclasses.fake_tensor")
+
+Finding = tuple[dict[int, Binding], Any, dict[int, Axis] | None]
+"""A reading of a node, what the node comes to under it, and the token axes of that."""
+
+
+@contextlib.contextmanager
+def quiet_trials() -> Iterator[None]:
+    """A trial that fails is the normal case here; fake tensors would log each with its traceback."""
+
+    def drop(_: logging.LogRecord) -> bool:
+        return False
+
+    _FAKE_LOG.addFilter(drop)
+    try:
+        yield
+    finally:
+        _FAKE_LOG.removeFilter(drop)
+
+
+class Probe:
+    """Evaluates nodes on fake tensors in which each label's tokens have another number than in the graph."""
+
+    def __init__(self, module: GraphModule, size: int | torch.SymInt, lengths: Mapping[str, int]):
+        self.module = module
+        self.size_hint = hint(size)
+        self.lengths = dict(lengths)
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.found = TokenMap(concrete(size))
+        self._sides: dict[tuple[Node, tuple], torch.Tensor] = {}
+
+    @staticmethod
+    def lengths_for(module: GraphModule, size_hint: int, labels: Iterable[str], shorter: bool = False) -> dict[str, int]:
+        """One prime per label, no factor of any size in the graph; larger than the prompt, or well below it."""
+        sizes = {
+            entry
+            for node in module.graph.nodes if isinstance(value(node), torch.Tensor)
+            for entry in hint_shape(value(node)) if entry
+        }
+        chosen: dict[str, int] = {}
+        candidate, step = (2 * size_hint // 3, -1) if shorter else (2 * size_hint + 61, 1)
+        for label in labels:
+            while (
+                any(candidate % factor == 0 for factor in range(2, int(candidate**0.5) + 1))
+                or any(entry % candidate == 0 for entry in sizes)
+                or candidate in chosen.values()
+            ):
+                candidate += step
+                if candidate < 3:
+                    raise Refusal("the prompt is too short to tell its length from other sizes")
+            chosen[label] = candidate
+            candidate += 1 + size_hint  # far enough apart for (probe - S) differences not to divide one another
+        return chosen
+
+    def seed(self, node: Node, axes: Mapping[int, str]) -> None:
+        """Declare the axes of a node from which the probe starts."""
+        self.found.probed[node] = self._side(node, tuple(axes.items()))
+        self.found.axes[node] = {axis: Axis(label, 1, 0) for axis, label in axes.items()}
+
+    def run(self, nodes: Sequence[Node]) -> None:
+        """Evaluate nodes in graph order, and record what was found.
+
+        Raises:
+            Refusal: no way of reading a node's integers and side tensors, and those in front of it, lets it work at
+                another prompt length.
+        """
+        found: list[Iterator[Finding] | None] = [None] * len(nodes)
+        conflicts: dict[int, set[Node]] = {}
+        problem: Refusal | None = None
+        retreats = place = 0
+        while place < len(nodes):
+            if found[place] is None:
+                found[place] = self._findings(nodes[place])
+            try:
+                self._record(nodes[place], next(found[place]))
+                place += 1
+                continue
+            except StopIteration:
+                pass
+            except Refusal as refusal:
+                problem = problem or refusal
+            # go back to the nearest choice in front that this node depends on
+            involved = ancestors([nodes[place]]) | conflicts.get(place, set())
+            retreats += 1
+            for earlier in range(place - 1, -1, -1):
+                if retreats > _MOST_RETREATS or nodes[earlier] not in involved:
+                    continue
+                finding = next(found[earlier], None)
+                if finding is not None:
+                    break
+            else:
+                raise problem
+            for later in range(earlier + 1, place + 1):
+                found[later] = None
+                conflicts.pop(later, None)
+                self._forget(nodes[later])
+            conflicts.setdefault(earlier, set()).update(involved)
+            self._record(nodes[earlier], finding)
+            place = earlier + 1
+
+    def _record(self, node: Node, finding: Finding) -> None:
+        choice, result, axes = finding
+        self._forget(node)
+        self.found.probed[node] = result
+        if axes is not None:
+            self.found.axes[node] = axes
+        self.found.bindings[node] = choice
+
+    def _forget(self, node: Node) -> None:
+        for held in (self.found.probed, self.found.axes, self.found.bindings):
+            held.pop(node, None)
+
+    def _findings(self, node: Node) -> Iterator[Finding]:
+        """The readings under which a node works, in order of preference; a Refusal if there is none."""
+        current = leaves(node)
+        working: list[Finding] = []
+        problem: Exception | None = None
+        for choice in readings_of(node, self.lengths, self.found):
+            try:
+                result = self._evaluate(node, current, choice, self._fake_leaf)
+            except Exception as error:  # a trial that fails is the normal case: this reading of the node is wrong
+                problem = error
+                continue
+            axes = self._axes_of(node, result)
+            if axes is not False:
+                working.append((choice, result, axes))
+        if not working:
+            detail = f"{type(problem).__name__}: {str(problem).splitlines()[0][:200]}" if problem else "sizes do not fit"
+            raise Refusal(f"an operation works only at the traced prompt length ({detail})", node)
+        if len(working) > 1:  # the stable sort leaves the fewest changes in front among equals
+            working.sort(key=lambda entry: not self._keeps_tokens_whole(node, current, entry[0], entry[2]))
+        yield from working
+
+    # -- evaluation -------------------------------------------------------------------------------------------------
+
+    def _evaluate(self, node: Node, current: list[Any], choice: Mapping[int, Binding], leaf_value: Any) -> Any:
+        args, kwargs = with_leaves(node, [leaf_value(leaf, choice.get(i)) for i, leaf in enumerate(current)])
+        with self.mode, torch.no_grad(), quiet_trials():
+            if node.target is operator.setitem and isinstance(args[2], torch.Tensor):  # fake tensors do not check this
+                args[2].expand_as(args[0][args[1]])
+            return call(self.module, node.op, node.target, args, kwargs)
+
+    def _fake_leaf(self, leaf: Any, binding: Binding | None) -> Any:
+        if isinstance(leaf, Node) and leaf in self.found.probed:
+            return self.found.probed[leaf]
+        if isinstance(binding, Count):
+            return binding.multiple * self.lengths[binding.label]
+        if isinstance(binding, Filling):
+            return hint(value(leaf) if isinstance(leaf, Node) else leaf) + self.size_hint - self.lengths[binding.label]
+        if is_tensor(leaf):
+            return self._side(leaf, binding.axes if binding else ())
+        if isinstance(leaf, Node):
+            example = value(leaf)
+            return hint(example) if isinstance(example, torch.SymInt) else example
+        return leaf
+
+    def _side(self, node: Node, axes: tuple[tuple[int, str], ...]) -> torch.Tensor:
+        key = (node, axes)
+        if key not in self._sides:
+            self._sides[key] = self._like(value(node), dict(axes))
+        return self._sides[key]
+
+    def _like(self, tensor: torch.Tensor, axes: Mapping[int, str]) -> torch.Tensor:
+        if any(size is None for size in hint_shape(tensor)):
+            raise Refusal("a tensor's size depends on data")
+        shape = [self.lengths[axes[i]] if i in axes else size for i, size in enumerate(hint_shape(tensor))]
+        with self.mode:
+            if type(tensor) not in (torch.Tensor, torch.nn.Parameter, FakeTensor):
+                return self._wrapper_like(tensor, axes)
+            order = sorted(range(tensor.dim()), key=lambda i: -hint(tensor.stride(i)))  # keep the memory layout
+            dense = torch.empty([shape[i] for i in order], dtype=tensor.dtype, device=tensor.device)
+            return dense.permute([order.index(i) for i in range(tensor.dim())]) if tensor.dim() else dense
+
+    def _wrapper_like(self, tensor: torch.Tensor, axes: Mapping[int, str]) -> torch.Tensor:
+        """The same for a tensor that wraps others, such as a quantised weight, which does not follow the prompt."""
+        if axes or not is_traceable_wrapper_subclass(tensor):
+            raise Refusal(f"a tensor of the subclass {type(tensor).__name__} is not understood")
+        names, context = tensor.__tensor_flatten__()
+        parts = {name: self._like(getattr(tensor, name), {}) for name in names}
+        return type(tensor).__tensor_unflatten__(parts, context, tensor.shape, tensor.stride())
+
+    def _axes_of(self, node: Node, result: Any) -> dict[int, Axis] | bool | None:
+        """Compare a result with the traced one; False if their sizes are not related through token counts."""
+        example = value(node)
+        if not isinstance(result, torch.Tensor) or not isinstance(example, torch.Tensor):
+            return None
+        if result.dim() != example.dim():
+            return False
+        axes: dict[int, Axis] = {}
+        for axis, (now, then) in enumerate(zip(result.shape, hint_shape(example))):
+            if now == then:
+                continue
+            for label, length in self.lengths.items():
+                multiple, rest = divmod(now - then, length - self.size_hint)
+                if rest == 0 and multiple > 0:
+                    axes[axis] = Axis(label, multiple, then - multiple * self.size_hint)
+                    break
+            else:
+                return False
+        return axes
+
+    def _keeps_tokens_whole(
+        self, node: Node, current: list[Any], choice: Mapping[int, Binding], axes: dict[int, Axis] | None
+    ) -> bool:
+        """Run a node that only moves data on the tokens' numbers: do they come out whole, along the axis found?
+
+        Needed where sizes collide and several readings work, as in ``view(1, 64, -1)`` with S = hidden = 64.
+        """
+        sources = [leaf for leaf in current if isinstance(leaf, Node) and leaf in self.found.probed]
+        if len(sources) != 1 or axes is None:
+            return False
+        origin = self.found.axes.get(sources[0], {})
+        if len(origin) != len(axes):
+            return False
+        for (source_axis, kind), (axis, out_kind) in zip(sorted(origin.items()), sorted(axes.items())):
+            if kind.label != out_kind.label:
+                return False
+            probed = self.found.probed[sources[0]]
+            shape = [1] * probed.dim()
+            shape[source_axis] = probed.shape[source_axis]
+            numbers = torch.arange(probed.shape[source_axis]).view(shape).expand(probed.shape).contiguous()
+
+            def real_leaf(leaf: Any, binding: Binding | None) -> Any:
+                if leaf is sources[0]:
+                    return numbers
+                if is_tensor(leaf):
+                    raise NotImplementedError("only nodes with one tensor are run on numbers")
+                return self._fake_leaf(leaf, binding)
+
+            try:
+                args, kwargs = with_leaves(node, [real_leaf(leaf, choice.get(i)) for i, leaf in enumerate(current)])
+                moved = call(self.module, node.op, node.target, args, kwargs)
+            except Exception:  # no data movement (a product with weights, say): nothing to learn here
+                return False
+            expected_shape = [1] * moved.dim()
+            expected_shape[axis] = moved.shape[axis]
+            expected = torch.arange(moved.shape[axis]).view(expected_shape)
+            if moved.shape[axis] != probed.shape[source_axis] or not bool((moved == expected).all()):
+                return False
+        return True

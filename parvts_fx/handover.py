@@ -1,0 +1,94 @@
+"""Hands a merge on to the decoder where a graph break stands between them.
+
+Some models compute positions from data between the merge of visual features and the decoder, so that Dynamo hands over
+two graphs. The first one then also returns where the visual tokens stand, which is remembered by the identity of the
+merged embeddings; the second one is recognised by that very tensor among its inputs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from parvts_fx.analysis.calls import attention_nodes
+from parvts_fx.analysis.records import VisualMerge
+from parvts_fx.analysis.values import fake_mode_of, output_node, value
+
+_MERGED: dict[int, tuple[weakref.ref[torch.Tensor], torch.Tensor]] = {}
+"""By identity of merged embeddings that are alive: which of their rows are visual tokens."""
+
+
+def remember_merge(embeddings: torch.Tensor, visual: torch.Tensor) -> None:
+    """``embeddings`` [batch, seq, hidden] have visual features where ``visual`` [batch, seq] is true."""
+    key = id(embeddings)
+    _MERGED[key] = (weakref.ref(embeddings, lambda _: _MERGED.pop(key, None)), visual)
+
+
+def visual_rows(embeddings: object) -> torch.Tensor | None:
+    """The [batch, seq] bool mask of embeddings that an earlier graph merged; None for any other object."""
+    reference, visual = _MERGED.get(id(embeddings), (None, None))
+    return visual if reference is not None and reference() is embeddings else None
+
+
+@dataclasses.dataclass(frozen=True)
+class MergedInput:
+    """One of a graph's inputs, with visual features merged in."""
+
+    position: int
+    visual: torch.Tensor
+    """[batch, seq] bool, as many true entries in every row."""
+
+    @staticmethod
+    def find(module: GraphModule, example_inputs: Sequence[object]) -> MergedInput | None:
+        """The merged embeddings among the inputs of a graph with attention."""
+        for position, given in enumerate(example_inputs):
+            visual = visual_rows(given)
+            if visual is not None and attention_nodes(module.graph):
+                return MergedInput(position, visual)
+        return None
+
+    def receive(self, module: GraphModule) -> VisualMerge:
+        """Give a graph the mask as one more input, and say where it stands."""
+        placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+        embeddings = placeholders[self.position]
+        batch, size, _ = value(embeddings).shape
+        with module.graph.inserting_after(placeholders[-1]):
+            mask = module.graph.placeholder("visual_tokens")
+        with fake_mode_of(module.graph):
+            mask.meta["example_value"] = torch.empty(batch, size, dtype=torch.bool, device=self.visual.device)
+        return VisualMerge(embeddings, (mask,), (), int(self.visual[0].sum()))
+
+
+def can_hand_on(module: GraphModule, merged: Node) -> bool:
+    """Whether merged embeddings leave the graph as they are."""
+    return _place(module, merged) is not None
+
+
+def _place(module: GraphModule, merged: Node) -> int | None:
+    results = output_node(module.graph).args[0]
+    return next((i for i, result in enumerate(results) if isinstance(result, Node) and result.name == merged.name), None)
+
+
+def hand_on(
+    module: GraphModule, merged: Node, visual: Callable[..., torch.Tensor], lower: Callable[[GraphModule], Callable]
+) -> Callable[..., Any]:
+    """Lower a graph that ends between the merge and the decoder, such that the decoder's graph finds the merge.
+
+    Args:
+        merged: the merge's result, by name in ``module``.
+        visual: of the graph's inputs: [batch, seq] bool.
+    """
+    position = _place(module, merged)
+    lowered = lower(module)
+
+    def announcing(*inputs: object) -> Any:
+        outputs = lowered(*inputs)
+        remember_merge(outputs[position], visual(*inputs))
+        return outputs
+
+    return announcing

@@ -1,0 +1,123 @@
+"""Write every way of merging visual features into text embeddings as the one that the analysis knows."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from typing import ClassVar
+
+import torch
+from torch.fx import GraphModule, Node
+
+from parvts_fx.analysis.merge import is_merge
+from parvts_fx.analysis.values import ancestors, has_target, is_tensor, storage_of, value
+from parvts_fx.passes.editing import Editor
+
+_PUTS = (torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default, torch.index_put)
+_PUT_METHODS = ("index_put", "index_put_")
+_CATS = (torch.cat, torch.concat, torch.concatenate, torch.ops.aten.cat.default)
+
+
+@dataclasses.dataclass(frozen=True)
+class UnifyMerges:
+    """Merges by assignment and by concatenation become scattering.
+
+    ``h[mask] = features``                ==>  ``h' = h.masked_scatter(mask[..., None], features)``
+    ``h = cat([text, features, text], 1)``  ==>  ``h' = cat([text, 0, text], 1).masked_scatter(their place, features)``
+
+    Only where the features depend on an input that is neither ids nor a weight, where no attention has touched the text,
+    and where nothing is scattered already. The values computed stay the same.
+    """
+
+    name: ClassVar[str] = "unify_merges"
+
+    def run(self, module: GraphModule, attentions: set[Node]) -> int:
+        """Rewrite the graph; returns the number of merges that were rewritten."""
+        if any(is_merge(node) for node in module.graph.nodes):
+            return 0
+        editor = Editor(module)
+        return sum(
+            _scatter_assignment(editor, node, attentions) or _scatter_joint(editor, node, attentions)
+            for node in list(module.graph.nodes) if node.op.startswith("call")
+        )
+
+
+def _is_text(node: Node, attentions: set[Node]) -> bool:
+    """Embeddings looked up by integers, which no attention and no input of other numbers has touched."""
+    before = ancestors([node])
+    return not before & attentions and not any(map(_is_signal, before)) and any(
+        is_tensor(source) and not value(source).is_floating_point() for source in before if source.op == "placeholder")
+
+
+def _is_signal(node: Node) -> bool:
+    """An input of floating-point numbers that is no weight: pixels, or features."""
+    return node.op == "placeholder" and is_tensor(node) and value(node).is_floating_point() and not isinstance(
+        value(node), torch.nn.Parameter) and value(node).dim() > 1
+
+
+def _is_visual(node: Node) -> bool:
+    return any(map(_is_signal, ancestors([node])))
+
+
+def _scatter_assignment(editor: Editor, node: Node, attentions: set[Node]) -> bool:
+    if node.op == "call_function" and node.target is operator.setitem:
+        target, index, features = node.args
+    elif has_target(node, _PUTS, _PUT_METHODS) and len(node.args) == 3 and len(node.args[1]) == 1:
+        target, (index,), features = node.args
+    else:
+        return False
+    if not (is_tensor(target) and is_tensor(index) and is_tensor(features)):
+        return False
+    if value(index).dtype != torch.bool or value(index).dim() != 2 or value(target).dim() != 3 or value(features).dim() < 2:
+        return False
+    if not _is_text(target, attentions) or not _is_visual(features):
+        return False
+    shared = [user for user in target.users if is_tensor(user) and user is not node and storage_of(user) == storage_of(target)]
+    if shared:
+        return False
+    graph = editor.graph
+    with graph.inserting_before(node):
+        mask = editor.method("unsqueeze", index, -1)
+        cast = editor.method("to", features, value(target).dtype)
+        merged = editor.method("masked_scatter", target, mask, cast)
+    if node.users:
+        node.replace_all_uses_with(merged)
+    for user in [user for user in target.users if node < user]:
+        user.replace_input_with(target, merged)
+    graph.erase_node(node)
+    return True
+
+
+def _scatter_joint(editor: Editor, node: Node, attentions: set[Node]) -> bool:
+    if not has_target(node, _CATS) or not is_tensor(node) or value(node).dim() != 3:
+        return False
+    axis = node.kwargs.get("dim", node.kwargs.get("axis", node.args[1] if len(node.args) > 1 else 0))
+    parts = node.args[0] if node.args else node.kwargs["tensors"]
+    if axis not in (1, -2) or not value(node).is_floating_point():
+        return False
+    visual = [part for part in parts if _is_visual(part)]
+    text = [part for part in parts if part not in visual and _is_text(part, attentions)]
+    if not visual or not text or len(visual) + len(text) != len(parts):
+        return False
+    places = [part in visual for part in parts]
+
+    def stand(*tensors: torch.Tensor) -> torch.Tensor:
+        return torch.cat([
+            tensor.new_full(tensor.shape[:2], place, dtype=torch.bool) for place, tensor in zip(places, tensors)
+        ], 1)[..., None]
+
+    def text_alone(*tensors: torch.Tensor) -> torch.Tensor:
+        return torch.cat([
+            torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device) if place else tensor
+            for place, tensor in zip(places, tensors)
+        ], 1)
+
+    def gathered(*features: torch.Tensor) -> torch.Tensor:
+        return torch.cat(features, 1) if len(features) > 1 else features[0].clone()
+
+    with editor.graph.inserting_before(node.next):
+        mask, features = editor.inline(stand, *parts), editor.inline(gathered, *visual)
+        merged = editor.method("masked_scatter", editor.inline(text_alone, *parts), mask, features)
+    node.replace_all_uses_with(merged)
+    editor.graph.erase_node(node)
+    return True
