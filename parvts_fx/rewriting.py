@@ -24,6 +24,7 @@ from parvts_fx.passes import Pass, State, build_pipeline, run_pipeline
 from parvts_fx.passes.invert_permutations import InvertPermutations
 from parvts_fx.passes.spread_masked_updates import SpreadMaskedUpdates
 from parvts_fx.passes.unify_merges import UnifyMerges
+from parvts_fx.passes.version_writes import VersionWrites
 from parvts_fx.precondition import Precondition, same_count, visual_mask
 from parvts_fx.report import GraphReport, LayerReport
 from parvts_fx.verify import CHEAP_CHECKS, Check, verifier
@@ -104,6 +105,7 @@ def normalise(module: GraphModule, merge: VisualMerge) -> None:
     """Write what follows the merge in forms whose sizes follow the number of rows, so that the analysis can follow."""
     InvertPermutations().run(module)
     SpreadMaskedUpdates().run(module, merge.output, attention_nodes(module.graph))
+    VersionWrites().run(module, merge.output)
 
 
 def _count(module: GraphModule, merge: VisualMerge, example_inputs: Sequence[object]) -> int:

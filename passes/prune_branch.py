@@ -11,6 +11,7 @@ from torch.fx import Node
 from parvts_fx.analysis.last_rows import last_rows_of
 from parvts_fx.analysis.values import descendants, output_node, value
 from parvts_fx.passes.base import PassResult, State
+from parvts_fx.passes.editing import batch_of
 from parvts_fx.passes.restrict import gather_rows, restrict
 
 
@@ -62,14 +63,16 @@ class PruneBranch:
         return PassResult(len(region))
 
     def _fuse(self, state: State, subject: Node) -> Node:
-        """Merge the text rows of both paths; the subject rows stay. All [batch, path A, hidden]."""
+        """Merge the text rows of both paths; the subject rows stay. Both have path A's and B's rows along one axis."""
         weight, parts, other = self.fusion, state.partition, state.non_subject_link
+        axis = state.decoder.tokens.plain_axis(state.cut)
+        samples = batch_of(state.cut, axis, state.batch)
+        view = tuple(slice(None) if i in (samples[0] if samples else axis - 1, axis) else None
+                     for i in range(value(subject).dim()))
 
         def fuse(a: torch.Tensor, b: torch.Tensor, is_text: torch.Tensor, partners: torch.Tensor) -> torch.Tensor:
-            partner = b.gather(1, partners[..., None].expand(-1, -1, b.shape[2]))
-            return torch.where(is_text[..., None], weight * a + (1 - weight) * partner, a)
+            partner = b.gather(axis, partners[view].expand(a.shape))
+            return torch.where(is_text[view], weight * a + (1 - weight) * partner, a)
 
-        if value(subject).dim() != 3:
-            raise AssertionError("the residual stream is [batch, rows, hidden]")
         with state.editor.graph.inserting_before(max(subject, other).next):
             return state.editor.inline(fuse, subject, other, parts.is_text, parts.partners)

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import operator
 
-import networkx as nx
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 from parvts_fx.analysis.attention import find_attentions
-from parvts_fx.analysis.calls import attention_nodes, fused_arguments, is_fused_attention
+from parvts_fx.analysis.calls import attention_nodes
 from parvts_fx.analysis.last_rows import is_state, keeps_rows_apart, nodes_without_tokens, reads_tokens
+from parvts_fx.analysis.layers import find_layers
 from parvts_fx.analysis.merge import find_merge
 from parvts_fx.analysis.mixers import find_mixers
-from parvts_fx.analysis.records import Decoder, Layer, Mixer, VisualMerge
+from parvts_fx.analysis.records import Decoder, VisualMerge
 from parvts_fx.analysis.probe import Probe
 from parvts_fx.analysis.tokens import TokenMap
 from parvts_fx.analysis.values import (
-    ancestors, changed_in_place, descendants, has_target, hint, is_tensor, output_node, storage_of, value,
+    changed_in_place, descendants, has_target, hint, is_tensor, output_node, storage_of, value,
 )
 from parvts_fx.errors import Refusal
 
 TOKEN = "token"
-_SINK = "sink"
 _SUMS = (operator.add, operator.iadd, torch.add, torch.ops.aten.add.Tensor)
 _FRESH = (torch.empty, torch.zeros, torch.ones, torch.full)
 
@@ -69,7 +68,7 @@ def find_decoder(
         raise Refusal("no attention call reads the merged tokens as both queries and keys (a preallocated cache, say, "
                       "whose length the graph cannot change)", merge.output)
     mixers = find_mixers(module.graph, nodes, attentions, tokens)
-    layers, final, output = _layers(module, nodes, mixers, tokens, merge.output)
+    layers, final, output = find_layers(module, nodes, mixers, tokens, merge.output)
     decoder = Decoder(merge, tuple(nodes), tuple(layers), final, output, tokens, window_caches_follow)
     _check(module, decoder)
     return decoder
@@ -98,89 +97,6 @@ def _with_buffers(graph: Graph, nodes: list[Node]) -> list[Node]:
             if has_target(node, _FRESH) or buffers & set(node.all_input_nodes):
                 buffers.add(node)
     return [node for node in graph.nodes if node in inside or node in buffers]
-
-
-def _layers(
-    module: GraphModule, nodes: list[Node], mixers: list[Mixer], tokens: TokenMap, start: Node
-) -> tuple[list[Layer], Node, Node | None]:
-    """Cut the decoder into layers along the chain of dominators from its first token mixer to its result.
-
-    Keys and values are left out of the flow (layers may share them), and so is what no mixer has touched (per-layer
-    inputs computed from the embeddings): neither is the residual stream.
-    """
-    first, last = mixers[0], mixers[-1]
-    attentions = [mixer.attention for mixer in mixers if mixer.attention is not None]
-    touched = set(descendants(module.graph, [first.output]))
-    skipped = {
-        (key.node, own)
-        for attention in attentions for key in attention.keys for own in attention.nodes
-        if key.node not in {query.node for query in attention.queries}
-    }
-    for node in filter(is_fused_attention, nodes):  # those of the last rows alone among them
-        named = fused_arguments(node)
-        skipped |= {(named[name], node) for name in ("key", "value") if named[name] is not named["query"]}
-    flow = nx.DiGraph()
-    flow.add_node(first.output)
-    for node in nodes:
-        if node in touched and node is not first.output:
-            flow.add_edges_from(
-                (source, node) for source in node.all_input_nodes if source in touched and (source, node) not in skipped
-            )
-    after_last = set(descendants(module.graph, [last.output]))
-    results = [
-        node for node in output_node(module.graph).all_input_nodes
-        if node in after_last and node in flow and not is_state(node, nodes, tokens)
-    ]
-    if not results:
-        raise Refusal("nothing that the last token mixer computes leaves the graph", last.output)
-    flow.add_edges_from((node, _SINK) for node in results)
-    dominator = nx.immediate_dominators(flow, first.output)
-    chain: list[Node] = []
-    link = dominator.get(_SINK)
-    while link is not None and link is not first.output:
-        chain.append(link)
-        link = dominator[link] if dominator[link] is not link else None
-    chain.reverse()
-    inside = set(nodes)
-    while chain and not any(source in inside and source not in touched for source in chain[0].all_input_nodes):
-        del chain[0]  # inside the first mixer: no residual has bypassed it yet
-    groups: list[tuple[Node, list[Mixer]]] = [(start, [])]
-    for mixer in mixers:
-        before = ancestors(mixer.reads)
-        links = [link for link in chain if link in before]
-        if links and links[-1] is not groups[-1][0]:
-            groups.append((links[-1], []))
-        groups[-1][1].append(mixer)
-    before_last = ancestors(last.reads)
-    final = next((link for link in chain if link not in before_last), None)
-    if final is None:
-        raise Refusal("no link of the residual stream follows the last token mixer", last.output)
-    layers = [Layer(index, link, tuple(own)) for index, (link, own) in enumerate(groups)]
-    return layers, final, _output_of_last_layer(chain, layers)
-
-
-def _output_of_last_layer(chain: list[Node], layers: list[Layer]) -> Node | None:
-    """Where the layer before has its output: as many links behind its attention, made by the same operations.
-
-    With two layers the one before is the first, whose chain has further links inside the attention: the root's own.
-    """
-    if len(layers) < 2:
-        return None
-
-    def links_behind(layer: Layer, stop: Node | None) -> list[Node]:
-        before = ancestors(layer.mixers[-1].reads)
-        behind = [link for link in chain if link not in before]
-        return behind if stop is None else behind[:behind.index(stop) + 1]
-
-    def operations(links: list[Node]) -> list[tuple[str, object]]:
-        return [(link.op, link.target) for link in links]
-
-    pattern, links = links_behind(layers[-2], layers[-1].input), links_behind(layers[-1], None)
-    shortest = 1 if len(layers) == 2 else len(pattern)
-    for length in range(len(pattern), shortest - 1, -1):
-        if length and operations(pattern[-length:]) == operations(links[:length]):
-            return links[length - 1]
-    return None
 
 
 def _check(module: GraphModule, decoder: Decoder) -> None:

@@ -54,7 +54,8 @@ class Pruned:
 
 
 class Oracle:
-    """Args: ``depth`` counts the entries of the model's own list of layers; ``score(hidden, visual) -> scores``."""
+    """Args: ``depth`` counts the entries of the model's own list of layers; ``score(hidden, visual) -> scores``, of the positions alone:
+    models differ in what they make of the merged embeddings before the first layer."""
 
     def __init__(self, model: Any, token: int | None, *, depth: int, keep_ratio: float, score: Callable,
                  fusion: str | float = "attention"):
@@ -103,8 +104,7 @@ class Oracle:
         self.length = length = hidden.shape[self.axis]
         visual = self._visual(inputs, length)
         positions = visual[0].nonzero()[:, 0].tolist()
-        stream = hidden if hidden.dim() == 3 else self._merged(inputs)
-        scores = self.score(stream, visual)[0].double().tolist()
+        scores = self.score(hidden, visual)[0].double().tolist()
         chosen = set(subjects_of(scores, positions, subject_count(len(positions), self.keep_ratio)))
         is_subject = torch.tensor([p in chosen for p in range(length)])
         other = visual[0] & ~is_subject
@@ -147,20 +147,6 @@ class Oracle:
         if "image_embeds_position_mask" in inputs:
             return inputs["image_embeds_position_mask"] == 1
         return (torch.arange(length) < length - ids.shape[1])[None]  # features stand in front of the text
-
-    def _merged(self, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """What the text model is given, where its layers take several streams: [1, seq, hidden]."""
-        found: list[torch.Tensor] = []
-
-        def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            if kwargs.get("inputs_embeds") is not None:
-                found.append(kwargs["inputs_embeds"].clone())
-
-        modules = [m for m in self.model.modules() if m is not self.model and any(
-            isinstance(child, nn.ModuleList) and self.layers[0] in list(child) for child in m.children())]
-        with _hooks(modules, before), torch.no_grad():
-            self.model(**inputs)
-        return found[0]
 
     def _run(self, index: int, hidden: torch.Tensor, rows: torch.Tensor, allowed: torch.Tensor, cache: Any,
              shared: dict[str, Any]) -> torch.Tensor:
@@ -215,10 +201,12 @@ class Oracle:
         @functools.wraps(forward)
         def replaced(*args: Any, **kwargs: Any) -> Any:
             if done:
-                ids = kwargs.get("input_ids")
-                if kwargs.get("position_ids") is None and ids is not None:  # else counted from the short cache
-                    start = kwargs["past_key_values"].get_seq_length() + done[0].dropped
-                    kwargs["position_ids"] = torch.arange(start, start + ids.shape[1])[None]
+                cache = kwargs["past_key_values"]
+                if kwargs.get("position_ids") is None and "get_seq_length" not in vars(cache):
+                    # the model counts positions from the cache's length, which must be the full prompt's
+                    keys = cache.get_seq_length
+                    cache.get_query_offset = keys
+                    cache.get_seq_length = lambda *args: keys(*args) + done[0].dropped
                 return forward(*args, **kwargs)
             self.model.forward = forward
             inputs = {name: held for name, held in kwargs.items() if name not in ("past_key_values", "logits_to_keep")}

@@ -1,0 +1,129 @@
+"""Cuts a decoder into layers, along the chain of dominators that is its residual stream."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import networkx as nx
+from torch.fx import GraphModule, Node
+
+from parvts_fx.analysis.calls import fused_arguments, is_fused_attention
+from parvts_fx.analysis.last_rows import is_state
+from parvts_fx.analysis.records import Layer, Mixer
+from parvts_fx.analysis.tokens import TokenMap
+from parvts_fx.analysis.values import ancestors, descendants, output_node
+from parvts_fx.errors import Refusal
+
+_SINK = "sink"
+
+
+def find_layers(
+    module: GraphModule, nodes: list[Node], mixers: list[Mixer], tokens: TokenMap, start: Node
+) -> tuple[list[Layer], Node, Node | None]:
+    """Cut the decoder into layers along the chain of dominators from its first token mixer to its result.
+
+    Keys and values are left out of the flow (layers may share them), and so is what no mixer has touched (per-layer
+    inputs computed from the embeddings): neither is the residual stream.
+    """
+    first, last = mixers[0], mixers[-1]
+    attentions = [mixer.attention for mixer in mixers if mixer.attention is not None]
+    touched = set(descendants(module.graph, [first.output]))
+    skipped = {
+        (key.node, own)
+        for attention in attentions for key in attention.keys for own in attention.nodes
+        if key.node not in {query.node for query in attention.queries}
+    }
+    for node in filter(is_fused_attention, nodes):  # those of the last rows alone among them
+        named = fused_arguments(node)
+        skipped |= {(named[name], node) for name in ("key", "value") if named[name] is not named["query"]}
+    flow = nx.DiGraph()
+    flow.add_node(first.output)
+    for node in nodes:
+        if node in touched and node is not first.output:
+            flow.add_edges_from(
+                (source, node) for source in node.all_input_nodes if source in touched and (source, node) not in skipped
+            )
+    after_last = set(descendants(module.graph, [last.output]))
+    results = [
+        node for node in output_node(module.graph).all_input_nodes
+        if node in after_last and node in flow and not is_state(node, nodes, tokens)
+    ]
+    if not results:
+        raise Refusal("nothing that the last token mixer computes leaves the graph", last.output)
+    flow.add_edges_from((node, _SINK) for node in results)
+    dominator = nx.immediate_dominators(flow, first.output)
+    chain: list[Node] = []
+    link = dominator.get(_SINK)
+    while link is not None and link is not first.output:
+        chain.append(link)
+        link = dominator[link] if dominator[link] is not link else None
+    chain.reverse()
+    inside = set(nodes)
+    while chain and not any(source in inside and source not in touched for source in chain[0].all_input_nodes):
+        del chain[0]  # inside the first mixer: no residual has bypassed it yet
+    groups: list[tuple[Node, list[Mixer]]] = [(start, [])]
+    for mixer in mixers:
+        before = ancestors(mixer.reads)
+        links = [link for link in chain if link in before]
+        if links and links[-1] is not groups[-1][0]:
+            groups.append((links[-1], []))
+        groups[-1][1].append(mixer)
+    before_last = ancestors(last.reads)
+    final = next((link for link in chain if link not in before_last), None)
+    if final is None:
+        raise Refusal("no link of the residual stream follows the last token mixer", last.output)
+    layers = [Layer(index, link, tuple(own)) for index, (link, own) in enumerate(groups)]
+    layers, output = _without_entries(chain, layers, _output_of_last_layer(chain, layers))
+    return layers, final, output
+
+
+def _links_behind(chain: list[Node], layer: Layer, stop: Node | None) -> list[Node]:
+    """The links from a layer's last mixer to the next layer's input, or to the end."""
+    before = ancestors(layer.mixers[-1].reads)
+    behind = [link for link in chain if link not in before]
+    return behind if stop is None else behind[:behind.index(stop) + 1]
+
+
+def _operations(links: list[Node]) -> list[tuple[str, object]]:
+    return [(link.op, link.target) for link in links]
+
+
+def _without_entries(chain: list[Node], layers: list[Layer], output: Node | None) -> tuple[list[Layer], Node | None]:
+    """Move every layer's input in front of what each layer does to the whole stream at first.
+
+    Such an entry shows by comparison: it stands between any two layers, the same each time, and not behind the last.
+    """
+    last = _links_behind(chain, layers[-1], None)
+    behind = [_links_behind(chain, layer, following.input) for layer, following in zip(layers, layers[1:])]
+    if len(behind) < 2:
+        return layers, output
+    shared = [
+        len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(_operations(links), _operations(last)))))
+        for links in behind[1:]
+    ]
+    entries = {tuple(_operations(links[length:])) for links, length in zip(behind[1:], shared)}
+    (entry, *others) = entries
+    whole = _operations(behind[1])
+    if others or not entry or not all(shared) or _operations(behind[0])[-len(whole):] != whole:
+        return layers, output  # the first layer's chain has further links inside its mixer: the root's own
+    moved = [
+        dataclasses.replace(layer, input=links[-len(entry) - 1]) for layer, links in zip(layers[1:], behind)
+    ]
+    return [layers[0], *moved], last[shared[-1] - 1]
+
+
+def _output_of_last_layer(chain: list[Node], layers: list[Layer]) -> Node | None:
+    """Where the layer before has its output: as many links behind its attention, made by the same operations.
+
+    With two layers the one before is the first, whose chain has further links inside the attention: the root's own.
+    """
+    if len(layers) < 2:
+        return None
+
+    pattern, links = _links_behind(chain, layers[-2], layers[-1].input), _links_behind(chain, layers[-1], None)
+    shortest = 1 if len(layers) == 2 else len(pattern)
+    for length in range(len(pattern), shortest - 1, -1):
+        if length and _operations(pattern[-length:]) == _operations(links[:length]):
+            return links[length - 1]
+    return None
