@@ -11,7 +11,7 @@ import torch
 from torch.fx import GraphModule
 
 from parvts_fx.backends.lowering import Compiled, lower
-from parvts_fx.caches import note_short_caches, tell_pruning
+from parvts_fx.caches import note_short_caches, tell_merge, tell_pruning
 from parvts_fx.capture import copy_graph_module
 from parvts_fx.errors import NotRewritten, ParvtsWarning
 from parvts_fx.handover import MergedInput, visual_rows
@@ -55,6 +55,7 @@ class Dispatch:
     def __call__(self, *inputs: object) -> object:
         if self._position is not None and visual_rows(inputs[self._position]) is None:
             return self._run_unrewritten(inputs)  # text alone
+        tell_merge()
         precondition = self._done.precondition
         if precondition is None:
             visual = self._visual(inputs)

@@ -13,7 +13,7 @@ from parvts_fx.analysis.calls import attention_nodes
 from parvts_fx.analysis.decoder import NoDecoder
 from parvts_fx.backends.dispatch import Dispatch
 from parvts_fx.backends.lowering import Compiled, lower
-from parvts_fx.caches import watch_short_caches
+from parvts_fx.caches import tell_merge, watch_short_caches
 from parvts_fx.errors import NotRewritten, ParvtsWarning, Refusal
 from parvts_fx.handover import MergedInput, can_hand_on, hand_on
 from parvts_fx.options import Options, parse_options
@@ -57,9 +57,19 @@ def parvts(
         if done.merge is not None:
             return hand_on(module, done.merge.output, done.visual_mask, lambda copy: lower(copy, example_inputs, parsed))
         lowered = lower(module, example_inputs, parsed)
+        if done.report.status == "unrewritten" or done.report.visual_tokens:
+            return _telling_merge(lowered)
         return watch_short_caches(lowered) if _may_decode(module, window_caches_follow) else lowered
     except (ValueError, NotRewritten) as error:
         return _raise_at_call(error)
+
+
+def _telling_merge(lowered: Compiled) -> Compiled:
+    def telling(*inputs: object) -> object:
+        tell_merge()
+        return lowered(*inputs)
+
+    return telling
 
 
 def _may_decode(module: GraphModule, window_caches_follow: bool) -> bool:

@@ -4,33 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch._dynamo.exc import TorchDynamoException
 from torch.fx import GraphModule
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from parvts_fx.analysis.values import fake_mode_of, value
+from parvts_fx.arranged import arranged
 from parvts_fx.backends.parvts import parvts
-from parvts_fx.caches import find_caches, remember_dropped, watch_pruning
 from parvts_fx.capture import capture
 from parvts_fx.options import parse_options
 from parvts_fx.report import GraphReport, Report
 from parvts_fx.rewriting import Rewriting
 
 Model = TypeVar("Model", bound=torch.nn.Module)
-
-_CAPTURE_SETTINGS: tuple[dict[str, bool], ...] = (
-    {"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": True},
-    {"capture_scalar_outputs": True},
-    {"capture_dynamic_output_shape_ops": True},
-    {},
-)
-_RECOMPILE_LIMIT = 128  # Dynamo itself stops at 256 per code object, whatever the limit
 
 _COMPILE_ARGUMENTS = ("fullgraph", "dynamic", "disable")
 
@@ -56,7 +46,7 @@ def compile(model: Model, **options: Any) -> Model:
     parsed = parse_options(options, mode)
     for module in {id(module): module for module in (model, _called_by_generate(model))}.values():
         module.compile(backend=functools.partial(parvts, options=parsed, window_caches_follow=True), **arguments)
-        module._compiled_call_impl = _with_capture_settings(module._compiled_call_impl)
+        module._compiled_call_impl = arranged(module._compiled_call_impl, parsed)
     return model
 
 
@@ -64,37 +54,6 @@ def _called_by_generate(model: torch.nn.Module) -> torch.nn.Module:
     """What ``generate`` ends up calling: the adapted model inside a wrapper of PEFT's kind, else the model itself."""
     base = getattr(model, "get_base_model", None)
     return base() if callable(base) else model
-
-
-def _with_capture_settings(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Run a compiled call under the Dynamo settings that :func:`compile` arranges, which end with the call.
-
-    Checks on data (``.item()``, boolean indexing) otherwise break the graph between the merge and the decoder, or
-    between the decoder's layers. Where a model's own code cannot be captured that way (it branches on such data),
-    the next weaker settings are tried, and kept for calls with the same arguments. Models of one library share code
-    objects, and with them Dynamo's recompile limit.
-    """
-    chosen: dict[frozenset[str], int] = {}
-
-    @functools.wraps(call)
-    def arranged(*args: Any, **kwargs: Any) -> Any:
-        kind = frozenset(name for name, held in kwargs.items() if held is not None)
-        while True:
-            level = chosen.setdefault(kind, 0)
-            limit = max(_RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
-            try:
-                with torch._dynamo.config.patch(**_CAPTURE_SETTINGS[level], recompile_limit=limit), watch_pruning() as dropped:
-                    output = call(*args, **kwargs)
-            except (TorchDynamoException, GuardOnDataDependentSymNode):
-                if level + 1 == len(_CAPTURE_SETTINGS):
-                    raise
-                chosen[kind] = level + 1
-                continue
-            for cache in find_caches(output, kwargs) if dropped else []:
-                remember_dropped(cache, dropped[-1])
-            return output
-
-    return arranged
 
 
 def explain(model: torch.nn.Module, /, *args: Any, options: Mapping[str, Any] | None = None, **inputs: Any) -> Report:
@@ -124,7 +83,7 @@ def explain(model: torch.nn.Module, /, *args: Any, options: Mapping[str, Any] | 
     traced = dataclasses.replace(parsed, lowering="eager", mode=None, lowering_options={})
     backend = functools.partial(parvts, options=traced, window_caches_follow=True, on_rewriting=collect)
     with torch.no_grad():  # static sizes, so that every count is a number
-        _with_capture_settings(torch.compile(model._call_impl, backend=backend, dynamic=False))(*args, **inputs)
+        arranged(torch.compile(model._call_impl, backend=backend, dynamic=False), parsed)(*args, **inputs)
     return Report(tuple(reports))
 
 

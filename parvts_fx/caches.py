@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 import functools
 import warnings
 import weakref
@@ -20,25 +21,43 @@ import torch
 
 from parvts_fx.errors import ParvtsWarning
 
-_PRUNED: contextvars.ContextVar[list[int] | None] = contextvars.ContextVar("parvts_fx_pruned", default=None)
+@dataclasses.dataclass
+class Watch:
+    """What the graphs of one call have told."""
+
+    dropped: list[int] = dataclasses.field(default_factory=list)
+    """Tokens per sample that each rewritten prefill dropped."""
+
+    merged: bool = False
+    """Whether a graph has merged visual features into embeddings, rewritten or not."""
+
+
+_WATCH: contextvars.ContextVar[Watch | None] = contextvars.ContextVar("parvts_fx_watch", default=None)
 
 
 @contextlib.contextmanager
-def watch_pruning() -> Iterator[list[int]]:
-    """Collect, for the duration of a call, how many tokens per sample each rewritten prefill dropped."""
-    dropped: list[int] = []
-    token = _PRUNED.set(dropped)
+def watch_call() -> Iterator[Watch]:
+    """Collect, for the duration of a call, what its graphs tell."""
+    watch = Watch()
+    token = _WATCH.set(watch)
     try:
-        yield dropped
+        yield watch
     finally:
-        _PRUNED.reset(token)
+        _WATCH.reset(token)
 
 
 def tell_pruning(dropped: int) -> None:
     """Called by a rewritten prefill each time it has run."""
-    held = _PRUNED.get()
-    if held is not None:
-        held.append(dropped)
+    watch = _WATCH.get()
+    if watch is not None:
+        watch.dropped.append(dropped)
+
+
+def tell_merge() -> None:
+    """Called by every graph that merges visual features, each time it runs."""
+    watch = _WATCH.get()
+    if watch is not None:
+        watch.merged = True
 
 
 _SHORT: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
@@ -47,7 +66,7 @@ _SHORT: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictio
 
 def note_short_caches(outputs: Sequence[object]) -> None:
     """Remember the tensors that a rewritten prefill hands out, unless the caller corrects their cache's count."""
-    if _PRUNED.get() is None:
+    if _WATCH.get() is None:
         _SHORT.update({id(held): held for held in outputs if isinstance(held, torch.Tensor) and held.dim() == 4})
 
 

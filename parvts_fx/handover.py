@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 from parvts_fx.analysis.calls import attention_nodes
 from parvts_fx.analysis.records import VisualMerge
 from parvts_fx.analysis.values import fake_mode_of, output_node, value
+from parvts_fx.caches import tell_merge
 
 _MERGED: dict[int, tuple[weakref.ref[torch.Tensor], torch.Tensor]] = {}
 """By identity of merged embeddings that are alive: which of their rows are visual tokens."""
@@ -88,6 +89,7 @@ def hand_on(
 
     def announcing(*inputs: object) -> Any:
         outputs = lowered(*inputs)
+        tell_merge()
         remember_merge(outputs[position], visual(*inputs))
         return outputs
 

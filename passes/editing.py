@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_aggregate
@@ -58,7 +59,7 @@ class Editor:
     def _evaluate(self, node: Node) -> Node:
         args, kwargs = map_aggregate((node.args, node.kwargs), lambda leaf: value(leaf) if isinstance(leaf, Node) else leaf)
         try:
-            with self.mode, torch.no_grad(), quiet_trials():
+            with self.mode, torch.no_grad(), enable_python_dispatcher(), quiet_trials():
                 node.meta["example_value"] = call(self.module, node.op, node.target, args, kwargs)
         except Refusal:
             raise
@@ -112,7 +113,7 @@ class Editor:
         Returns:
             What the function returns, with a node in place of every tensor and symbolic size.
         """
-        with self.mode, torch.no_grad():
+        with self.mode, torch.no_grad(), enable_python_dispatcher():
             traced = make_fx(function)(*(value(source) for source in sources))
         inputs = iter(sources)
         copies: dict[Node, Any] = {}

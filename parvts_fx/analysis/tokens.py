@@ -19,7 +19,6 @@ from torch.fx import Node
 from parvts_fx.analysis.values import (
     concrete, has_target, hint, is_symbolic_int, is_tensor, leaves, symbols, value,
 )
-from parvts_fx.errors import Refusal
 
 _MOST_READINGS = 64
 _PADS = (F.pad, torch._C._nn.pad, torch.ops.aten.pad.default, torch.ops.aten.constant_pad_nd.default)
@@ -129,9 +128,7 @@ def _variables(node: Node, labels: tuple[str, ...], tokens: TokenMap) -> dict[in
             if of_prompt and not follows:
                 continue
             if not number or number % hint(tokens.size):
-                if follows:
-                    raise Refusal(f"a size ({size}) depends on the prompt length in a way that is not a multiple", node)
-                continue
+                continue  # no multiple: right as it is, where the tokens are padded up to it
             counts = [Count(label, number // hint(tokens.size)) for label in labels]
             variables[index] = counts if follows else [None, *counts]
         elif is_tensor(leaf):

@@ -141,12 +141,27 @@ def ancestors(roots: Iterable[Node]) -> set[Node]:
 
 
 def descendants(graph: Graph, roots: Iterable[Node]) -> list[Node]:
-    """The nodes and all that depends on them, in graph order, without the output node."""
-    reached = set(roots)
+    """The nodes and all that depends on their content, in graph order, without the output node.
+
+    Of what depends on their sizes alone the integers are among them, tensors are not: a mask made for as many positions
+    as there are embeddings, say.
+    """
+    reached, sizes = set(roots), set()
     for node in graph.nodes:
-        if node.op != "output" and any(source in reached for source in node.all_input_nodes):
+        if node.op == "output":
+            continue
+        if _is_known_size(node):
+            if any(source in reached or source in sizes for source in node.all_input_nodes):
+                sizes.add(node)
+        elif any(source in reached for source in node.all_input_nodes):
             reached.add(node)
+    reached |= sizes
     return [node for node in graph.nodes if node in reached]
+
+
+def _is_known_size(node: Node) -> bool:
+    """Whether a node is an integer that the sizes of the graph's inputs tell."""
+    return node.op != "placeholder" and is_symbolic_int(node) and hint(value(node)) is not None
 
 
 def output_node(graph: Graph) -> Node:

@@ -104,6 +104,8 @@ class Oracle:
         self.length = length = hidden.shape[self.axis]
         visual = self._visual(inputs, length)
         positions = visual[0].nonzero()[:, 0].tolist()
+        if not positions:
+            raise LookupError("no visual token stands in the decoder's sequence")
         scores = self.score(hidden, visual)[0].double().tolist()
         chosen = set(subjects_of(scores, positions, subject_count(len(positions), self.keep_ratio)))
         is_subject = torch.tensor([p in chosen for p in range(length)])

@@ -1,0 +1,119 @@
+"""What :func:`parvts_fx.compile` arranges around a compiled call, for the duration of the call and nowhere else."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch._dynamo.callback import CallbackArgs
+from torch._dynamo.exc import TorchDynamoException
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.utils._pytree import tree_leaves
+
+from parvts_fx.caches import find_caches, is_cache, remember_dropped, watch_call
+from parvts_fx.errors import NotRewritten, ParvtsWarning
+from parvts_fx.options import Options
+
+_SETTINGS: tuple[dict[str, bool], ...] = (
+    {"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": True},
+    {"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": False},
+    {"capture_scalar_outputs": False, "capture_dynamic_output_shape_ops": False},
+)
+_RECOMPILE_LIMIT = 128  # Dynamo itself stops at 256 per code object, whatever the limit
+
+
+def arranged(call: Callable[..., Any], options: Options) -> Callable[..., Any]:
+    """Run a compiled call under settings of Dynamo's that keep it in one piece, and keep its cache's count right.
+
+    Checks on data (``.item()``, boolean indexing) otherwise break the graph between the merge and the decoder, or
+    between the decoder's layers. Models of one library share code objects, and with them Dynamo's recompile limit.
+
+    Raises (the result):
+        NotRewritten: with ``strict=True``, for a call with visual inputs that no captured graph merges.
+    """
+    frames = _Frames()
+    tell = _teller(options)
+
+    @functools.wraps(call)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        while True:
+            try:
+                with frames.capturing(), watch_call() as watch:
+                    output = call(*args, **kwargs)
+                break
+            except (TorchDynamoException, GuardOnDataDependentSymNode):
+                if not frames.relax():
+                    raise
+        for cache in find_caches(output, kwargs) if watch.dropped else []:
+            remember_dropped(cache, watch.dropped[-1])
+        if not watch.merged and _has_pictures(args, kwargs):
+            tell()
+        return output
+
+    return run
+
+
+class _Frames:
+    """Dynamo's capture settings, frame by frame.
+
+    A frame whose own code cannot be captured with the first settings (it branches on data) is captured with the next
+    ones when the call is tried again; all other frames keep theirs.
+    """
+
+    def __init__(self) -> None:
+        self._levels: dict[str, int] = {}
+        self._current: str | None = None
+
+    @contextlib.contextmanager
+    def capturing(self) -> Iterator[None]:
+        self._current = None
+        handler = torch._dynamo.callback_handler
+        limit = max(_RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
+        handler.register_start_callback(self._start)
+        try:
+            with torch._dynamo.config.patch(**_SETTINGS[0], recompile_limit=limit):
+                yield
+        finally:
+            handler.remove_start_callback(self._start)
+
+    def _start(self, given: CallbackArgs) -> None:
+        self._current = str(given.compile_id).partition("/")[0]
+        for name, held in _SETTINGS[self._levels.get(self._current, 0)].items():
+            setattr(torch._dynamo.config, name, held)
+
+    def relax(self) -> bool:
+        """Weaken the settings of the frame that was compiled last; False if there is nothing left to weaken."""
+        if self._current is None or self._levels.get(self._current, 0) + 1 == len(_SETTINGS):
+            return False
+        self._levels[self._current] = self._levels.get(self._current, 0) + 1
+        return True
+
+
+def _has_pictures(args: Sequence[object], kwargs: Mapping[str, object]) -> bool:
+    """Whether a call is given ids of a prompt, and numbers that are neither a mask nor embeddings nor a cache."""
+    given = [held for held in (*args, *kwargs.values()) if not is_cache(held)]
+    tensors = [held for held in tree_leaves(given) if isinstance(held, torch.Tensor) and held.dim() > 1]
+    prompts = [held for held in tensors if held.dtype == torch.int64 and held.dim() == 2 and held.shape[1] > 1]
+    return bool(prompts) and any(
+        held.is_floating_point() and held.shape[:2] != prompts[0].shape and held.shape[-1] != prompts[0].shape[1]
+        for held in tensors)
+
+
+def _teller(options: Options) -> Callable[[], None]:
+    """Says once that a multimodal prompt was seen, and no merge."""
+    told: list[bool] = []
+
+    def tell() -> None:
+        reason = ("no captured graph merges visual features into the decoder's embeddings: they enter by cross-attention or "
+                  "an encoder, or the model merges them in code that Dynamo does not capture")
+        if options.strict:
+            raise NotRewritten(f"parvts_fx: this multimodal prefill cannot be rewritten: {reason}")
+        if not told:
+            warnings.warn(f"parvts_fx: this multimodal prefill runs unrewritten: {reason}", ParvtsWarning, stacklevel=3)
+        told.append(True)
+
+    return tell

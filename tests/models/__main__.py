@@ -1,0 +1,74 @@
+"""Holds every architecture against the reference: ``python -m tests.models [names] [--jobs N] [--fresh]``.
+
+Writes ``docs/supported-models.json`` after every model, so that a run that was stopped goes on where it was, and
+``docs/supported-models.md`` from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import json
+import multiprocessing
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from tests.models.builders import BUILDERS
+from tests.models.matrix import Finding, examine
+from tests.models.page import counts, write_page
+
+RESULTS = Path(__file__).parents[2] / "docs" / "supported-models.json"
+
+
+def load() -> dict[str, Finding]:
+    if not RESULTS.exists():
+        return {}
+    return {entry["name"]: Finding(**entry) for entry in json.loads(RESULTS.read_text())["models"]}
+
+
+def save(found: dict[str, Finding]) -> None:
+    RESULTS.parent.mkdir(exist_ok=True)
+    ordered = [dataclasses.asdict(found[name]) for name in sorted(found)]
+    RESULTS.write_text(json.dumps(
+        {"torch": torch.__version__.split("+")[0], "transformers": transformers.__version__, "models": ordered}, indent=1)
+        + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.models", description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="architectures; all by default")
+    parser.add_argument("--jobs", type=int, default=2, help="models at a time (default: 2)")
+    parser.add_argument("--fresh", action="store_true", help="examine again what is known already")
+    given = parser.parse_args()
+    unknown = sorted(set(given.names) - set(BUILDERS))
+    if unknown:
+        parser.error(f"argument names: unknown: {', '.join(unknown)}")
+    found = load()
+    wanted = [name for name in given.names or BUILDERS if given.fresh or given.names or name not in found]
+    console = Console()
+    context = multiprocessing.get_context("spawn")
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with (
+        Progress(*columns, console=console) as progress,
+        concurrent.futures.ProcessPoolExecutor(given.jobs, context, max_tasks_per_child=6) as pool,
+    ):
+        task = progress.add_task("models", total=len(wanted))
+        for future in concurrent.futures.as_completed(pool.submit(examine, name) for name in wanted):
+            result = future.result()
+            found[result.name] = result
+            save(found)
+            worst = max(result.errors.values(), default=0.0)
+            console.print(f"{result.name:32} {result.verdict:14} {worst:8.1e} {result.seconds:5.0f} s  {result.reason[:200]}",
+                          markup=False, highlight=False, soft_wrap=True)
+            progress.advance(task)
+    write_page(found)
+    console.print(counts(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""What the matrix of supported models finds out about one architecture."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+import parvts_fx
+from parvts_fx import NotRewritten, ParvtsWarning
+from tests.models import prompts
+from tests.models.builders import BUILDERS, Built
+from tests.models.generating import Comparison, logit_error, run_generate
+
+TOLERANCE, LIMIT = 2e-5, 240
+FUSIONS: tuple[str | float, ...] = ("attention", 0.4)
+LISTED_DEPTH = {"nemotron_h_omni": 2}
+"""Where the first entries of the model's list of layers hold one token mixer between them."""
+
+
+@dataclasses.dataclass
+class Finding:
+    name: str
+    verdict: str = ""
+    """"rewritten", "generate only", "forward only", "unrewritten" or "wrong"."""
+    reason: str = ""
+    trait: str = ""
+    errors: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Largest relative error by check."""
+    notes: list[str] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
+
+
+def examine(name: str) -> Finding:
+    """Build a model and hold everything that it supports against the reference; never raises."""
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    built = BUILDERS[name]()
+    found = Finding(name, trait=built.trait)
+    reasons: dict[str, str] = {}
+    for check, run in _checks(name, built):
+        torch._dynamo.reset()
+        try:
+            with _limit(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found.errors[check] = run()
+        except NotRewritten as error:
+            reasons[check] = _short(error)
+        except _NotApplicable as note:
+            found.notes.append(str(note))
+        except Exception as error:
+            reasons[check] = f"{type(error).__name__}: {_short(error)}"
+    if not found.errors:
+        found.errors["unrewritten"], told = _unrewritten(built)
+        found.reason = told or next(iter(reasons.values()), "")
+        found.verdict = "unrewritten" if found.errors["unrewritten"] == 0 and found.reason else "wrong"
+    else:
+        found.reason = "; ".join(f"{check}: {reason}" for check, reason in reasons.items())
+        done = {check.split(",")[0] for check in found.errors}
+        failed = {check.split(",")[0] for check in reasons}
+        found.verdict = "rewritten" if not failed else f"{done.pop()} only" if len(done - failed) == 1 else "wrong"
+        if max(found.errors.values()) > TOLERANCE:
+            found.verdict = "wrong"
+    found.seconds = time.perf_counter() - start
+    return found
+
+
+class _NotApplicable(Exception):
+    """A check has no meaning for a model; says why."""
+
+
+def _checks(name: str, built: Built) -> Iterator[tuple[str, Callable[[], float]]]:
+    depth = LISTED_DEPTH.get(name)
+    for fusion in FUSIONS:
+        def compared(run: Callable[[Comparison], float], fusion: str | float = fusion) -> float:
+            with Comparison(built, fusion=fusion, listed_depth=depth) as comparison:
+                return run(comparison)
+
+        yield f"forward, {fusion}", lambda c=compared: c(lambda held: held.forward(built.inputs))
+        if built.generates:
+            yield f"generate, {fusion}", lambda c=compared: c(lambda held: max(
+                held.generate(built.inputs), held.generate(prompts.longer(built.inputs))))
+    if built.generates and "input_ids" in built.inputs:
+        yield "generate, batch of two", lambda: _batch(built)
+
+
+def _batch(built: Built) -> float:
+    """A sample's logits in a padded batch against the same sample's alone, both compiled."""
+    alone = [built.inputs, prompts.second(built.inputs)]
+    both = prompts.batch(built.inputs)
+    try:
+        eager = [run_generate(built.model, inputs, 2) for inputs in (*alone, both)]
+    except Exception as error:
+        raise _NotApplicable(f"the model itself takes no such batch ({_short(error)})") from error
+    if _apart(eager) > 1e-4:
+        raise _NotApplicable("the model's own result depends on padding")
+    with Comparison(built) as compared:
+        done = [compared.run_compiled(inputs, 2) for inputs in (*alone, both)]
+    return _apart(done)
+
+
+def _apart(runs: list[Any]) -> float:
+    *alone, both = runs
+    return max(
+        logit_error(together[sample:sample + 1], single)
+        for sample, run in enumerate(alone) for together, single in zip(both.logits, run.logits)
+    )
+
+
+def _unrewritten(built: Built) -> tuple[float, str]:
+    """(error of the compiled model against itself uncompiled, the warning's reason)."""
+    with torch.no_grad():
+        wanted = built.model(**built.inputs).logits
+    torch._dynamo.reset()
+    with warnings.catch_warnings(record=True) as caught, _limit():
+        warnings.simplefilter("always")
+        try:
+            parvts_fx.compile(built.model, lowering="eager", migration_depth=1, keep_ratio=0.25)
+            with torch.no_grad():
+                actual = built.model(**built.inputs).logits
+        except Exception as error:
+            return math.inf, _short(error)
+        finally:
+            built.model._compiled_call_impl = None
+    told = [str(warning.message) for warning in caught if issubclass(warning.category, ParvtsWarning)]
+    if actual.shape != wanted.shape:
+        return math.inf, ""
+    return logit_error(actual, wanted), _short(told[0]) if told else ""
+
+
+def _short(error: object) -> str:
+    text = " ".join(str(error).split()).removeprefix("parvts_fx: ")
+    for prefix in ("this multimodal prefill cannot be rewritten: ", "this multimodal prefill runs unrewritten: "):
+        text = text.removeprefix(prefix)
+    return text[:300]
+
+
+class _limit:
+    """A limit in seconds for one check."""
+
+    def __enter__(self) -> None:
+        def stop(*_: object) -> None:
+            raise TimeoutError(f"more than {LIMIT} s")
+
+        signal.signal(signal.SIGALRM, stop)
+        signal.alarm(LIMIT)
+
+    def __exit__(self, *_: object) -> None:
+        signal.alarm(0)
