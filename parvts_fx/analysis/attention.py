@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from torch.fx import GraphModule, Node
 
-from parvts_fx.analysis.calls import fused_arguments, is_fused_attention, is_softmax
+from parvts_fx.analysis.calls import attention_nodes, fused_arguments, is_fused_attention, is_softmax
 from parvts_fx.analysis.last_rows import is_state
 from parvts_fx.analysis.probe import Probe
 from parvts_fx.analysis.records import Attention, Operand
@@ -35,7 +35,7 @@ def find_attentions(module: GraphModule, nodes: Collection[Node], tokens: TokenM
             continue
         attention = None
         if is_fused_attention(node):
-            attention = _fused(node, tokens, decoder)
+            attention = _fused(module, node, nodes, tokens, decoder)
         elif is_softmax(node) and len(tokens.axes.get(node, {})) == 2:
             attention = _written_out(module, node, nodes, tokens)
         if attention is not None:
@@ -56,7 +56,9 @@ def _operand(node: Node, tokens: TokenMap, call: Node) -> Operand:
     return Operand(node, axis)
 
 
-def _fused(node: Node, tokens: TokenMap, decoder: set[Node]) -> Attention | None:
+def _fused(
+    module: GraphModule, node: Node, nodes: Collection[Node], tokens: TokenMap, decoder: set[Node]
+) -> Attention | None:
     arguments = fused_arguments(node)
     query, key, val, mask = (arguments[name] for name in ("query", "key", "value", "attn_mask"))
     if key not in decoder and val not in decoder:
@@ -65,6 +67,8 @@ def _fused(node: Node, tokens: TokenMap, decoder: set[Node]) -> Attention | None
         raise Refusal("attention dropout is active", node)
     if query in decoder and not tokens.axes.get(query) and not is_state(query, tokens.probed, tokens):
         return None  # the prompt's last rows ask by themselves
+    if mask is not None and mask in decoder and tokens.axes.get(mask):
+        return _with_computed_mask(module, node, mask, nodes, tokens)
     queries, keys = (_operand(query, tokens, node),), (_operand(key, tokens, node), _operand(val, tokens, node))
     bindings: dict[int, object] = {}
     kind = "fused causal" if arguments["is_causal"] else "fused"
@@ -79,8 +83,6 @@ def _fused(node: Node, tokens: TokenMap, decoder: set[Node]) -> Attention | None
                 axes.append((axis, label))
             elif hint(shape[axis]) != 1:
                 raise Refusal(f"the attention mask has {shape[axis]} entries for {tokens.size} tokens", node)
-        if mask in decoder and tokens.axes.get(mask):
-            raise Refusal("the attention mask is computed from the merged embeddings", node)
         bindings[index] = AxisLabels(tuple(axes))
     return Attention((node,), queries, keys, node, tokens.plain_axis(node), kind, {node: bindings})
 
@@ -109,11 +111,58 @@ def _written_out(module: GraphModule, softmax: Node, nodes: Collection[Node], to
         raise Refusal(f"attention weights are read by {len(ends)} operations, expected one product with values", softmax)
     output = ends.pop()
     ordered = tuple(node for node in nodes if node in region or node is output)
+
+    def explains(found: TokenMap) -> bool:
+        axes = found.axes.get(output, {})
+        normalised = {kind.label for axis, kind in found.axes[softmax].items() if axis == _softmax_axis(softmax)}
+        return [kind.label for kind in axes.values()] == [QUERY] and normalised == {KEY}
+
+    return _labelled(module, ordered, output, tokens, explains, "written out")
+
+
+def _with_computed_mask(
+    module: GraphModule, call: Node, mask: Node, nodes: Collection[Node], tokens: TokenMap
+) -> Attention:
+    """A fused call together with what computes its mask from the tokens: a choice of keys, or a relative bias."""
+    barrier = attention_nodes(module.graph)
+    pairwise: dict[Node, bool] = {}
+    inside = set(nodes)
+
+    def leads_from_pairs(node: Node) -> bool:
+        if node not in pairwise:
+            pairwise[node] = False
+            pairwise[node] = node in inside and node not in barrier and (
+                len(tokens.axes.get(node, {})) == 2 or any(map(leads_from_pairs, node.all_input_nodes)))
+        return pairwise[node]
+
+    region, stack = {call}, [mask]
+    while stack:
+        node = stack.pop()
+        if node not in region and leads_from_pairs(node):
+            region.add(node)
+            stack.extend(node.all_input_nodes)
+    ordered = tuple(node for node in nodes if node in region)
+    if any(user not in region for node in region - {call} for user in node.users):
+        raise Refusal("what the attention mask is computed from is read elsewhere as well", call)
+
+    def explains(found: TokenMap) -> bool:
+        asked = {axis - value(mask).dim(): kind.label for axis, kind in found.axes.get(mask, {}).items()}
+        axes = found.axes.get(call, {})
+        return [kind.label for kind in axes.values()] == [QUERY] and asked == {-2: QUERY, -1: KEY}
+
+    return _labelled(module, ordered, call, tokens, explains, "fused, computed mask")
+
+
+def _labelled(
+    module: GraphModule, ordered: tuple[Node, ...], output: Node, tokens: TokenMap, explains: Callable[[TokenMap], bool],
+    kind: str,
+) -> Attention:
+    """Find out which operands of a region hold queries and which hold keys, by probes with two lengths."""
     inputs = [
         source for source in dict.fromkeys(s for node in ordered for s in node.all_input_nodes)
-        if source in tokens.axes and source not in region
+        if tokens.axes.get(source) and source not in ordered
     ]
-    operands = [_operand(source, tokens, softmax) for source in inputs]
+    operands = [_operand(source, tokens, output) for source in inputs]
     lengths = Probe.lengths_for(module, hint(tokens.size), (QUERY, KEY))
     for labels in itertools.product((QUERY, KEY), repeat=len(operands)):
         if len(set(labels)) < 2:
@@ -125,13 +174,12 @@ def _written_out(module: GraphModule, softmax: Node, nodes: Collection[Node], to
             probe.run(ordered)
         except Refusal:
             continue
-        axes = probe.found.axes.get(output, {})
-        normalised = {kind.label for axis, kind in probe.found.axes[softmax].items() if axis == _softmax_axis(softmax)}
-        if [kind.label for kind in axes.values()] == [QUERY] and normalised == {KEY}:
+        if explains(probe.found):
             split = {label: tuple(o for o, own in zip(operands, labels) if own == label) for label in (QUERY, KEY)}
             bindings = {node: dict(probe.found.bindings.get(node, {})) for node in ordered}
-            return Attention(ordered, split[QUERY], split[KEY], output, next(iter(axes)), "written out", bindings)
-    raise Refusal("no reading of its operands as queries and keys explains this softmax", softmax)
+            axis = next(iter(probe.found.axes[output]))
+            return Attention(ordered, split[QUERY], split[KEY], output, axis, kind, bindings)
+    raise Refusal("no reading of its operands as queries and keys explains this attention", output)
 
 
 def _softmax_axis(node: Node) -> int:

@@ -57,6 +57,8 @@ def find_decoder(
     if merge is None:
         return None
     batch, size, _ = value(merge.output).shape
+    if hint(size) == 1:
+        return None
     if hint(size) is None or hint(batch) is None:
         raise Refusal("the prompt's length depends on data", merge.output)
     nodes = _with_buffers(module.graph, descendants(module.graph, [merge.output]))

@@ -26,7 +26,8 @@ def find_layers(
     Keys and values are left out of the flow (layers may share them), and so is what no mixer has touched (per-layer
     inputs computed from the embeddings): neither is the residual stream.
     """
-    first, last = mixers[0], mixers[-1]
+    main = [mixer for mixer in mixers if mixer.attention is not None or _bypasses(mixer, mixers, module)]
+    first, last = main[0], main[-1]
     attentions = [mixer.attention for mixer in mixers if mixer.attention is not None]
     touched = set(descendants(module.graph, [first.output]))
     skipped = {
@@ -60,15 +61,21 @@ def find_layers(
         link = dominator[link] if dominator[link] is not link else None
     chain.reverse()
     inside = set(nodes)
-    while chain and not any(source in inside and source not in touched for source in chain[0].all_input_nodes):
-        del chain[0]  # inside the first mixer: no residual has bypassed it yet
+    bypassed = next((index for index, link in enumerate(chain) if any(
+        source in inside and source not in touched for source in link.all_input_nodes)), 0)
+    del chain[:bypassed]  # what is inside the first mixer: no residual has bypassed it yet
     groups: list[tuple[Node, list[Mixer]]] = [(start, [])]
+    waiting: list[Mixer] = []
     for mixer in mixers:
+        if mixer not in main:
+            waiting.append(mixer)  # it belongs to the attention that follows
+            continue
         before = ancestors(mixer.reads)
         links = [link for link in chain if link in before]
         if links and links[-1] is not groups[-1][0]:
             groups.append((links[-1], []))
-        groups[-1][1].append(mixer)
+        groups[-1][1].extend([*waiting, mixer])
+        waiting.clear()
     before_last = ancestors(last.reads)
     final = next((link for link in chain if link not in before_last), None)
     if final is None:
@@ -76,6 +83,25 @@ def find_layers(
     layers = [Layer(index, link, tuple(own)) for index, (link, own) in enumerate(groups)]
     layers, output = _without_entries(chain, layers, _output_of_last_layer(chain, layers))
     return layers, final, output
+
+
+def _bypasses(mixer: Mixer, mixers: list[Mixer], module: GraphModule) -> bool:
+    """Whether what a mixer computes goes on other than as an operand of an attention call and into a cache."""
+    attentions = [other.attention for other in mixers if other.attention is not None]
+    calls = {own for attention in attentions for own in attention.nodes}
+    cached = ancestors(operand.node for attention in attentions for operand in (*attention.queries, *attention.keys))
+    results = set(output_node(module.graph).all_input_nodes) - cached
+    seen: set[Node] = set()
+    stack = [mixer.output]
+    while stack:
+        node = stack.pop()
+        if node in seen or node in calls:
+            continue
+        seen.add(node)
+        if node in results:
+            return True
+        stack.extend(node.users)
+    return False
 
 
 def _links_behind(chain: list[Node], layer: Layer, stop: Node | None) -> list[Node]:

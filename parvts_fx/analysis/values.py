@@ -93,7 +93,8 @@ def changed_in_place(node: Node) -> Node | None:
     """The tensor that a node writes into, or None for a node that only makes new values."""
     if node.op == "call_function":
         name = getattr(node.target, "__name__", "")
-        writes = node.target in _IN_PLACE or name.endswith("_") and not name.endswith("__")
+        writes = node.target in _IN_PLACE or (
+            name.endswith("_") and not name.endswith("__") and node.target not in (operator.and_, operator.or_, operator.not_))
     else:
         writes = node.op == "call_method" and node.target.endswith("_") and not node.target.endswith("__")
     return node.args[0] if writes and node.args and is_tensor(node.args[0]) else None

@@ -276,7 +276,8 @@ def _storing(empty: Any) -> Any:
     cache = copy.deepcopy(empty)
     for index, layer in enumerate(cache.layers if cache is not None else []):
         if isinstance(layer, cache_utils.LinearAttentionAndSlidingWindowAttentionLayer):
-            cache.layers[index] = cache_utils.LinearAttentionAndFullAttentionLayer()
+            cache.layers[index] = cache_utils.LinearAttentionAndFullAttentionLayer(
+                number_of_states=layer.number_of_states)
         elif isinstance(layer, cache_utils.DynamicSlidingWindowLayer):
             cache.layers[index] = cache_utils.DynamicLayer()
     return cache
