@@ -108,8 +108,9 @@ def _teller(options: Options) -> Callable[[], None]:
     told: list[bool] = []
 
     def tell() -> None:
-        reason = ("no captured graph merges visual features into the decoder's embeddings: they enter by cross-attention or "
-                  "an encoder, or the model merges them in code that Dynamo does not capture")
+        reason = ("no captured graph merges visual features into a decoder's embeddings: they enter by cross-attention or an "
+                  "encoder, or the model merges them in code that Dynamo does not capture, or changes the merged "
+                  "embeddings between two graphs, or its attention is neither scaled_dot_product_attention nor a softmax")
         if options.strict:
             raise NotRewritten(f"parvts_fx: this multimodal prefill cannot be rewritten: {reason}")
         if not told:

@@ -53,6 +53,11 @@ def tell_pruning(dropped: int) -> None:
         watch.dropped.append(dropped)
 
 
+def is_watched() -> bool:
+    """Whether a call is being watched, whose end notices what its graphs have not done."""
+    return _WATCH.get() is not None
+
+
 def tell_merge() -> None:
     """Called by every graph that merges visual features, each time it runs."""
     watch = _WATCH.get()

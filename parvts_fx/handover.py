@@ -8,6 +8,7 @@ merged embeddings; the second one is recognised by that very tensor among its in
 from __future__ import annotations
 
 import dataclasses
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,22 +19,42 @@ from torch.fx import GraphModule, Node
 from parvts_fx.analysis.calls import attention_nodes
 from parvts_fx.analysis.records import VisualMerge
 from parvts_fx.analysis.values import fake_mode_of, output_node, value
-from parvts_fx.caches import tell_merge
+from parvts_fx.caches import is_watched
+from parvts_fx.errors import ParvtsWarning
 
-_MERGED: dict[int, tuple[weakref.ref[torch.Tensor], torch.Tensor]] = {}
+@dataclasses.dataclass
+class _Merged:
+    reference: weakref.ref[torch.Tensor]
+    visual: torch.Tensor
+    received: bool
+    """Whether a decoder's graph has taken it, or a caller will notice if none does."""
+
+
+_MERGED: dict[int, _Merged] = {}
 """By identity of merged embeddings that are alive: which of their rows are visual tokens."""
 
 
 def remember_merge(embeddings: torch.Tensor, visual: torch.Tensor) -> None:
     """``embeddings`` [batch, seq, hidden] have visual features where ``visual`` [batch, seq] is true."""
     key = id(embeddings)
-    _MERGED[key] = (weakref.ref(embeddings, lambda _: _MERGED.pop(key, None)), visual)
+
+    def forget(_: object) -> None:
+        held = _MERGED.pop(key, None)
+        if held is not None and not held.received:
+            warnings.warn(
+                "parvts_fx: this multimodal prefill runs unrewritten: the graph breaks behind the merge of visual features, "
+                "and no later graph with attention took the merged embeddings as they were", ParvtsWarning, stacklevel=2)
+
+    _MERGED[key] = _Merged(weakref.ref(embeddings, forget), visual, is_watched())
 
 
 def visual_rows(embeddings: object) -> torch.Tensor | None:
     """The [batch, seq] bool mask of embeddings that an earlier graph merged; None for any other object."""
-    reference, visual = _MERGED.get(id(embeddings), (None, None))
-    return visual if reference is not None and reference() is embeddings else None
+    held = _MERGED.get(id(embeddings))
+    if held is None or held.reference() is not embeddings:
+        return None
+    held.received = True
+    return held.visual
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +69,8 @@ class MergedInput:
     def find(module: GraphModule, example_inputs: Sequence[object]) -> MergedInput | None:
         """The merged embeddings among the inputs of a graph with attention."""
         for position, given in enumerate(example_inputs):
-            visual = visual_rows(given)
-            if visual is not None and attention_nodes(module.graph):
+            visual = visual_rows(given) if attention_nodes(module.graph) else None
+            if visual is not None:
                 return MergedInput(position, visual)
         return None
 
@@ -89,7 +110,6 @@ def hand_on(
 
     def announcing(*inputs: object) -> Any:
         outputs = lowered(*inputs)
-        tell_merge()
         remember_merge(outputs[position], visual(*inputs))
         return outputs
 

@@ -78,7 +78,7 @@ def rewrite_graph(
     analysis = 1e3 * (time.perf_counter() - start)
     _check_fit(options, decoder, example_inputs, module)
     batch, size, _ = value(merge.output).shape
-    if hint(merge.visual_tokens) is None:  # it depends on data: rewrite for the prompt at hand
+    if merge.visual_tokens is None or hint(merge.visual_tokens) is None:  # it depends on data: rewrite for the prompt at hand
         merge = dataclasses.replace(merge, count=_count(work, merge, example_inputs))
         decoder = dataclasses.replace(decoder, merge=merge)
     visuals = merge.visual_tokens

@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch.fx import GraphModule, Node
 
-from parvts_fx.analysis.merge import is_merge
-from parvts_fx.analysis.values import ancestors, has_target, is_tensor, storage_of, value
+from parvts_fx.analysis.merge import CHOICES, is_merge, is_text, is_visual
+from parvts_fx.analysis.values import has_target, is_tensor, storage_of, value
 from parvts_fx.passes.editing import Editor
 
 _PUTS = (torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default, torch.index_put)
@@ -25,6 +25,8 @@ class UnifyMerges:
     ``h[mask] = features``                ==>  ``h' = h.masked_scatter(mask[..., None], features)``
     ``h = cat([text, features, text], 1)``  ==>  ``h' = cat([text, 0, text], 1).masked_scatter(their place, features)``
 
+    ``where(mask, text, features)``         ==>  ``where(~mask, features, text)``
+
     Only where the features depend on an input that is neither ids nor a weight, where no attention has touched the text,
     and where nothing is scattered already. The values computed stay the same.
     """
@@ -38,25 +40,9 @@ class UnifyMerges:
         editor = Editor(module)
         return sum(
             _scatter_assignment(editor, node, attentions) or _scatter_joint(editor, node, attentions)
+            or _turn_choice(editor, node, attentions)
             for node in list(module.graph.nodes) if node.op.startswith("call")
         )
-
-
-def _is_text(node: Node, attentions: set[Node]) -> bool:
-    """Embeddings looked up by integers, which no attention and no input of other numbers has touched."""
-    before = ancestors([node])
-    return not before & attentions and not any(map(_is_signal, before)) and any(
-        is_tensor(source) and not value(source).is_floating_point() for source in before if source.op == "placeholder")
-
-
-def _is_signal(node: Node) -> bool:
-    """An input of floating-point numbers that is no weight: pixels, or features."""
-    return node.op == "placeholder" and is_tensor(node) and value(node).is_floating_point() and not isinstance(
-        value(node), torch.nn.Parameter) and value(node).dim() > 1
-
-
-def _is_visual(node: Node) -> bool:
-    return any(map(_is_signal, ancestors([node])))
 
 
 def _scatter_assignment(editor: Editor, node: Node, attentions: set[Node]) -> bool:
@@ -70,7 +56,7 @@ def _scatter_assignment(editor: Editor, node: Node, attentions: set[Node]) -> bo
         return False
     if value(index).dtype != torch.bool or value(index).dim() != 2 or value(target).dim() != 3 or value(features).dim() < 2:
         return False
-    if not _is_text(target, attentions) or not _is_visual(features):
+    if not is_text(target, attentions) or not is_visual(features):
         return False
     shared = [user for user in target.users if is_tensor(user) and user is not node and storage_of(user) == storage_of(target)]
     if shared:
@@ -95,8 +81,8 @@ def _scatter_joint(editor: Editor, node: Node, attentions: set[Node]) -> bool:
     parts = node.args[0] if node.args else node.kwargs["tensors"]
     if axis not in (1, -2) or not value(node).is_floating_point():
         return False
-    visual = [part for part in parts if _is_visual(part)]
-    text = [part for part in parts if part not in visual and _is_text(part, attentions)]
+    visual = [part for part in parts if is_visual(part)]
+    text = [part for part in parts if part not in visual and is_text(part, attentions)]
     if not visual or not text or len(visual) + len(text) != len(parts):
         return False
     places = [part in visual for part in parts]
@@ -119,5 +105,18 @@ def _scatter_joint(editor: Editor, node: Node, attentions: set[Node]) -> bool:
         mask, features = editor.inline(stand, *parts), editor.inline(gathered, *visual)
         merged = editor.method("masked_scatter", editor.inline(text_alone, *parts), mask, features)
     node.replace_all_uses_with(merged)
+    editor.graph.erase_node(node)
+    return True
+
+
+def _turn_choice(editor: Editor, node: Node, attentions: set[Node]) -> bool:
+    if not has_target(node, CHOICES) or len(node.args) != 3 or not all(map(is_tensor, node.args)):
+        return False
+    mask, chosen, other = node.args
+    if not is_text(chosen, attentions) or not is_visual(other) or value(other).shape != value(node).shape:
+        return False
+    with editor.graph.inserting_before(node):
+        turned = editor.call(torch.where, editor.call(torch.logical_not, mask), other, chosen)
+    node.replace_all_uses_with(turned)
     editor.graph.erase_node(node)
     return True

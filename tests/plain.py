@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+IMAGE_FIRST = 2
+"""Where the image stands in prompts whose features are joined in."""
 IMAGE_TOKEN, PAD, FEATURES, POSITIONS, EPSILON = 1, 0, 5, 64, 1e-6
 
 
@@ -54,6 +56,8 @@ class Specification:
     """Attention and MLP read the same normalised rows (GPT-J)."""
     flat: bool = False
     """One function of other operations (einsum, permute, unflatten) in place of modules."""
+    merge: str = "scatter"
+    """How features enter: "scatter", "assign", "put", "choose" (where), "choose the text" or "join" (cat; one row)."""
     caches: bool = True
     last_only: bool = False
     """Logits of the last row alone."""
@@ -200,6 +204,24 @@ def flat_layer(
     return layer.feed(flat_norm(layer.second, x)) + x, key, value
 
 
+def merged(way: str, x: Tensor, visual: Tensor, features: Tensor) -> Tensor:
+    """Embeddings [batch, seq, hidden] with features [visual tokens, hidden] where ``visual`` [batch, seq] is true."""
+    if way == "scatter":
+        return x.masked_scatter(visual[..., None], features)
+    if way == "assign":
+        x = x.clone()
+        x[visual] = features
+        return x
+    if way == "put":
+        return x.index_put((visual,), features)
+    if way == "join":
+        first = IMAGE_FIRST
+        return torch.cat([x[:, :first], features[None], x[:, first + features.shape[0]:]], 1)
+    order = (visual.flatten().cumsum(0) - 1).clamp(min=0)
+    rows = features[order].view_as(x)
+    return torch.where(visual[..., None], rows, x) if way == "choose" else torch.where(~visual[..., None], x, rows)
+
+
 class Plain(nn.Module):
     """Token embedding, projected visual features merged in, decoder layers, final norm, head."""
 
@@ -224,7 +246,7 @@ class Plain(nn.Module):
         x = self.tokens(ids)
         visual = (ids == IMAGE_TOKEN)[..., None]
         visual = visual.expand_as(x) if spec.flat else visual
-        x = x.masked_scatter(visual, self.projection(features))
+        x = self.behind_merge(merged(spec.merge, x, visual[..., 0], self.projection(features)))
         index = torch.arange(length, device=ids.device)
         positions = index if spec.numbering == "index" else (mask.cumsum(1) - 1).clamp(min=0)
         angles = None
@@ -247,6 +269,10 @@ class Plain(nn.Module):
         x = flat_norm(self.norm, x) if spec.flat else self.norm(x)
         logits = self.head(x[:, -1:] if spec.last_only else x)
         return logits, caches if spec.caches else []
+
+    def behind_merge(self, x: Tensor) -> Tensor:
+        """For models that do something in between."""
+        return x
 
     def _allowed(self, ids: Tensor, mask: Tensor, index: Tensor) -> Tensor:
         """[batch or 1, 1, seq, seq] bool; a padding row sees itself, so that every row is defined."""

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.models.page import counts, load
+
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- supported:begin -->", "<!-- supported:end -->"
+MODELS = "<!-- models:begin -->", "<!-- models:end -->"
 
 
 class Collect:
@@ -41,13 +44,14 @@ def table() -> str:
     return "\n".join(rows)
 
 
-def replaced(text: str, rows: str) -> str:
-    """The README's text with the table between its markers."""
-    head, rest = text.split(BEGIN)
-    _, tail = rest.split(END)
-    return f"{head}{BEGIN}\n{rows}\n{END}{tail}"
+def replaced(text: str, rows: str, begin: str = BEGIN, end: str = END) -> str:
+    """The README's text with other lines between its markers."""
+    head, rest = text.split(begin)
+    _, tail = rest.split(end)
+    return f"{head}{begin}\n{rows}\n{end}{tail}"
 
 
 if __name__ == "__main__":
     readme = ROOT / "README.md"
-    readme.write_text(replaced(readme.read_text(), table()))
+    text = replaced(readme.read_text(), table())
+    readme.write_text(replaced(text, counts(load()), *MODELS))

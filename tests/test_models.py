@@ -1,4 +1,4 @@
-"""Architectures that differ in structure, against the eager reference; the whole list is ``python -m bench.models``."""
+"""Architectures that differ in structure, against the eager reference; the whole list is ``python -m tests.models``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GENERATE = (
 )
 """One architecture for every structural trait."""
 
-FORWARD = ("llava", "qwen2_5_vl", "idefics3", "kosmos-2", "git")
+FORWARD = ("llava", "qwen2_5_vl", "qwen3_vl", "idefics3", "kosmos-2", "git")
 
 
 @pytest.mark.supports("Architectures", ", ".join(GENERATE) + " (generate, both fusions)")

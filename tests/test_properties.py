@@ -141,6 +141,11 @@ TWO_ROWS = (Row(padding=0, before=1, between=2), Row(padding=3, before=2))
 CORNERS: dict[str, tuple[Specification, Choice]] = {
     "one token of one layer": (Specification(layers=1), Choice(keep=1)),
     "last row alone, no caches": (Specification(caches=False, last_only=True), Choice(rule="tied")),
+    "merged by assignment": (Specification(merge="assign", rows=TWO_ROWS), Choice()),
+    "merged by index_put": (Specification(merge="put", rows=TWO_ROWS), Choice(fusion=0.5)),
+    "merged by a choice": (Specification(merge="choose", rows=TWO_ROWS), Choice()),
+    "merged by a choice of the text": (Specification(merge="choose the text"), Choice(fusion=0.5)),
+    "merged by joining": (Specification(merge="join"), Choice()),
     "length is hidden size": (Specification(length=12), Choice(depth=2)),
     "path A is hidden size": (Specification(length=15), Choice()),
     "length is head_dim": (

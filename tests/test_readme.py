@@ -7,7 +7,8 @@ import subprocess
 import sys
 
 from parvts_fx import Options
-from tests.supported import ROOT, replaced
+from tests.models.page import counts, load
+from tests.supported import MODELS, ROOT, replaced
 
 
 def test_the_table_of_what_is_supported_is_up_to_date():
@@ -18,6 +19,14 @@ def test_the_table_of_what_is_supported_is_up_to_date():
     rows = done.stdout[done.stdout.index("| area |"):].strip()
     assert rows.count("\n") > 10
     assert replaced(text, rows) == text, "run `python -m tests.supported`"
+
+
+def test_the_counts_of_models_are_those_of_the_matrix():
+    text = (ROOT / "README.md").read_text()
+    found = load()
+    assert len(found) > 90
+    assert not [name for name, entry in found.items() if entry.verdict == "wrong"]
+    assert replaced(text, counts(found), *MODELS) == text, "run `python -m tests.supported`"
 
 
 def test_every_option_is_described():

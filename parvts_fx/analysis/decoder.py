@@ -31,8 +31,9 @@ class NoDecoder(Refusal):
 
     def __init__(self, module: GraphModule, merge: VisualMerge):
         super().__init__(
-            "visual features are merged in this graph, but no attention follows: the graph breaks between the merge and "
-            "the decoder (parvts_fx.compile(model) captures both in one graph where Dynamo can)", merge.output)
+            "visual features are merged in this graph, but no attention that is understood follows: the graph breaks between "
+            "the merge and the decoder (parvts_fx.compile(model) captures both in one graph where Dynamo can), or the model "
+            "uses an attention that is neither scaled_dot_product_attention nor a softmax", merge.output)
         self.module, self.merge = module, merge
 
 

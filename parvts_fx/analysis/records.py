@@ -31,9 +31,9 @@ class VisualMerge:
     """Visual tokens per sample where the features' sizes do not tell; the graph is then rewritten for that number."""
 
     @property
-    def visual_tokens(self) -> int | torch.SymInt:
-        """Visual tokens per sample."""
-        if self.count is not None:
+    def visual_tokens(self) -> int | torch.SymInt | None:
+        """Visual tokens per sample; None or unbacked where they depend on data."""
+        if self.count is not None or not self.features:
             return self.count
         batch, _, hidden = value(self.output).shape
         return concrete(sum(value(node).numel() // hidden for node in self.features) // batch)

@@ -8,35 +8,14 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import dataclasses
-import json
 import multiprocessing
-from pathlib import Path
 
-import torch
-import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tests.models.builders import BUILDERS
-from tests.models.matrix import Finding, examine
-from tests.models.page import counts, write_page
-
-RESULTS = Path(__file__).parents[2] / "docs" / "supported-models.json"
-
-
-def load() -> dict[str, Finding]:
-    if not RESULTS.exists():
-        return {}
-    return {entry["name"]: Finding(**entry) for entry in json.loads(RESULTS.read_text())["models"]}
-
-
-def save(found: dict[str, Finding]) -> None:
-    RESULTS.parent.mkdir(exist_ok=True)
-    ordered = [dataclasses.asdict(found[name]) for name in sorted(found)]
-    RESULTS.write_text(json.dumps(
-        {"torch": torch.__version__.split("+")[0], "transformers": transformers.__version__, "models": ordered}, indent=1)
-        + "\n")
+from tests.models.matrix import examine
+from tests.models.page import counts, load, save, write_page
 
 
 def main() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
+import json
 from pathlib import Path
 
 import torch
@@ -11,7 +13,22 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from tests.models.matrix import TOLERANCE, Finding
 
-PAGE = Path(__file__).parents[2] / "docs" / "supported-models.md"
+DOCS = Path(__file__).parents[2] / "docs"
+RESULTS, PAGE = DOCS / "supported-models.json", DOCS / "supported-models.md"
+
+
+def load() -> dict[str, Finding]:
+    """What is known so far, by name."""
+    if not RESULTS.exists():
+        return {}
+    return {entry["name"]: Finding(**entry) for entry in json.loads(RESULTS.read_text())["models"]}
+
+
+def save(found: dict[str, Finding]) -> None:
+    RESULTS.parent.mkdir(exist_ok=True)
+    ordered = [dataclasses.asdict(found[name]) for name in sorted(found)]
+    versions = {"torch": torch.__version__.split("+")[0], "transformers": transformers.__version__}
+    RESULTS.write_text(json.dumps(versions | {"models": ordered}, indent=1) + "\n")
 
 
 def counts(found: dict[str, Finding]) -> str:

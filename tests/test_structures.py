@@ -1,0 +1,200 @@
+"""What brings a graph into the form that the analysis reads, and what holds a prefill together over several graphs."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import parvts_fx
+from parvts_fx import scores
+from parvts_fx.analysis.calls import attention_nodes
+from parvts_fx.analysis.merge import is_merge
+from parvts_fx.analysis.values import changed_in_place
+from parvts_fx.capture import capture as captured_copy
+from parvts_fx.passes.invert_permutations import InvertPermutations
+from parvts_fx.passes.spread_masked_updates import SpreadMaskedUpdates
+from parvts_fx.passes.version_writes import VersionWrites
+from tests.comparing import TOLERANCE
+from tests.models.builders import BUILDERS
+from tests.models.generating import Comparison, cache_lengths, run_generate
+from tests.models.prompts import longer, second
+from tests.plain import Plain, Row, Specification, prompt
+from tests.plain_graphs import capture
+from tests.plain_reference import largest_error, reference
+
+PER_DATA = {"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": True}
+
+
+def rewritten_alike(function, inputs, rewrite) -> int:
+    """Apply a normalising pass to a captured function; the values stay. Returns what the pass returns."""
+    with torch._dynamo.config.patch(**PER_DATA):
+        module, examples = capture(function, *inputs)
+    work = captured_copy(module, examples)
+    count = rewrite(work)
+    work.graph.lint()
+    work.recompile()
+    torch.testing.assert_close(work(*examples), module(*examples), rtol=0, atol=0)
+    return count
+
+
+def unsorted_rows(x: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor]:
+    order = torch.sort(keys)[1]
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.shape[0])
+    return (x[order].cumsum(0)[inverse],)
+
+
+def rows_by_other_indices(x: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor]:
+    inverse = torch.zeros_like(keys)
+    inverse[keys] = torch.arange(keys.shape[0])
+    return (x[inverse],)
+
+
+@pytest.mark.parametrize("function, count", [(unsorted_rows, 1), (rows_by_other_indices, 0)])
+def test_inversions_of_a_sort_become_sorts(function, count):
+    inputs = torch.randn(6, 3), torch.tensor([2, 0, 5, 1, 4, 3])
+    assert rewritten_alike(function, inputs, InvertPermutations().run) == count
+
+
+def added_to_rows(x: torch.Tensor, mask: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor]:
+    x = x.masked_scatter(mask[..., None], features)
+    x = nn.functional.scaled_dot_product_attention(x, x, x).clone()
+    update = x[mask] + 2 * features
+    x[mask] = update
+    return (x,)
+
+
+def scattered_to_rows(x: torch.Tensor, mask: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor]:
+    x = x.masked_scatter(mask[..., None], features)
+    x = nn.functional.scaled_dot_product_attention(x, x, x)
+    return (x.masked_scatter(mask[..., None], (x[mask] + features).view(-1)),)
+
+
+def mixed_rows(x: torch.Tensor, mask: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor]:
+    x = x.masked_scatter(mask[..., None], features)
+    x = nn.functional.scaled_dot_product_attention(x, x, x).clone()
+    x[mask] = x[mask].flip(0)
+    return (x,)
+
+
+@pytest.mark.parametrize("function, count", [(added_to_rows, 1), (scattered_to_rows, 1), (mixed_rows, 0)])
+def test_updates_of_masked_rows_are_spread(function, count):
+    mask = torch.zeros(2, 5, dtype=torch.bool)
+    mask[0, 1:3], mask[1, 2:4] = True, True
+
+    def rewrite(module):
+        merge = next(node for node in module.graph.nodes if is_merge(node))
+        return SpreadMaskedUpdates().run(module, merge, attention_nodes(module.graph))
+
+    assert rewritten_alike(function, (torch.randn(2, 5, 4), mask, torch.randn(4, 4)), rewrite) == count
+
+
+def written_then_read(x: torch.Tensor) -> tuple[torch.Tensor]:
+    y = x * 2
+    y[1:] += 1
+    return (y.sum(-1),)
+
+
+def view_read_later(x: torch.Tensor) -> tuple[torch.Tensor]:
+    y = x * 2
+    view = y[0]
+    y[1:] += 1
+    return (y.sum(-1), view.sum())
+
+
+@pytest.mark.parametrize("function, count", [(written_then_read, 1), (view_read_later, 0)])
+def test_a_tensor_has_a_new_name_behind_a_write(function, count):
+    def rewrite(module):
+        return VersionWrites().run(module, next(node for node in module.graph.nodes if node.op == "call_function"))
+
+    assert rewritten_alike(function, (torch.randn(3, 4, 4),), rewrite) == count
+
+
+def test_only_writes_are_writes():
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["example_value"] = torch.zeros(2, dtype=torch.bool)
+    assert changed_in_place(graph.call_function(operator.and_, (x, x))) is None
+    assert changed_in_place(graph.call_function(operator.iand, (x, x))) is x
+    assert changed_in_place(graph.call_method("add_", (x, 1))) is x
+
+
+class Broken(Plain):
+    """The plain model with a graph break behind the merge, or between its layers."""
+
+    def __init__(self, spec: Specification, where: str):
+        super().__init__(spec)
+        self.where = where
+        if where == "layers":
+            self.layers[1].register_forward_pre_hook(lambda module, args: torch._dynamo.graph_break())
+
+    def behind_merge(self, x: torch.Tensor) -> torch.Tensor:
+        if self.where == "merge":
+            torch._dynamo.graph_break()
+        return x
+
+
+SPEC = Specification(layers=3, length=13, rows=(Row(before=2), Row(before=4)), attention="masked")
+OPTIONS = dict(migration_depth=1, keep_tokens=2, score="norm", lowering="eager")
+
+
+@pytest.mark.supports("Graphs", "a graph break between the merge and the decoder")
+@pytest.mark.parametrize("by_string", [True, False], ids=["string", "compile"])
+def test_a_break_behind_the_merge(by_string):
+    model = Broken(SPEC, "merge").eval().requires_grad_(False)
+    if by_string:
+        model.compile(backend="parvts", options=OPTIONS | {"strict": True})
+    else:
+        parvts_fx.compile(model, **OPTIONS, strict=True)
+    for visual, seed in ((5, 1), (5, 2), (4, 3)):
+        given = prompt(dataclasses.replace(SPEC, visual=visual), seed)
+        with torch.no_grad():
+            wanted = reference(model, given, scores.norm, migration_depth=1, keep_tokens=2)
+            actual = model(*given.arguments)
+        assert actual[0].shape[1] == SPEC.length - visual + 2
+        assert largest_error(actual, wanted, True) <= TOLERANCE
+
+
+@pytest.mark.supports("Left unrewritten", "a graph that breaks between the decoder's layers")
+def test_a_break_between_layers():
+    model = Broken(SPEC, "layers").eval().requires_grad_(False)
+    given = prompt(SPEC)
+    with torch.no_grad():
+        wanted = model(*given.arguments)[0]
+        parvts_fx.compile(model, **OPTIONS)
+        with pytest.warns(parvts_fx.ParvtsWarning, match="between the decoder's layers"):
+            actual = model(*given.arguments)[0]
+    torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.supports("Left unrewritten", "visual features that never enter the decoder's sequence, with the reason")
+def test_features_that_never_enter_the_sequence():
+    built = BUILDERS["mllama"]()
+    with torch.no_grad():
+        wanted = built.model(**built.inputs).logits
+        parvts_fx.compile(built.model, lowering="eager", migration_depth=1)
+        with pytest.warns(parvts_fx.ParvtsWarning, match="cross-attention"):
+            actual = built.model(**built.inputs).logits
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", parvts_fx.ParvtsWarning)
+            built.model(**built.inputs)  # said once
+        torch.testing.assert_close(actual, wanted)
+
+
+@pytest.mark.supports("torch.compile", "five architectures in one process all stay compiled")
+def test_five_models_stay_compiled():
+    compared = [Comparison(BUILDERS[name]()) for name in ("llava", "internvl", "qwen2_vl", "paligemma", "mistral3")]
+    for one in compared:
+        one.__enter__()
+    for change in (dict, longer, second, dict):
+        for one in compared:
+            inputs = change(one.built.inputs)
+            with one.oracle.installed():
+                run_generate(one.model, inputs, 1)
+            lengths = cache_lengths(one.run_compiled(inputs, 1).past_key_values)
+            assert set(lengths) == {one.kept}
