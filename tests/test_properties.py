@@ -141,6 +141,12 @@ TWO_ROWS = (Row(padding=0, before=1, between=2), Row(padding=3, before=2))
 CORNERS: dict[str, tuple[Specification, Choice]] = {
     "one token of one layer": (Specification(layers=1), Choice(keep=1)),
     "last row alone, no caches": (Specification(caches=False, last_only=True), Choice(rule="tied")),
+    "learned positions, fused qkv, biases": (
+        Specification(layers=3, rows=TWO_ROWS, positions="learned", fused_qkv=True, norm="layer", attention="masked",
+                      numbering="mask"), Choice(depth=2)),
+    "parallel residual, bias by distance": (
+        Specification(layers=3, rows=TWO_ROWS, parallel=True, attention="relative", norm="layer"), Choice(depth=2)),
+    "one flat function": (Specification(layers=3, rows=TWO_ROWS, flat=True, attention="written"), Choice(depth=2)),
     "merged by assignment": (Specification(merge="assign", rows=TWO_ROWS), Choice()),
     "merged by index_put": (Specification(merge="put", rows=TWO_ROWS), Choice(fusion=0.5)),
     "merged by a choice": (Specification(merge="choose", rows=TWO_ROWS), Choice()),

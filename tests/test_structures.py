@@ -198,3 +198,26 @@ def test_five_models_stay_compiled():
                 run_generate(one.model, inputs, 1)
             lengths = cache_lengths(one.run_compiled(inputs, 1).past_key_values)
             assert set(lengths) == {one.kept}
+
+
+@pytest.mark.supports("Left unrewritten", "flex_attention, with the result of the lowering alone")
+def test_flex_attention():
+    built = BUILDERS["llava"]()
+    built.model.set_attn_implementation("flex_attention")
+    with torch.no_grad():
+        wanted = built.model(**built.inputs).logits
+        parvts_fx.compile(built.model, lowering="eager", migration_depth=1)
+        with pytest.warns(parvts_fx.ParvtsWarning, match="neither scaled_dot_product_attention nor a softmax"):
+            actual = built.model(**built.inputs).logits
+    torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.supports("Left unrewritten", "with the string backend, what Dynamo's default settings break into one graph a layer")
+def test_one_graph_a_layer():
+    built = BUILDERS["qwen3_vl"]()
+    wanted = run_generate(built.model, built.inputs, 2)
+    built.model.compile(backend="parvts", options=dict(lowering="eager", migration_depth=1))
+    with pytest.warns(parvts_fx.ParvtsWarning, match="parvts_fx.compile"):
+        actual = run_generate(built.model, built.inputs, 2)
+    assert actual.sequences.tolist() == wanted.sequences.tolist()
+    torch.testing.assert_close(actual.logits, wanted.logits)

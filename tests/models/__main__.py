@@ -7,7 +7,6 @@ Writes ``docs/supported-models.json`` after every model, so that a run that was 
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import multiprocessing
 
 from rich.console import Console
@@ -34,11 +33,10 @@ def main() -> None:
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with (
         Progress(*columns, console=console) as progress,
-        concurrent.futures.ProcessPoolExecutor(given.jobs, context, max_tasks_per_child=6) as pool,
+        context.Pool(given.jobs, maxtasksperchild=6) as pool,
     ):
         task = progress.add_task("models", total=len(wanted))
-        for future in concurrent.futures.as_completed(pool.submit(examine, name) for name in wanted):
-            result = future.result()
+        for result in pool.imap_unordered(examine, wanted):
             found[result.name] = result
             save(found)
             worst = max(result.errors.values(), default=0.0)

@@ -58,7 +58,7 @@ def examine(name: str) -> Finding:
             reasons[check] = f"{type(error).__name__}: {_short(error)}"
     if not found.errors:
         found.errors["unrewritten"], told = _unrewritten(built)
-        found.reason = told or next(iter(reasons.values()), "")
+        found.reason = told or next(iter(reasons.values()), "").removeprefix("LookupError: ")
         found.verdict = "unrewritten" if found.errors["unrewritten"] == 0 and found.reason else "wrong"
     else:
         found.reason = "; ".join(f"{check}: {reason}" for check, reason in reasons.items())
@@ -79,20 +79,28 @@ class _NotApplicable(Exception):
 def _checks(name: str, built: Built) -> Iterator[tuple[str, Callable[[], float]]]:
     depth = LISTED_DEPTH.get(name)
     for fusion in FUSIONS:
-        def compared(run: Callable[[Comparison], float], fusion: str | float = fusion) -> float:
-            with Comparison(built, fusion=fusion, listed_depth=depth) as comparison:
-                return run(comparison)
+        comparison = Comparison(built, fusion=fusion, listed_depth=depth)
 
-        yield f"forward, {fusion}", lambda c=compared: c(lambda held: held.forward(built.inputs))
+        def forward(held: Comparison = comparison) -> float:
+            with held:
+                return held.forward(built.inputs)
+
+        def generate(held: Comparison = comparison) -> float:
+            with held:
+                errors = [held.generate(built.inputs)]
+                if held.options["fusion"] == "attention":
+                    errors.append(held.generate(prompts.longer(built.inputs)))
+                return max(errors)
+
+        yield f"forward, {fusion}", forward
         if built.generates:
-            yield f"generate, {fusion}", lambda c=compared: c(lambda held: max(
-                held.generate(built.inputs), held.generate(prompts.longer(built.inputs))))
+            yield f"generate, {fusion}", generate
     if built.generates and "input_ids" in built.inputs:
-        yield "generate, batch of two", lambda: _batch(built)
+        yield "generate, batch of two", lambda: _batch(built, depth)
 
 
-def _batch(built: Built) -> float:
-    """A sample's logits in a padded batch against the same sample's alone, both compiled."""
+def _batch(built: Built, depth: int | None) -> float:
+    """A sample's logits in a padded batch, compiled, against the reference's for the sample alone."""
     alone = [built.inputs, prompts.second(built.inputs)]
     both = prompts.batch(built.inputs)
     try:
@@ -101,8 +109,12 @@ def _batch(built: Built) -> float:
         raise _NotApplicable(f"the model itself takes no such batch ({_short(error)})") from error
     if _apart(eager) > 1e-4:
         raise _NotApplicable("the model's own result depends on padding")
-    with Comparison(built) as compared:
-        done = [compared.run_compiled(inputs, 2) for inputs in (*alone, both)]
+    with Comparison(built, listed_depth=depth) as compared:
+        done = []
+        for inputs in alone:
+            with compared.oracle.installed():
+                done.append(run_generate(built.model, inputs, 2))
+        done.append(compared.run_compiled(both, 2))
     if max(cache_lengths(done[-1].past_key_values)) > both["input_ids"].shape[1]:
         raise _NotApplicable("the batch runs unrewritten")
     return _apart(done)
