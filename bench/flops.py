@@ -61,13 +61,16 @@ class Configuration:
 
 
 def rows_of(config: Configuration, kept: int, depth: int) -> list[tuple[int, int, int]]:
-    """Attention fusion with dead rows left out: the last migration layer asks for the kept rows alone."""
+    """Attention fusion with dead rows left out.
+
+    The last migration layer asks for the kept rows alone, and the model's last layer for the prompt's last row alone.
+    """
     text, subject, other = config.text, kept, config.visual - kept
     full, short = text + config.visual, text + kept
     parallel = short * short + (text + other) ** 2 + text * full
     last = short * short + text * full
     rows = [(full, full, parallel)] * (depth - 1) + [(short, full, last)]
-    return rows + [(short, short, short * short)] * (config.layers - depth)
+    return rows + [(short, short, short * short)] * (config.layers - depth - 1) + [(1, short, short)]
 
 
 def llava(config: Configuration) -> torch.nn.Module:

@@ -7,6 +7,7 @@ from parvts_fx.passes.base import Pass, PassRecord, PassResult, State, run_pipel
 from parvts_fx.passes.duplicate_attention import DuplicateAttention
 from parvts_fx.passes.duplicate_layers import DuplicateLayers
 from parvts_fx.passes.insert_partition import InsertPartition
+from parvts_fx.passes.keep_last_rows import KeepLastRows
 from parvts_fx.passes.prune_branch import PruneBranch
 from parvts_fx.passes.remove_dead_code import RemoveDeadCode
 from parvts_fx.passes.skip_dead_rows import SkipDeadRows
@@ -21,11 +22,14 @@ def build_pipeline(options: Options) -> tuple[Pass, ...]:
         passes.append(DuplicateAttention(leave_last=early) if attention else DuplicateLayers())
     if early:
         passes.append(SkipDeadRows(options.paths))
-    passes += [PruneBranch(options.fusion), *options.extra_passes, RemoveDeadCode()]
+    passes.append(PruneBranch(options.fusion))
+    if options.skip_dead_rows:
+        passes.append(KeepLastRows())
+    passes += [*options.extra_passes, RemoveDeadCode()]
     return tuple(passes)
 
 
 __all__ = [
-    "DuplicateAttention", "DuplicateLayers", "InsertPartition", "Pass", "PassRecord", "PassResult",
+    "DuplicateAttention", "DuplicateLayers", "InsertPartition", "KeepLastRows", "Pass", "PassRecord", "PassResult",
     "PruneBranch", "RemoveDeadCode", "SkipDeadRows", "State", "build_pipeline", "run_pipeline",
 ]

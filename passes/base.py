@@ -69,6 +69,9 @@ class State:
     behind_cut: list[Node] | None = None
     """With it: the decoder's nodes that are to run on path A's rows."""
 
+    copies: dict[Node, Node] = dataclasses.field(default_factory=dict)
+    """Behind the pruning: nodes of the decoder, and what holds their path A rows."""
+
     prune_node: Node | None = None
     """The residual stream after pruning: path A's rows alone."""
 

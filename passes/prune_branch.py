@@ -50,6 +50,7 @@ class PruneBranch:
         else:
             for attention in state.migration_attentions:
                 state.attention_calls.setdefault("subject", []).append(copies[attention.output])
+        state.copies = copies
         output = output_node(graph)
         for node in output.all_input_nodes:
             if node in copies:

@@ -79,6 +79,8 @@ def takes_last_rows(node: Node, tokens: TokenMap) -> bool:
         return False
 
     def number(part: object) -> object:
+        if is_tensor(part):
+            return None
         return hint(value(part)) if isinstance(part, Node) else part
 
     part = index[axis]
