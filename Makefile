@@ -2,21 +2,22 @@
 
 PYTHON ?= python3
 VENV := .venv
-READY := $(VENV)/.ready
+
+comma := ,
 
 .PHONY: demo test clean
 
-demo: $(READY)
+demo: $(VENV)/.demo
 	$(VENV)/bin/python -m bench.demo
 
 # One thread per test process: the models are small, and two processes share two cores.
-test: $(READY)
+test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
 
 # The constraints pin torch, so that the same versions are installed everywhere.
-$(READY): pyproject.toml constraints.txt
+$(VENV)/.%: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,test]"
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[demo$(if $(filter test,$*),$(comma)test)]"
 	touch $@
 
 clean:
