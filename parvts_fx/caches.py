@@ -115,10 +115,20 @@ def is_cache(held: object) -> bool:
 
 
 def find_caches(output: object, arguments: Mapping[str, Any]) -> list[Any]:
-    """The caches that a call returned or was given."""
-    parts = list(output) if isinstance(output, (tuple, list)) else [getattr(output, "past_key_values", None)]
-    found = [held for held in (*parts, *arguments.values()) if is_cache(held)]
-    return list({id(held): held for held in found}.values())
+    """The caches that a call returned, on its own or inside a sub-model's output, or was given."""
+    found: dict[int, Any] = {}
+    stack = [output, *arguments.values()]
+    while stack:
+        held = stack.pop()
+        if is_cache(held):
+            found[id(held)] = held
+        elif isinstance(held, (tuple, list)):
+            stack.extend(held)
+        elif isinstance(held, Mapping):
+            stack.extend(held.values())
+        elif held is output and hasattr(held, "past_key_values"):
+            stack.append(held.past_key_values)
+    return list(found.values())
 
 
 def remember_dropped(cache: Any, dropped: int) -> None:
