@@ -105,12 +105,6 @@ class Editor:
             return one + sign * other
         return self.call(operator.add if sign > 0 else operator.sub, one, other)
 
-    def at_most(self, one: Size, other: Size) -> Size:
-        """The smaller one."""
-        if isinstance(one, int) and isinstance(other, int):
-            return min(one, other)
-        return self.call(torch.sym_min, one, other)
-
     # -- whole functions --------------------------------------------------------------------------------------------
 
     def inline(self, function: Callable, *sources: Node) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 
 from torch.fx import GraphModule, Node
 
-from parvts_fx.analysis.calls import attention_nodes, fused_arguments, is_fused_attention, is_softmax
+from parvts_fx.analysis.calls import fused_arguments, is_fused_attention, is_softmax
 from parvts_fx.analysis.last_rows import is_state
 from parvts_fx.analysis.probe import Probe
 from parvts_fx.analysis.records import Attention, Operand
@@ -35,7 +35,7 @@ def find_attentions(module: GraphModule, nodes: Collection[Node], tokens: TokenM
             continue
         attention = None
         if is_fused_attention(node):
-            attention = _fused(module, node, nodes, tokens, decoder)
+            attention = _fused(node, tokens, decoder)
         elif is_softmax(node) and len(tokens.axes.get(node, {})) == 2:
             attention = _written_out(module, node, nodes, tokens)
         if attention is not None:
@@ -56,9 +56,7 @@ def _operand(node: Node, tokens: TokenMap, call: Node) -> Operand:
     return Operand(node, axis)
 
 
-def _fused(
-    module: GraphModule, node: Node, nodes: Collection[Node], tokens: TokenMap, decoder: set[Node]
-) -> Attention | None:
+def _fused(node: Node, tokens: TokenMap, decoder: set[Node]) -> Attention | None:
     arguments = fused_arguments(node)
     query, key, val, mask = (arguments[name] for name in ("query", "key", "value", "attn_mask"))
     if key not in decoder and val not in decoder:
@@ -68,7 +66,7 @@ def _fused(
     if query in decoder and not tokens.axes.get(query) and not is_state(query, tokens.probed, tokens):
         return None  # the prompt's last rows ask by themselves
     if mask is not None and mask in decoder and tokens.axes.get(mask):
-        return _with_computed_mask(module, node, mask, nodes, tokens)
+        raise Refusal("the attention mask is computed from the merged embeddings", node)
     queries, keys = (_operand(query, tokens, node),), (_operand(key, tokens, node), _operand(val, tokens, node))
     bindings: dict[int, object] = {}
     kind = "fused causal" if arguments["is_causal"] else "fused"
@@ -118,39 +116,6 @@ def _written_out(module: GraphModule, softmax: Node, nodes: Collection[Node], to
         return [kind.label for kind in axes.values()] == [QUERY] and normalised == {KEY}
 
     return _labelled(module, ordered, output, tokens, explains, "written out")
-
-
-def _with_computed_mask(
-    module: GraphModule, call: Node, mask: Node, nodes: Collection[Node], tokens: TokenMap
-) -> Attention:
-    """A fused call together with what computes its mask from the tokens: a choice of keys, or a relative bias."""
-    barrier = attention_nodes(module.graph)
-    pairwise: dict[Node, bool] = {}
-    inside = set(nodes)
-
-    def leads_from_pairs(node: Node) -> bool:
-        if node not in pairwise:
-            pairwise[node] = False
-            pairwise[node] = node in inside and node not in barrier and (
-                len(tokens.axes.get(node, {})) == 2 or any(map(leads_from_pairs, node.all_input_nodes)))
-        return pairwise[node]
-
-    region, stack = {call}, [mask]
-    while stack:
-        node = stack.pop()
-        if node not in region and leads_from_pairs(node):
-            region.add(node)
-            stack.extend(node.all_input_nodes)
-    ordered = tuple(node for node in nodes if node in region)
-    if any(user not in region for node in region - {call} for user in node.users):
-        raise Refusal("what the attention mask is computed from is read elsewhere as well", call)
-
-    def explains(found: TokenMap) -> bool:
-        asked = {axis - value(mask).dim(): kind.label for axis, kind in found.axes.get(mask, {}).items()}
-        axes = found.axes.get(call, {})
-        return [kind.label for kind in axes.values()] == [QUERY] and asked == {-2: QUERY, -1: KEY}
-
-    return _labelled(module, ordered, call, tokens, explains, "fused, computed mask")
 
 
 def _labelled(

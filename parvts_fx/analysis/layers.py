@@ -86,11 +86,13 @@ def find_layers(
 
 
 def _bypasses(mixer: Mixer, mixers: list[Mixer], module: GraphModule) -> bool:
-    """Whether what a mixer computes goes on other than as an operand of an attention call and into a cache."""
+    """Whether what a mixer computes reaches the result other than as an operand of an attention call."""
     attentions = [other.attention for other in mixers if other.attention is not None]
+    if not attentions:
+        return True
     calls = {own for attention in attentions for own in attention.nodes}
-    cached = ancestors(operand.node for attention in attentions for operand in (*attention.queries, *attention.keys))
-    results = set(output_node(module.graph).all_input_nodes) - cached
+    final = set(descendants(module.graph, [attentions[-1].output]))
+    results = final.intersection(output_node(module.graph).all_input_nodes)
     seen: set[Node] = set()
     stack = [mixer.output]
     while stack:

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from parvts_fx.analysis.tokens import AtMost, Axis, Binding, Count, Filling, TokenMap, readings_of
+from parvts_fx.analysis.tokens import Axis, Binding, Count, Filling, TokenMap, readings_of
 from parvts_fx.analysis.values import ancestors, call, concrete, hint, hint_shape, is_tensor, leaves, value, with_leaves
 from parvts_fx.errors import Refusal
 
@@ -173,8 +173,6 @@ class Probe:
             return binding.multiple * self.lengths[binding.label]
         if isinstance(binding, Filling):
             return hint(value(leaf) if isinstance(leaf, Node) else leaf) + self.size_hint - self.lengths[binding.label]
-        if isinstance(binding, AtMost):
-            return min(hint(value(leaf) if isinstance(leaf, Node) else leaf), self.lengths[binding.label])
         if is_tensor(leaf):
             return self._side(leaf, binding.axes if binding else ())
         if isinstance(leaf, Node):

@@ -61,7 +61,7 @@ class Attention:
     output: Node
     output_axis: int
     kind: str
-    """One of "fused causal", "fused masked", "fused", "fused, computed mask" or "written out"."""
+    """One of "fused causal", "fused masked", "fused" or "written out"."""
 
     bindings: dict[Node, dict[int, object]]
     """For each own node, which of its argument leaves follow the query or key axis."""

@@ -21,7 +21,6 @@ from parvts_fx.analysis.values import (
 )
 
 _MOST_READINGS = 64
-_CHOICES = (torch.topk, torch.ops.aten.topk.default)
 _PADS = (F.pad, torch._C._nn.pad, torch.ops.aten.pad.default, torch.ops.aten.constant_pad_nd.default)
 
 
@@ -64,14 +63,7 @@ class Filling:
     label: str
 
 
-@dataclasses.dataclass(frozen=True)
-class AtMost:
-    """How many of the tokens are chosen: an integer leaf that stays as it is while there are as many."""
-
-    label: str
-
-
-Binding = Count | AxisLabels | Filling | AtMost
+Binding = Count | AxisLabels | Filling
 
 
 @dataclasses.dataclass
@@ -121,7 +113,7 @@ def readings_of(node: Node, labels: Iterable[str], tokens: TokenMap) -> Iterator
 def _variables(node: Node, labels: tuple[str, ...], tokens: TokenMap) -> dict[int, list[Binding | None]]:
     """For each leaf that might follow the prompt, its readings; None means that it does not."""
     variables: dict[int, list[Binding | None]] = {}
-    fillings, chosen = _fillings(node, tokens), _chosen(node, tokens)
+    fillings = _fillings(node, tokens)
     of_prompt = symbols(tokens.size)
     for index, leaf in enumerate(leaves(node)):
         if isinstance(leaf, Node) and leaf in tokens.probed:
@@ -130,9 +122,6 @@ def _variables(node: Node, labels: tuple[str, ...], tokens: TokenMap) -> dict[in
             size = concrete(value(leaf) if isinstance(leaf, Node) else leaf)
             follows = bool(of_prompt & symbols(size))
             number = hint(size)
-            if index in chosen:
-                variables[index] = [chosen[index]] + [Count(label, 1) for label in labels if number == hint(tokens.size)]
-                continue
             if index in fillings:
                 variables[index] = [None, *(Filling(label) for label in labels)]
                 continue
@@ -166,15 +155,6 @@ def _fillings(node: Node, tokens: TokenMap) -> set[int]:
 
     at_front = number(amounts[front]) > 0 and number(amounts[front + 1]) == 0
     return {1 + front + (not at_front)}  # the padded tensor is leaf 0
-
-
-def _chosen(node: Node, tokens: TokenMap) -> dict[int, AtMost]:
-    """Where a choice of the best has the number that it chooses, if it is one among tokens."""
-    if not has_target(node, _CHOICES, ("topk",)) or len(node.args) < 2 or node.args[0] not in tokens.probed:
-        return {}
-    axis = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else -1)
-    kind = tokens.axes.get(node.args[0], {}).get(axis % value(node.args[0]).dim())
-    return {1: AtMost(kind.label)} if kind is not None and kind.is_plain else {}
 
 
 def _side_readings(tensor: torch.Tensor, labels: tuple[str, ...], tokens: TokenMap) -> list[Binding | None]:

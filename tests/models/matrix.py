@@ -20,15 +20,14 @@ from tests.models.generating import Comparison, cache_lengths, logit_error, run_
 
 TOLERANCE, LIMIT = 2e-5, 240
 FUSIONS: tuple[str | float, ...] = ("attention", 0.4)
-LISTED_DEPTH = {"nemotron_h_omni": 2}
-"""Where the first entries of the model's list of layers hold one token mixer between them."""
 
 
 @dataclasses.dataclass
 class Finding:
     name: str
     verdict: str = ""
-    """"rewritten", "generate only", "forward only", "unrewritten", "unverified" (the reference does not run) or "wrong"."""
+    """"rewritten", "generate only", "forward only", "unrewritten", "not compiled" (torch.compile fails), "unverified" (the
+    reference does not run) or "wrong"."""
     reason: str = ""
     trait: str = ""
     errors: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -60,6 +59,9 @@ def examine(name: str) -> Finding:
         found.errors["unrewritten"], told = _unrewritten(built)
         found.reason = told or next(iter(reasons.values()), "").removeprefix("LookupError: ")
         found.verdict = "unrewritten" if found.errors["unrewritten"] == 0 and found.reason else "wrong"
+        if found.verdict == "wrong" and _dynamo_fails(built):
+            found.verdict, found.errors = "not compiled", {}
+            found.reason = f"torch.compile fails on this model, with any backend: {found.reason}"
     else:
         found.reason = "; ".join(f"{check}: {reason}" for check, reason in reasons.items())
         done = {check.split(",")[0] for check in found.errors}
@@ -77,7 +79,7 @@ class _NotApplicable(Exception):
 
 
 def _checks(name: str, built: Built) -> Iterator[tuple[str, Callable[[], float]]]:
-    depth = LISTED_DEPTH.get(name)
+    depth = None
     for fusion in FUSIONS:
         comparison = Comparison(built, fusion=fusion, listed_depth=depth)
 
@@ -147,6 +149,17 @@ def _unrewritten(built: Built) -> tuple[float, str]:
     if actual.shape != wanted.shape:
         return math.inf, ""
     return logit_error(actual, wanted), _short(told[0]) if told else ""
+
+
+def _dynamo_fails(built: Built) -> bool:
+    """Whether torch.compile cannot run a model even with the backend that does nothing."""
+    torch._dynamo.reset()
+    try:
+        with _limit(), torch.no_grad():
+            torch.compile(built.model._call_impl, backend="eager")(**built.inputs)
+    except Exception:
+        return True
+    return False
 
 
 def _short(error: object) -> str:
