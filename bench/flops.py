@@ -65,7 +65,7 @@ def rows_of(config: Configuration, kept: int, depth: int) -> list[tuple[int, int
 
     The last migration layer asks for the kept rows alone, and the model's last layer for the prompt's last row alone.
     """
-    text, subject, other = config.text, kept, config.visual - kept
+    text, other = config.text, config.visual - kept
     full, short = text + config.visual, text + kept
     parallel = short * short + (text + other) ** 2 + text * full
     last = short * short + text * full
