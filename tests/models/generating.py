@@ -61,12 +61,10 @@ def cache_lengths(cache: Any) -> list[int]:
 class Comparison:
     """One model, compiled with one choice of options, against the reference with the same."""
 
-    def __init__(self, built: Built, *, keep_ratio: float = 0.25, fusion: str | float = "attention", depth: int = 1,
-                 listed_depth: int | None = None):
-        """``listed_depth``: the depth as the model's list of layers counts it, where some entries mix no tokens."""
+    def __init__(self, built: Built, *, keep_ratio: float = 0.25, fusion: str | float = "attention", depth: int = 1):
         self.built, self.model = built, built.model
         self.options = dict(keep_ratio=keep_ratio, migration_depth=depth, fusion=fusion)
-        self.oracle = Oracle(built.model, built.token, depth=listed_depth or depth, keep_ratio=keep_ratio, score=scattered,
+        self.oracle = Oracle(built.model, built.token, depth=depth, keep_ratio=keep_ratio, score=scattered,
                              fusion=fusion)
 
     def __enter__(self) -> Comparison:

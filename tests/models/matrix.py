@@ -81,9 +81,8 @@ class _NotApplicable(Exception):
 
 
 def _checks(name: str, built: Built) -> Iterator[tuple[str, Callable[[], float]]]:
-    depth = None
     for fusion in FUSIONS:
-        comparison = Comparison(built, fusion=fusion, listed_depth=depth)
+        comparison = Comparison(built, fusion=fusion)
 
         def forward(held: Comparison = comparison) -> float:
             with held:
@@ -100,10 +99,10 @@ def _checks(name: str, built: Built) -> Iterator[tuple[str, Callable[[], float]]
         if built.generates:
             yield f"generate, {fusion}", generate
     if built.generates and "input_ids" in built.inputs:
-        yield "generate, batch of two", lambda: _batch(built, depth)
+        yield "generate, batch of two", lambda: _batch(built)
 
 
-def _batch(built: Built, depth: int | None) -> float:
+def _batch(built: Built) -> float:
     """A sample's logits in a padded batch, compiled, against the reference's for the sample alone."""
     alone = [built.inputs, prompts.second(built.inputs)]
     both = prompts.batch(built.inputs)
@@ -113,7 +112,7 @@ def _batch(built: Built, depth: int | None) -> float:
         raise _NotApplicable(f"the model itself takes no such batch ({_short(error)})") from error
     if _apart(eager) > 1e-4:
         raise _NotApplicable("the model's own result depends on padding")
-    with Comparison(built, listed_depth=depth) as compared:
+    with Comparison(built) as compared:
         done = []
         for inputs in alone:
             with compared.oracle.installed():
