@@ -46,8 +46,9 @@ class Dispatch:
         self._position = position
         self._again = again
         self._unrewritten: Compiled | None = None
-        self._by_count: dict[int | None, Compiled] = {}
-        """Compiled forms by the number of visual tokens; None for the one that reads it off the sizes."""
+        self._by_count: dict[int | None, Compiled | None] = {}
+        """Compiled forms by the number of visual tokens; its key is None for the one that reads it off the sizes, and its
+        value None for a number that could not be rewritten."""
         if lowered is None:
             lowered = torch.compile(done.module, backend=_LowerOnly(options))
         self._by_count[None if done.precondition else done.merge.count] = lowered
@@ -73,8 +74,10 @@ class Dispatch:
             reason = "labels are given, and a loss needs the logits of every position"
         compiled = None
         if reason is None:
-            compiled = self._by_count.get(None if precondition else count)
-            if compiled is None:
+            number = None if precondition else count
+            if number in self._by_count:
+                compiled = self._by_count[number]
+            else:
                 compiled, reason = self._compile_for(count, inputs)
         if compiled is None:
             if reason is not None:
@@ -97,9 +100,7 @@ class Dispatch:
                           "been compiled already (generate and sizes that the graph knows have no such limit)")
         handed = None if self._position is None else MergedInput(self._position, self._visual(inputs))
         done = self._again(self._original, inputs, handed)
-        if done.module is None:
-            return None, None
-        self._by_count[count] = torch.compile(done.module, backend=_LowerOnly(self._options))
+        self._by_count[count] = done.module and torch.compile(done.module, backend=_LowerOnly(self._options))
         return self._by_count[count], None
 
     def _tell(self, reason: str) -> None:

@@ -82,8 +82,9 @@ def drops_branch(state: State) -> str | None:
     alive = nx.ancestors(flow, output_node(state.module.graph))
     if state.prune_node not in flow:
         return "the pruned residual stream has left the graph"
+    behind = nx.descendants(flow, state.cut) if state.cut in flow else set()
     for node in late:
-        if node in alive and node.users and state.cut in nx.ancestors(flow, node):
+        if node in alive and node in behind:
             return f"node '{node.name}' behind the cut still runs on all rows"
     return None
 
@@ -114,8 +115,8 @@ def has_consistent_sizes(state: State) -> str | None:
 
 Check = Callable[[State], str | None]
 
-CHEAP_CHECKS: tuple[Check, ...] = (is_well_formed, is_acyclic, has_values, has_same_interface)
-ALL_CHECKS: tuple[Check, ...] = (*CHEAP_CHECKS, drops_branch, has_consistent_sizes)
+CHEAP_CHECKS: tuple[Check, ...] = (is_well_formed, is_acyclic, has_values, has_same_interface, drops_branch)
+ALL_CHECKS: tuple[Check, ...] = (*CHEAP_CHECKS, has_consistent_sizes)
 
 
 def verifier(checks: tuple[Check, ...] = CHEAP_CHECKS) -> Callable[[PassRecord, State], None]:

@@ -14,7 +14,7 @@ from parvts_fx.analysis.values import ancestors, changed_in_place, descendants, 
 from parvts_fx.passes.base import PassResult, State
 from parvts_fx.passes.duplicate_attention import attend
 from parvts_fx.passes.editing import Rows
-from parvts_fx.passes.restrict import restrict
+from parvts_fx.passes.restrict import restrict, with_their_tuples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,17 @@ class KeepLastRows:
         mixers = [mixer.output for layer in decoder.layers for mixer in layer.mixers if mixer.attention is not last]
         if any(mixer in tail for mixer in mixers) or any(changed_in_place(node) for node in tail):
             return None
-        return tail if all(node in state.copies for node in tail) else None
+        if any(node not in state.copies for node in tail):
+            return None
+        tail = with_their_tuples(state, tail, {})
+        starts = self._starts(state, tail, last)
+        return tail if all(is_tensor(node) and decoder.tokens.plain_axis(node) is not None for node in starts) else None
+
+    def _starts(self, state: State, tail: list[Node], last: Attention) -> list[Node]:
+        """What the tail reads of path A's rows in front of it."""
+        inside = {*tail, *last.nodes}
+        sources = dict.fromkeys(source for node in tail for source in node.all_input_nodes)
+        return [source for source in sources if source in state.copies and source not in inside]
 
     def _original_outputs(self, state: State) -> list[Node]:
         """The decoder's nodes whose copies leave the graph."""
@@ -72,20 +82,14 @@ class KeepLastRows:
         """The tail again, on the last rows of path A."""
         parts, editor, copies, tokens = state.partition, state.editor, state.copies, state.decoder.tokens
         graph = editor.graph
-        inside = set(tail) | set(last.nodes)
         with graph.inserting_before(parts.subject.ready.next):
             index = editor.call(operator.getitem, parts.subject.index, (slice(None), slice(-count, None)))
         rows = Rows("last", index, count)
         start: dict[Node, Node] = {}
-        for node in tail:
-            for source in node.all_input_nodes:
-                axis = tokens.plain_axis(source)
-                if source in inside or source in start or source not in copies or not is_tensor(source) or axis is None:
-                    continue
-                short = copies[source]
-                with graph.inserting_before(short.next):
-                    where = (slice(None),) * axis + (slice(-count, None),)
-                    start[source] = editor.call(operator.getitem, short, where)
+        for source in self._starts(state, tail, last):
+            with graph.inserting_before(copies[source].next):
+                where = (slice(None),) * tokens.plain_axis(source) + (slice(-count, None),)
+                start[source] = editor.call(operator.getitem, copies[source], where)
         in_front = ancestors(operand.node for operand in last.queries)
         front = [node for node in tail if node in in_front]
         queries = restrict(state, front, start, rows)

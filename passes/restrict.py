@@ -40,7 +40,7 @@ def restrict(
     editor, tokens = state.editor, state.decoder.tokens
     inside = set(state.decoder.nodes)
     new: dict[Node, Node] = dict(start)
-    for node in _with_their_tuples(state, region, new):
+    for node in with_their_tuples(state, region, new):
         if node in new:
             continue
         written = changed_in_place(node)
@@ -71,8 +71,8 @@ def restrict(
     return new
 
 
-def _with_their_tuples(state: State, region: Iterable[Node], start: Mapping[Node, Node]) -> list[Node]:
-    """The region, and what it needs of the nodes in front: fresh tensors, and tuples (only tensors can be gathered)."""
+def with_their_tuples(state: State, region: Iterable[Node], start: Mapping[Node, Node]) -> list[Node]:
+    """The region in graph order, and what it needs of the nodes in front: fresh tensors, and tuples (only tensors can be gathered)."""
     inside = set(state.decoder.nodes)
     fresh = inside - set(descendants(state.module.graph, [state.decoder.merge.output]))
     found: set[Node] = set()

@@ -141,6 +141,8 @@ TWO_ROWS = (Row(padding=0, before=1, between=2), Row(padding=3, before=2))
 CORNERS: dict[str, tuple[Specification, Choice]] = {
     "one token of one layer": (Specification(layers=1), Choice(keep=1)),
     "last row alone, no caches": (Specification(caches=False, last_only=True), Choice(rule="tied")),
+    "last row alone, fused qkv": (
+        Specification(layers=3, caches=False, last_only=True, fused_qkv=True, rows=TWO_ROWS), Choice()),
     "learned positions, fused qkv, biases": (
         Specification(layers=3, rows=TWO_ROWS, positions="learned", fused_qkv=True, norm="layer", attention="masked",
                       numbering="mask"), Choice(depth=2)),
