@@ -19,7 +19,7 @@ def build_pipeline(options: Options) -> tuple[Pass, ...]:
     attention = options.fusion == "attention"
     early = options.skip_dead_rows and attention and options.migration_depth > 0
     if options.migration_depth > 0 and options.paths == "parallel":
-        passes.append(DuplicateAttention(leave_last=early) if attention else DuplicateLayers())
+        passes.append(DuplicateAttention(leave_last=early) if attention else DuplicateLayers(options.skip_dead_rows))
     if early:
         passes.append(SkipDeadRows(options.paths))
     passes.append(PruneBranch(options.fusion))

@@ -31,6 +31,9 @@ class Partition:
     text_in_subject: Rows
     """Where the text rows stand among the rows of path A."""
 
+    text_in_non_subject: Rows
+    """Where the text rows stand among the rows of path B."""
+
     everything: Rows
     slots: Node
     """[batch, seq] int64: where each position's row stands in the rows of A, B and T, one behind the other."""
@@ -40,6 +43,9 @@ class Partition:
 
     partners: Node
     """[batch, subject count] int64: for a text row of path A, the same token's row in path B (0 for others)."""
+
+    text_partners: Node
+    """[batch, subject count] int64: for a text row of path A, its row among the text rows (0 for others)."""
 
     subject_slots: Node
     """[batch, subject count] int64: where each row of path A stands in the rows of A and T, one behind the other."""
@@ -59,6 +65,9 @@ class State:
     partition: Partition | None = None
     non_subject_link: Node | None = None
     """With constant weights: path B's residual stream at the input of the layer where it ends."""
+
+    non_subject_rows: Rows | None = None
+    """The rows that it has there: path B's, or the text's alone."""
 
     attention_calls: dict[str, list[Node]] = dataclasses.field(default_factory=dict)
     """The attention outputs that the rewriting put in, by path."""

@@ -5,8 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
+from torch.fx import Node
+
 from parvts_fx.analysis.values import needed_for
 from parvts_fx.passes.base import PassResult, State
+from parvts_fx.passes.editing import batch_of
+from parvts_fx.passes.fewer_rows import find_tail, write_tail
 from parvts_fx.passes.restrict import restrict
 
 
@@ -21,15 +25,32 @@ class DuplicateLayers:
     """
 
     name: ClassVar[str] = "duplicate_layers"
+    skip_dead_rows: bool = True
+    """In the last of these layers compute path B's text rows alone, whatever the keys and values do not need: the
+    visual rows that come out of it are read by nothing."""
 
     def run(self, state: State) -> PassResult:
-        rows = state.partition.non_subject
-        merge = state.decoder.merge.output
-        needed = needed_for(state.module.graph, [state.cut])
+        parts, merge, graph = state.partition, state.decoder.merge.output, state.module.graph
+        needed = needed_for(graph, [state.cut])
         region = [node for node in state.decoder.nodes if node in needed and node is not merge]
-        start = {merge: state.editor.gather(merge, 1, rows, (0, state.batch))}
-        copies = restrict(state, region, start, rows)
+        start = {merge: state.editor.gather(merge, 1, parts.non_subject, (0, state.batch))}
+        last = state.migration_mixers[-1].attention if state.migration_mixers else None
+        texts = parts.text.count
+        some = not isinstance(texts, int) or texts > 0  # operations on no rows at all may not know their sizes
+        tail = find_tail(state, last, [merge, *region]) if self.skip_dead_rows and last is not None and some else None
+        if tail is None:
+            copies = restrict(state, region, start, parts.non_subject)
+            state.non_subject_rows, notes = parts.non_subject, ""
+        else:
+            late = {*tail, *last.nodes}
+            copies = restrict(state, [node for node in region if node not in late], start, parts.non_subject)
+
+            def take_text(node: Node, axis: int) -> Node:
+                return state.editor.gather(node, axis, parts.text_in_non_subject, batch_of(node, axis, state.batch))
+
+            copies |= write_tail(state, last, tail, copies, parts.non_subject, parts.text, take_text)
+            state.non_subject_rows, notes = parts.text, f"{len(tail)} operations on text rows alone"
         state.non_subject_link = copies[state.cut]
         for attention in state.migration_attentions:
             state.attention_calls.setdefault("non_subject", []).append(copies[attention.output])
-        return PassResult(state.depth)
+        return PassResult(state.depth, notes)

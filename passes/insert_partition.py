@@ -20,7 +20,7 @@ def flatten_mask(mask: torch.Tensor) -> torch.Tensor:
 
 def partition(
     scores: torch.Tensor, visual: torch.Tensor, subjects: int, visuals: int
-) -> tuple[torch.Tensor, ...]:
+) -> dict[str, torch.Tensor]:
     """Split every sample's positions into the paths of ParVTS (arXiv 2511.18875; README, "What it does").
 
     Args:
@@ -29,9 +29,8 @@ def partition(
         subjects: how many visual positions per row form the subject group.
 
     Returns:
-        positions of path A [batch, seq - visuals + subjects], of path B [batch, seq - subjects] and of the text
-        [batch, seq - visuals], ascending; slots [batch, seq]; is_text, partners and subject_slots [batch, path A];
-        text_in_subject [batch, seq - visuals] (see Partition).
+        subject, non_subject and text: positions of path A [batch, seq - visuals + subjects], of path B [batch, seq -
+        subjects] and of the text [batch, seq - visuals], ascending; and the index tensors of :class:`Partition` by name.
     """
     length = visual.shape[1]
     scores = torch.where(torch.isnan(scores), -torch.inf, scores.float())
@@ -53,9 +52,16 @@ def partition(
     slots = torch.where(visual, visual_slots, size_a + size_b + ranks(~visual))
     is_text = ~visual.gather(1, rows_a)
     partners = torch.where(is_text, ranks(in_b).gather(1, rows_a), 0)
-    subject_slots = torch.where(is_text, size_a + ranks(is_text), ranks(torch.ones_like(is_text)))
-    rows_b, rows_t = positions(in_b, size_b), positions(~visual, length - visuals)
-    return rows_a, rows_b, rows_t, slots, is_text, partners, subject_slots, positions(is_text, length - visuals)
+    text_partners = torch.where(is_text, ranks(is_text), 0)
+    subject_slots = torch.where(is_text, size_a + text_partners, ranks(torch.ones_like(is_text)))
+    texts = length - visuals
+    rows_b = positions(in_b, size_b)
+    return {
+        "subject": rows_a, "non_subject": rows_b, "text": positions(~visual, texts),
+        "text_in_subject": positions(is_text, texts), "text_in_non_subject": positions(~visual.gather(1, rows_b), texts),
+        "slots": slots, "is_text": is_text, "partners": partners, "text_partners": text_partners,
+        "subject_slots": subject_slots,
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,19 +93,18 @@ class InsertPartition:
                 visuals = sum(feature.numel() // hidden.shape[2] for feature in features) // hidden.shape[0]
             subjects = self.options.subject_count(visuals)
             visual = visual.expand(hidden.shape[0], -1)
-            return (*partition(scores, visual, subjects, visuals), subjects, visuals)
+            return partition(scores, visual, subjects, visuals), subjects, visuals
 
         with editor.graph.inserting_before(last.next):
             visual = editor.inline(union, *merge.masks)
             scores = trace_rule(editor, self.options.score, merge.output, visual)
-            *tensors, subjects, visuals = editor.inline(split, merge.output, scores, visual, *(merge.features if merge.count is None else ()))
-            rows_a, rows_b, rows_t, slots, is_text, partners, subject_slots, text_in_subject = tensors
-            named = {"subject": rows_a, "non_subject": rows_b, "text": rows_t, "text_in_subject": text_in_subject}
-            rows = {name: Rows(name, index, editor.size(index, 1)) for name, index in named.items()}
+            features = merge.features if merge.count is None else ()
+            tensors, subjects, visuals = editor.inline(split, merge.output, scores, visual, *features)
+            choices = ("subject", "non_subject", "text", "text_in_subject", "text_in_non_subject")
+            rows = {name: Rows(name, tensors[name], editor.size(tensors[name], 1)) for name in choices}
             everything = Rows("everything", None, editor.size(merge.output, 1))
         state.partition = Partition(
-            **rows, everything=everything, slots=slots, is_text=is_text, partners=partners, subject_slots=subject_slots,
-            visual_count=visuals, subject_count=subjects)
+            **(dict(tensors) | rows), everything=everything, visual_count=visuals, subject_count=subjects)
         return PassResult(count, f"{_show(subjects)} of {_show(visuals)} visual tokens in the subject group")
 
 

@@ -64,7 +64,7 @@ class PruneBranch:
         return PassResult(len(region))
 
     def _fuse(self, state: State, subject: Node) -> Node:
-        """Merge the text rows of both paths; the subject rows stay. Both have path A's and B's rows along one axis."""
+        """Merge the text rows of both paths; the subject rows stay. Both have their rows along one axis."""
         weight, parts, other = self.fusion, state.partition, state.non_subject_link
         axis = state.decoder.tokens.plain_axis(state.cut)
         samples = batch_of(state.cut, axis, state.batch)
@@ -75,5 +75,6 @@ class PruneBranch:
             partner = b.gather(axis, partners[view].expand(a.shape))
             return torch.where(is_text[view], weight * a + (1 - weight) * partner, a)
 
+        partners = parts.text_partners if state.non_subject_rows is parts.text else parts.partners
         with state.editor.graph.inserting_before(max(subject, other).next):
-            return state.editor.inline(fuse, subject, other, parts.is_text, parts.partners)
+            return state.editor.inline(fuse, subject, other, parts.is_text, partners)

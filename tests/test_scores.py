@@ -76,7 +76,9 @@ def test_partition_against_a_loop(seed, subjects):
     held = (hidden.sum(-1) * 2).round()  # ties
     held[0, visual[0].nonzero()[1, 0]] = float("nan")
     held[1, visual[1].nonzero()[2, 0]] = float("inf")
-    rows_a, rows_b, rows_t, slots, is_text, partners, subject_slots, text_in_subject = partition(held, visual, subjects, 8)
+    made = partition(held, visual, subjects, 8)
+    rows_a, rows_b, rows_t = made["subject"], made["non_subject"], made["text"]
+    slots, is_text, subject_slots = made["slots"], made["is_text"], made["subject_slots"]
     for sample in range(3):
         positions = visual[sample].nonzero()[:, 0].tolist()
         text = [p for p in range(14) if p not in positions]
@@ -87,8 +89,10 @@ def test_partition_against_a_loop(seed, subjects):
         stacked = torch.cat([rows_a[sample], rows_b[sample], rows_t[sample]])
         assert stacked[slots[sample]].tolist() == list(range(14))
         assert rows_a[sample][is_text[sample]].tolist() == text
-        assert rows_b[sample][partners[sample]][is_text[sample]].tolist() == text
-        assert rows_a[sample][text_in_subject[sample]].tolist() == text
+        assert rows_b[sample][made["partners"][sample]][is_text[sample]].tolist() == text
+        assert rows_t[sample][made["text_partners"][sample]][is_text[sample]].tolist() == text
+        assert rows_a[sample][made["text_in_subject"][sample]].tolist() == text
+        assert rows_b[sample][made["text_in_non_subject"][sample]].tolist() == text
         stacked = torch.cat([rows_a[sample], rows_t[sample]])
         assert stacked[subject_slots[sample]].tolist() == rows_a[sample].tolist()
         assert (subject_slots[sample] >= rows_a.shape[1]).tolist() == is_text[sample].tolist()
