@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_aggregate
 
+from parvts_fx.analysis.memo import Memo
 from parvts_fx.analysis.probe import quiet_trials
 from parvts_fx.analysis.values import call, changed_in_place, concrete, fake_mode_of, hint, storage_of, value
 from parvts_fx.errors import Refusal
@@ -43,6 +44,7 @@ class Editor:
         self.module = module
         self.graph = module.graph
         self.mode = fake_mode_of(module.graph)
+        self._memo = Memo()
         self._gathered: dict[tuple, Node] = {}
         self._masks: dict[tuple[str, str], Node] = {}
         self._writes: dict[int, list[Node]] = {}
@@ -60,7 +62,8 @@ class Editor:
         args, kwargs = map_aggregate((node.args, node.kwargs), lambda leaf: value(leaf) if isinstance(leaf, Node) else leaf)
         try:
             with self.mode, torch.no_grad(), enable_python_dispatcher(), quiet_trials():
-                node.meta["example_value"] = call(self.module, node.op, node.target, args, kwargs)
+                node.meta["example_value"] = self._memo.evaluate(
+                    node.op, node.target, args, kwargs, lambda: call(self.module, node.op, node.target, args, kwargs))
         except Refusal:
             raise
         except Exception as error:

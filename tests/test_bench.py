@@ -1,0 +1,216 @@
+"""The comparison benchmark: methods that must agree do, and what is measured is what it says."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench import compare, gpu
+from bench.configurations import SMALL
+from bench.demo import build_model
+from bench.floor import Floor, decoder_weights
+from bench.measuring import Company, answer, build, many_compiles, peak_memory
+from bench.methods import FASTV_LAYERS, FastV, Method, RandomChoice, methods, nothing
+from bench.models import Prefill, Scene, build_scene, cache_bytes
+from tests import reference
+
+LAYERS, WIDTH, VISUAL, KEPT, DEPTH = 4, 128, 36, 9, 2
+TEXT = 64
+TOLERANCE = 2e-5
+METHODS = {method.name: method for method in methods(DEPTH)}
+AT_DEFAULT_DEPTH = {method.name: method for method in methods()}
+
+
+@pytest.fixture(autouse=True)
+def as_the_benchmark_runs():
+    with torch.no_grad(), many_compiles():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    torch.manual_seed(1)
+    found = build_model(LAYERS, WIDTH).requires_grad_(False)
+    for parameter in found.model.language_model.layers.parameters():
+        if parameter.dim() == 2:  # so large that attention is far from even, and every token matters
+            parameter.data.normal_(0, 0.15)
+    return found
+
+
+@pytest.fixture(scope="module")
+def scene(model: torch.nn.Module) -> Scene:
+    return build_scene(model, VISUAL, 2)
+
+
+def run(method: Method, scene: Scene, kept: int) -> tuple[torch.Tensor, Any]:
+    return build(method, scene, kept, backend=nothing).run_prefill()
+
+
+# -- methods ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_prefill_is_the_models_own(model: torch.nn.Module):
+    scene = build_scene(model, 2 * 576)
+    expected = model(input_ids=scene.ids, pixel_values=scene.pixels).logits[:, -1]
+    assert scene.pixels.shape[0] == 2
+    assert reference.relative_error(Prefill(model)(*scene.inputs)[0], expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_keeping_all_is_the_full_model(method: Method, scene: Scene):
+    expected, _ = Prefill(scene.model)(*scene.inputs)
+    logits, cache = run(method, scene, VISUAL)
+    assert reference.relative_error(logits, expected) <= TOLERANCE
+    assert [layer.keys.shape[2] for layer in cache.layers] == [TEXT + VISUAL] * LAYERS
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_what_is_cached(method: Method, scene: Scene):
+    _, cache = run(method, scene, KEPT)
+    late = TEXT + (VISUAL if method.keeps_all else KEPT)
+    early = TEXT + VISUAL if method.name == "FastV" else late
+    assert [layer.keys.shape[2] for layer in cache.layers] == [early] * FASTV_LAYERS + [late] * (LAYERS - FASTV_LAYERS)
+    rows = FASTV_LAYERS * early + (LAYERS - FASTV_LAYERS) * late
+    assert cache_bytes(cache) >= scene.batch * rows * WIDTH * 2 * 4
+
+
+def hide(scene: Scene, rows: torch.Tensor, first: int) -> torch.Tensor:
+    """Logits of the eager model whose layers from ``first`` on see the given rows [batch, rows] alone."""
+    seen = torch.zeros(scene.ids.shape, dtype=torch.bool).scatter(1, rows, True)
+    mask = seen[:, None, None] & torch.ones(scene.prompt, scene.prompt, dtype=torch.bool).tril()
+    hooks = [layer.register_forward_pre_hook(lambda module, args, kwargs: (args, kwargs | {"attention_mask": mask}),
+                                             with_kwargs=True)
+             for layer in scene.model.model.language_model.layers[first:]]
+    try:
+        return Prefill(scene.model)(*scene.inputs)[0]
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def test_a_random_choice_is_the_model_that_sees_no_other_token(scene: Scene):
+    module = RandomChoice(scene, KEPT)
+    assert reference.relative_error(module(*scene.inputs)[0], hide(scene, module.rows, 0)) <= TOLERANCE
+
+
+def test_fastv_keeps_the_tokens_with_most_attention(scene: Scene, monkeypatch: pytest.MonkeyPatch):
+    chosen: list[torch.Tensor] = []
+    choose = FastV.choose
+    monkeypatch.setattr(FastV, "choose", lambda *given: chosen.append(choose(*given)) or chosen[-1])
+    module = FastV(scene, KEPT)
+    logits, _ = module(*scene.inputs)
+
+    eager = copy.deepcopy(scene.model)
+    eager.set_attn_implementation("eager")
+    merged = Prefill(scene.model).merge(*scene.inputs)
+    maps = eager.model.language_model(inputs_embeds=merged, output_attentions=True).attentions
+    received = maps[FASTV_LAYERS - 1][:, :, -1, scene.first_visual:scene.first_visual + VISUAL].mean(1)
+    assert chosen[0].sort(-1).values.tolist() == received.topk(KEPT).indices.sort(-1).values.tolist()
+
+    expected = hide(scene, module.rows_with(chosen[0], scene.prompt), FASTV_LAYERS)
+    assert reference.relative_error(logits, expected) <= TOLERANCE
+
+
+def test_answers_are_the_models_greedy_ones(scene: Scene):
+    built = Company(nothing).join(build(METHODS["parvts"], scene, VISUAL, backend=nothing))
+    _, tokens = answer(built, 4)
+    merged = Prefill(scene.model).merge(*scene.inputs)
+    expected = scene.model.generate(inputs_embeds=merged, attention_mask=torch.ones_like(scene.ids), max_new_tokens=4,
+                                    min_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert tokens.tolist() == expected.tolist()
+
+
+# -- what is measured -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["inductor", "FastV", "parvts"])
+def test_the_floor_computes_what_the_graph_does(name: str, scene: Scene):
+    built = build(METHODS[name], scene, KEPT, backend=nothing)
+    floor = Floor(built.graph, decoder_weights(scene.model))
+    targets = [node.target for node in built.graph.graph.nodes if node.op == "call_function"]
+    attentions = targets.count(torch.nn.functional.scaled_dot_product_attention)
+    linears = targets.count(torch._C._nn.linear)
+    assert sum(call.is_attention for call in floor.calls) == attentions >= LAYERS
+    weighted = [args[1].data_ptr() for function, args, _ in floor.bound if function is torch.mm]
+    assert len(weighted) == linears
+    assert len(set(weighted)) >= 7 * LAYERS  # every layer reads weights of its own
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        floor()
+    outer = 2 * scene.batch * WIDTH * scene.prompt * LAYERS  # the rotary angles, in the graph's count alone
+    assert 0 <= built.flops - counter.get_total_flops() <= outer
+
+
+def test_peak_memory_is_what_was_held_at_once():
+    def call() -> tuple[torch.Tensor, torch.Tensor]:
+        first, second = torch.empty(1_000_000), torch.empty(2_000_000)
+        del first
+        third = torch.empty(500_000)
+        return second, third
+
+    assert peak_memory(call, torch.device("cpu")) == 12_000_000
+
+
+TINY = ["--short", "--lowering", "eager", "--layers", "3", "--width", "128", "--visual", "16", "--kept", "4", "--sweep", "4",
+        "--lengths", "9", "16", "--depth", "2", "--repeats", "1", "--tokens", "2"]
+
+
+def test_a_whole_run_writes_every_column(tmp_path):
+    compare.main([*TINY, "--out", str(tmp_path)])
+    written = json.loads((tmp_path / "compare.json").read_text())
+    assert {"processor", "threads", "torch", "transformers"} <= set(written["machine"])
+    assert [row["method"] for row in written["methods"]] == list(METHODS)
+    for row in written["methods"]:
+        missing = [name for name, held in row.items() if held is None]
+        assert missing == (["compile_seconds"] if row["method"] == "eager" else [])
+        assert row["peak_memory"] >= row["cache_bytes"] > 0
+        assert row["whole"]["median"] > row["first_token"]["median"] > row["prefill"]["median"] > 0
+    assert {row["method"] for row in written["kept"]} == set(compare.SWEPT)
+    assert [(row["visual"], row["method"]) for row in written["lengths"]] == [
+        (visual, name) for visual in (9, 16) for name in compare.LENGTHENED]
+    assert all(row["step"]["median"] > 0 for row in written["lengths"])
+    assert {path.name for path in tmp_path.iterdir()} == {"compare.json", "prefill_by_kept.png", "by_length.png"}
+
+
+@pytest.mark.parametrize(["arguments", "complaint"], [
+    (["--width", "100"], "multiple of 64"), (["--kept", "577"], "cannot keep 577 of 576"),
+    (["--lengths", "36"], "cannot keep 64 of 36"), (["--layers", "2"], "must be more than 2"),
+])
+def test_arguments_that_make_no_sense(arguments: list[str], complaint: str, capsys: pytest.CaptureFixture, tmp_path):
+    with pytest.raises(SystemExit):
+        compare.parse_arguments([*arguments, "--out", str(tmp_path)])
+    assert complaint in capsys.readouterr().err
+
+
+# -- bench.gpu --------------------------------------------------------------------------------------------------------
+
+
+def test_the_gpu_script_in_its_small_form(tmp_path):
+    path = tmp_path / "gpu.json"
+    assert gpu.main(["--small", "--lowering", "eager", "--only", "qwen", "--repeats", "1", "--tokens", "2",
+                     "--out", str(path)]) == 0
+    result, = json.loads(path.read_text())["results"]
+    assert result["check"]["holds"] and [row["mode"] for row in result["rows"]] == ["default"] * 2 + ["reduce-overhead"] * 2
+
+
+def test_the_gpu_scripts_check_finds_another_choice_of_tokens(tmp_path):
+    model = SMALL[0].build(torch.device("cpu"), torch.float32)
+    scene = SMALL[0].scene(model, 1)
+    exact = gpu.run_reference(scene, KEPT, torch.float32)
+    assert gpu.check(build(AT_DEFAULT_DEPTH["parvts"], scene, KEPT, backend=nothing), exact, None).holds
+    assert not gpu.check(build(AT_DEFAULT_DEPTH["joint"], scene, KEPT, backend=nothing), exact, None).holds
+
+
+def test_positions_on_a_grid_are_qwens_own():
+    config = SMALL[1]
+    model = config.build(torch.device("cpu"), torch.float32)
+    scene = config.scene(model, 1)
+    kinds = (scene.ids == model.config.image_token_id).int()
+    expected, delta = model.model.get_rope_index(scene.ids, kinds, image_grid_thw=torch.tensor([[1, 12, 12]]))
+    assert scene.positions.tolist() == expected.tolist()
+    assert scene.next_position == scene.prompt + int(delta)
