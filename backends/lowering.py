@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from parvts_fx.backends.linear import pick_kernels
 from parvts_fx.options import Options
 
 Compiled = Callable[..., Any]
@@ -17,6 +18,8 @@ Lowering = Callable[[GraphModule, Sequence[object], Options], Compiled]
 
 def inductor(module: GraphModule, example_inputs: Sequence[object], options: Options) -> Compiled:
     """Inductor's kernels, with torch.compile's modes and Inductor's own options."""
+    if options.linear_kernels == "auto":
+        module = pick_kernels(module)
     wrapper = torch._TorchCompileInductorWrapper(options.mode, dict(options.lowering_options), None)
     return wrapper(module, list(example_inputs))
 

@@ -54,6 +54,10 @@ class Options:
     lowering: str | Callable[..., Any] = "inductor"
     """Who compiles the rewritten graph: "inductor", "eager", "aot_eager", "tensorrt", any backend's name, a callable."""
 
+    linear_kernels: str = "auto"
+    """For float32 on CPU and the lowering "inductor": "auto" measures at compile time which library is quicker for each
+    large matrix product, and takes oneDNN's kernel where that is; "inductor" leaves the choice to Inductor."""
+
     strict: bool = False
     """Raise :class:`parvts_fx.NotRewritten` where a multimodal prefill cannot be rewritten, instead of warning."""
 
@@ -93,6 +97,8 @@ class Options:
         if self.paths == "joint" and self.fusion != "attention":
             _fail("fusion", self.fusion, '"attention" together with paths="joint"',
                   "With joint paths there is one copy of the text rows and nothing to weigh.")
+        if self.linear_kernels not in ("auto", "inductor"):
+            _fail("linear_kernels", self.linear_kernels, '"auto" or "inductor"', 'Use "auto" for the quicker kernel.')
         for name in ("strict", "skip_dead_rows"):
             if not isinstance(getattr(self, name), bool):
                 _fail(name, getattr(self, name), "True or False", "")

@@ -1,0 +1,112 @@
+"""Float32 matrix products on CPU: oneDNN's kernel in place of the BLAS library's, where it is measured to be quicker.
+
+PyTorch hands float32 products to the BLAS that it was built with. MKL takes its AVX2 kernels on AMD processors, oneDNN
+takes AVX-512 ones where the processor has them: twice as fast there, equal elsewhere. Which of the two is quicker is
+measured when a graph is compiled, for the very sizes of the graph.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch.fx import GraphModule, Node
+from torch.utils._python_dispatch import _disable_current_modes
+
+from parvts_fx.analysis.values import hint, is_tensor, value
+from parvts_fx.capture import copy_graph_module
+
+_LEAST_FLOPS = 1 << 24
+"""Products smaller than this stay as they are: calls cost more than kernels there."""
+
+_LEAST_GAIN = 1.15
+"""Clearly quicker, so that the choice does not change from run to run (and compile caches hit)."""
+
+_REPEATS = 5
+
+_LIBRARY = torch.library.Library("parvts_fx", "DEF")
+_LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+
+
+def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], None)
+
+
+def _like(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+_LIBRARY.impl("linear", _onednn, "CPU")
+torch.library.register_fake("parvts_fx::linear", _like, lib=_LIBRARY)
+
+
+def pick_kernels(module: GraphModule) -> GraphModule:
+    """Let the linear layers of a graph that runs on CPU use the quicker kernel.
+
+    Returns:
+        the module itself where nothing is to be gained, else a changed copy. Results differ by rounding.
+    """
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.is_available():
+        return module
+    if any("autocast" in str(node.target) for node in module.graph.nodes):
+        return module
+    chosen = {node.name for node in module.graph.nodes if _sizes(node) is not None and prefers_onednn(*_sizes(node))}
+    if not chosen:
+        return module
+    copy = copy_graph_module(module)
+    for node in list(copy.graph.nodes):
+        if node.name in chosen:
+            with copy.graph.inserting_before(node):
+                new = copy.graph.call_function(torch.ops.parvts_fx.linear.default, _operands(node))
+            new.meta = dict(node.meta)
+            node.replace_all_uses_with(new)
+            copy.graph.erase_node(node)
+    copy.recompile()
+    return copy
+
+
+def _operands(node: Node) -> tuple[Node, Node, Node | None]:
+    named = dict(zip(("input", "weight", "bias"), node.args)) | node.kwargs
+    return named["input"], named["weight"], named.get("bias")
+
+
+def _sizes(node: Node) -> tuple[int, int, int, bool, int] | None:
+    """(rows, columns, inner size, bias, threads) of a linear layer that may be changed; None for anything else."""
+    if node.op != "call_function" or node.target not in (F.linear, torch._C._nn.linear):
+        return None
+    operands = [operand for operand in _operands(node) if operand is not None]
+    if not all(is_tensor(operand) for operand in operands):
+        return None
+    tensors = [value(operand) for operand in operands]
+    plain = (torch.Tensor, torch.nn.Parameter, torch._subclasses.FakeTensor)
+    if any(type(t) not in plain or t.dtype != torch.float32 or t.device.type != "cpu" for t in tensors):
+        return None
+    x, weight = tensors[:2]
+    rows = hint(x.numel() // x.shape[-1]) if x.dim() > 1 else None
+    columns, inner = map(hint, weight.shape) if weight.dim() == 2 else (None, None)
+    if None in (rows, columns, inner) or 2 * rows * columns * inner < _LEAST_FLOPS:
+        return None
+    return rows, columns, inner, len(operands) == 3, torch.get_num_threads()
+
+
+@functools.lru_cache(maxsize=None)
+def prefers_onednn(rows: int, columns: int, inner: int, bias: bool, threads: int) -> bool:
+    """Whether oneDNN is clearly quicker for [rows, inner] times [columns, inner] transposed, measured once a process."""
+    with torch.no_grad(), _disable_current_modes():
+        x, weight = torch.rand(rows, inner), torch.rand(columns, inner)
+        added = torch.rand(columns) if bias else None
+        usual, other = (_seconds(kernel, x, weight, added) for kernel in (F.linear, _onednn))
+    return usual > _LEAST_GAIN * other
+
+
+def _seconds(kernel: Callable[..., torch.Tensor], *given: torch.Tensor | None) -> float:
+    kernel(*given)
+    best = float("inf")
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        kernel(*given)
+        best = min(best, time.perf_counter() - start)
+    return best

@@ -1,0 +1,101 @@
+"""Which kernel computes a large float32 matrix product on CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import parvts_fx
+from parvts_fx.backends import linear
+from parvts_fx.backends.lowering import inductor
+from parvts_fx.capture import capture
+from parvts_fx.options import Options
+
+LARGE = 256  # 2 * 256**3 FLOPs are enough to matter
+
+
+class Two(nn.Module):
+    def __init__(self, inner: int = LARGE):
+        super().__init__()
+        self.first, self.second = nn.Linear(inner, LARGE), nn.Linear(LARGE, LARGE, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.relu(self.first(x)))
+
+
+def graph_of(model: nn.Module, *inputs: torch.Tensor) -> torch.fx.GraphModule:
+    found = []
+    torch._dynamo.reset()
+
+    def keep(module, example_inputs):
+        found.append(capture(module, example_inputs))
+        return module.forward
+
+    torch.compile(model, backend=keep)(*inputs)
+    return found[0]
+
+
+def changed(module: torch.fx.GraphModule) -> int:
+    return sum(node.target is torch.ops.parvts_fx.linear.default for node in module.graph.nodes)
+
+
+@pytest.fixture
+def quicker(monkeypatch):
+    monkeypatch.setattr(linear, "prefers_onednn", lambda *sizes: True)
+
+
+@pytest.mark.parametrize("shape", [(LARGE, LARGE), (2, LARGE // 2, LARGE)])
+@torch.no_grad()
+def test_same_results(quicker, shape):
+    model, x = Two(), torch.randn(shape)
+    graph = graph_of(model, x)
+    picked = linear.pick_kernels(graph)
+    assert (changed(picked), changed(graph)) == (2, 0)
+    inputs = [node.meta["example_value"] for node in picked.graph.nodes if node.op == "placeholder"]
+    assert len(inputs) == 4  # x, two weights, one bias
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=lambda module, given: inductor(module, given, Options()))
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_follows_the_measurement(monkeypatch):
+    graph = graph_of(Two(), torch.randn(LARGE, LARGE))
+    seen = []
+    monkeypatch.setattr(linear, "prefers_onednn", lambda *sizes: bool(seen.append(sizes)))
+    assert linear.pick_kernels(graph) is graph
+    assert [sizes[:4] for sizes in seen] == [(LARGE, LARGE, LARGE, True), (LARGE, LARGE, LARGE, False)]
+
+
+def test_takes_what_is_clearly_quicker(monkeypatch):
+    seconds = {torch.nn.functional.linear: 1.0, linear._onednn: 0.5}
+    monkeypatch.setattr(linear, "_seconds", lambda kernel, *given: seconds[kernel])
+    sizes = (64, 64, 64, False, 1)
+    assert linear.prefers_onednn.__wrapped__(*sizes)
+    seconds[linear._onednn] = 0.95
+    assert not linear.prefers_onednn.__wrapped__(*sizes)
+
+
+@pytest.mark.parametrize("why", ["small", "half precision", "gradients", "autocast"])
+def test_leaves_alone(quicker, why):
+    size = 8 if why == "small" else LARGE
+    model, x = Two(size), torch.randn(size, size)
+    if why == "half precision":
+        model, x = model.bfloat16(), x.bfloat16()
+    with torch.set_grad_enabled(why == "gradients"), torch.autocast("cpu", enabled=why == "autocast"):
+        graph = graph_of(model, x)
+        assert linear.pick_kernels(graph) is graph
+
+
+@torch.no_grad()
+def test_option(quicker, monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch._TorchCompileInductorWrapper, "__call__",
+                        lambda self, module, inputs: seen.append(changed(module)) or module.forward)
+    for choice in ("auto", "inductor"):
+        torch._dynamo.reset()
+        torch.compile(Two(), backend="parvts", options={"linear_kernels": choice})(torch.randn(LARGE, LARGE))
+    assert seen == [2, 0]
+    with pytest.raises(ValueError, match="linear_kernels='mkl'"):
+        parvts_fx.Options(linear_kernels="mkl")
