@@ -19,7 +19,7 @@ import transformers
 from torch._inductor.utils import fresh_cache
 from torch.profiler import ProfilerActivity, profile
 
-from bench.methods import Backend, Method, Recorder, inductor, quicker_products
+from bench.methods import Backend, Method, Recorder, inductor
 from bench.models import Decode, Scene, Tower, shallow_copy, step_positions
 from parvts_fx.api import count_flops
 
@@ -72,7 +72,7 @@ def build(method: Method, scene: Scene, kept: int, *, backend: Backend = inducto
         fresh: start from empty Inductor caches, so that ``compile_seconds`` owes nothing to earlier compilations.
     """
     given = method.scene(scene, kept)
-    recorder = Recorder(backend)
+    recorder = Recorder(method.lowering(backend))
     call = method.compile(method.make(given, kept), recorder, None if method.keeps_all else kept, dynamic=False)
     built = Built(method, scene.visual if method.keeps_all else kept, given, call)
     with fresh_cache() if fresh else contextlib.nullcontext():
@@ -98,13 +98,12 @@ class Company:
             if key not in self._towers:
                 tower = Tower(scene.model)
                 if method.compiled:
-                    backend = quicker_products(self._backend) if method.quicker_products else self._backend
-                    tower = torch.compile(tower, backend=backend, dynamic=False)
+                    tower = torch.compile(tower, backend=method.lowering(self._backend), dynamic=False)
                 self._towers[key] = tower
             built.tower = self._towers[key]
         kind = (method.compiled, method.options is not None, method.quicker_products)
         if kind not in self._decodes:
-            self._decodes[kind] = method.compile(Decode(scene.model), self._backend, dynamic=True)
+            self._decodes[kind] = method.compile(Decode(scene.model), method.lowering(self._backend), dynamic=True)
         built.decode = self._decodes[kind]
         return built
 

@@ -84,6 +84,10 @@ class Method:
         """What the method is given: the scene, or the same with a smaller picture."""
         return scene.downsampled(kept) if self.downsamples else scene
 
+    def lowering(self, backend: Backend) -> Backend:
+        """The backend with the method's choice of kernels."""
+        return quicker_products(backend) if self.quicker_products else backend
+
     def compile(self, module: nn.Module, backend: Backend, kept: int | None = None,
                 **arguments: Any) -> Callable[..., Any]:
         """A module as this method's user would run it: eagerly, compiled, or compiled through parvts.
@@ -95,7 +99,6 @@ class Method:
         """
         if not self.compiled:
             return module
-        backend = quicker_products(backend) if self.quicker_products else backend
         if self.options is None:
             return torch.compile(module, backend=backend, fullgraph=True, **arguments)
         count = {} if kept is None else {"keep_tokens": kept}

@@ -62,8 +62,8 @@ class Options:
     """Raise :class:`parvts_fx.NotRewritten` where a multimodal prefill cannot be rewritten, instead of warning."""
 
     skip_dead_rows: bool = True
-    """Compute only the rows that something reads, in the last migration layer (attention fusion) and in the model's last
-    layer: the same result for less work."""
+    """Compute only the rows that something reads, in the last migration layer and in the model's last layer: the same
+    result for less work."""
 
     extra_passes: tuple[Any, ...] = ()
     """Passes of your own (objects with a ``name`` and ``run(state)``), run when ours have rewritten the graph."""

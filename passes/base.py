@@ -69,9 +69,6 @@ class State:
     non_subject_rows: Rows | None = None
     """The rows that it has there: path B's, or the text's alone."""
 
-    attention_calls: dict[str, list[Node]] = dataclasses.field(default_factory=dict)
-    """The attention outputs that the rewriting put in, by path."""
-
     pruned: dict[Node, Node] = dataclasses.field(default_factory=dict)
     """Where rows were dropped before layer K's input: nodes of the decoder, and what holds their path A rows."""
 

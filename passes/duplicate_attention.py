@@ -45,14 +45,10 @@ def duplicate(state: State, attention: Attention) -> None:
     """Replace one attention call by three, and let all that read its output read theirs."""
     parts, axis = state.partition, attention.output_axis
     with state.editor.graph.inserting_before(attention.output.next):
-        outputs = []
-        for path, queries, keys in (
-            ("subject", parts.subject, parts.subject),
-            ("non_subject", parts.non_subject, parts.non_subject),
-            ("text", parts.text, parts.everything),
-        ):
-            outputs.append(attend(state, attention, queries, keys))
-            state.attention_calls.setdefault(path, []).append(outputs[-1])
+        outputs = [
+            attend(state, attention, queries, keys) for queries, keys in (
+                (parts.subject, parts.subject), (parts.non_subject, parts.non_subject), (parts.text, parts.everything))
+        ]
         joined = state.editor.call(torch.cat, outputs, dim=axis)
         slots = Rows("slots", parts.slots, parts.everything.count)
         result = state.editor.gather(joined, axis, slots, batch_of(attention.output, axis, state.batch))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar
 
 from torch.fx import Node
 
 from parvts_fx.analysis.values import needed_for
 from parvts_fx.passes.base import PassResult, State
+from parvts_fx.passes.duplicate_attention import attend
 from parvts_fx.passes.editing import batch_of
 from parvts_fx.passes.fewer_rows import find_tail, write_tail
 from parvts_fx.passes.restrict import restrict
@@ -48,9 +50,10 @@ class DuplicateLayers:
             def take_text(node: Node, axis: int) -> Node:
                 return state.editor.gather(node, axis, parts.text_in_non_subject, batch_of(node, axis, state.batch))
 
-            copies |= write_tail(state, last, tail, copies, parts.non_subject, parts.text, take_text)
+            def ask(ready: Mapping[Node, Node]) -> Node:
+                return attend(state, last, parts.text, parts.non_subject, ready)
+
+            copies |= write_tail(state, last, tail, copies, parts.text, take_text, ask)
             state.non_subject_rows, notes = parts.text, f"{len(tail)} operations on text rows alone"
         state.non_subject_link = copies[state.cut]
-        for attention in state.migration_attentions:
-            state.attention_calls.setdefault("non_subject", []).append(copies[attention.output])
         return PassResult(state.depth, notes)

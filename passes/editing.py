@@ -212,3 +212,10 @@ def batch_of(node: Node, token_axis: int, batch: int | torch.SymInt, like: Node 
     if not candidates:
         raise Refusal("no axis in front of the tokens holds the samples", node)
     return (candidates[0], batch)
+
+
+def rows_along(node: Node, token_axis: int, batch: int | torch.SymInt) -> tuple[slice | None, ...]:
+    """The index with which a tensor [batch, rows] is broadcast along a tensor's samples and tokens."""
+    samples = batch_of(node, token_axis, batch)
+    wanted = (samples[0] if samples else token_axis - 1, token_axis)
+    return tuple(slice(None) if axis in wanted else None for axis in range(value(node).dim()))

@@ -9,7 +9,6 @@ from torch.fx import Node
 from parvts_fx.analysis.records import Attention
 from parvts_fx.analysis.values import ancestors, changed_in_place, is_tensor, needed_for
 from parvts_fx.passes.base import State
-from parvts_fx.passes.duplicate_attention import attend
 from parvts_fx.passes.editing import Rows
 from parvts_fx.passes.restrict import restrict, with_their_tuples
 
@@ -52,16 +51,16 @@ def _read(tail: Sequence[Node], last: Attention) -> list[Node]:
 
 
 def write_tail(
-    state: State, last: Attention, tail: Sequence[Node], copies: Mapping[Node, Node], keys: Rows, rows: Rows,
-    take: Callable[[Node, int], Node],
+    state: State, last: Attention, tail: Sequence[Node], copies: Mapping[Node, Node], rows: Rows,
+    take: Callable[[Node, int], Node], ask: Callable[[Mapping[Node, Node]], Node],
 ) -> dict[Node, Node]:
     """The tail again, on some rows of a path.
 
     Args:
-        copies: what stands in front of the tail, on the path's rows.
-        keys: the path's rows.
-        rows: those of them that are asked for, as positions of the prompt.
+        copies: what stands in front of the tail, on the path's rows; what is missing there has all rows of the prompt.
+        rows: the rows that are asked for, as positions of the prompt.
         take: of a tensor on the path's rows and its token axis, the rows that are asked for.
+        ask: writes the attention call; given its operands as far as they need not be gathered.
 
     Returns:
         what each node of the tail, and the call's output, became.
@@ -74,9 +73,9 @@ def write_tail(
     in_front = ancestors(operand.node for operand in last.queries)
     front = [node for node in tail if node in in_front]
     queries = restrict(state, front, start, rows)
-    ready = {operand.node: copies[operand.node] for operand in last.keys}
+    ready = {operand.node: copies[operand.node] for operand in last.keys if operand.node in copies}
     ready |= {operand.node: queries[operand.node] for operand in last.queries}
     with state.editor.graph.inserting_before(last.output.next):
-        result = attend(state, last, rows, keys, ready)
+        result = ask(ready)
     behind = [node for node in tail if node not in in_front]
     return restrict(state, behind, {**queries, last.output: result}, rows)

@@ -9,9 +9,9 @@ import torch
 from torch.fx import Node
 
 from parvts_fx.analysis.last_rows import last_rows_of
-from parvts_fx.analysis.values import descendants, output_node, value
+from parvts_fx.analysis.values import descendants, output_node
 from parvts_fx.passes.base import PassResult, State
-from parvts_fx.passes.editing import batch_of
+from parvts_fx.passes.editing import rows_along
 from parvts_fx.passes.restrict import gather_rows, restrict
 
 
@@ -47,9 +47,6 @@ class PruneBranch:
         copies = restrict(state, region, start, rows, fuse if fused else None)
         if not fused:
             state.prune_node = copies[state.cut]
-        else:
-            for attention in state.migration_attentions:
-                state.attention_calls.setdefault("subject", []).append(copies[attention.output])
         state.copies = copies
         output = output_node(graph)
         for node in output.all_input_nodes:
@@ -67,9 +64,7 @@ class PruneBranch:
         """Merge the text rows of both paths; the subject rows stay. Both have their rows along one axis."""
         weight, parts, other = self.fusion, state.partition, state.non_subject_link
         axis = state.decoder.tokens.plain_axis(state.cut)
-        samples = batch_of(state.cut, axis, state.batch)
-        view = tuple(slice(None) if i in (samples[0] if samples else axis - 1, axis) else None
-                     for i in range(value(subject).dim()))
+        view = rows_along(state.cut, axis, state.batch)
 
         def fuse(a: torch.Tensor, b: torch.Tensor, is_text: torch.Tensor, partners: torch.Tensor) -> torch.Tensor:
             partner = b.gather(axis, partners[view].expand(a.shape))

@@ -65,12 +65,10 @@ class SkipDeadRows:
                                         batch_of(operand.node, operand.axis, state.batch), attention.output.next)
             for operand in attention.queries if operand.node in copies
         }
-        outputs = {
-            "subject": attend(state, attention, parts.subject, parts.subject, copies),
-            "text": attend(state, attention, parts.text, parts.everything, text_queries),
-        }
-        for path, output in outputs.items():
-            state.attention_calls.setdefault(path, []).append(output)
-        joined = editor.call(torch.cat, list(outputs.values()), dim=axis)
+        outputs = [
+            attend(state, attention, parts.subject, parts.subject, copies),
+            attend(state, attention, parts.text, parts.everything, text_queries),
+        ]
+        joined = editor.call(torch.cat, outputs, dim=axis)
         slots = Rows("subject_slots", parts.subject_slots, parts.subject.count)
         return editor.gather(joined, axis, slots, batch_of(attention.output, axis, state.batch))

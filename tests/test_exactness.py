@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from parvts_fx.backends import parvts as backend
+from parvts_fx.rewriting import rewrite_graph
 from tests import llava
 from tests.comparing import assert_equal_prefill, check, compile_with_parvts, expected, uncompile
 
@@ -101,6 +103,31 @@ def test_further_calls_with_other_lengths(model, dynamic, fusion):
                 assert_equal_prefill(model(**prompt.inputs), one)
     finally:
         uncompile(model)
+
+
+@pytest.mark.supports("torch.compile", "ten prompts of ten lengths and image positions: two compiles of the prefill")
+@pytest.mark.parametrize("fusion", ["attention", 0.3])
+def test_few_compiles_for_many_lengths(model, monkeypatch, fusion):
+    found = []
+
+    def counting(*given, **named):
+        done = rewrite_graph(*given, **named)
+        found.append(done.report.status)
+        return done
+
+    monkeypatch.setattr(backend, "rewrite_graph", counting)
+    prompts = [llava.prompt(model, [[before, "image", 20 - before + extra]], seed=before)
+               for before, extra in zip(range(2, 12), (5, 1, 8, 3, 0, 9, 4, 2, 7, 6))]
+    assert len({prompt.inputs["input_ids"].shape[1] for prompt in prompts}) == 10
+    wanted = [expected(model, prompt, fusion=fusion) for prompt in prompts]
+    compile_with_parvts(model, fusion=fusion)
+    try:
+        with torch.no_grad():
+            for prompt, one in zip(prompts, wanted):
+                assert_equal_prefill(model(**prompt.inputs), one)
+    finally:
+        uncompile(model)
+    assert 1 <= found.count("rewritten") <= 2
 
 
 @pytest.mark.supports("Models", "bfloat16, at its own tolerance")

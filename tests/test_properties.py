@@ -143,6 +143,11 @@ CORNERS: dict[str, tuple[Specification, Choice]] = {
     "last row alone, no caches": (Specification(caches=False, last_only=True), Choice(rule="tied")),
     "last row alone, fused qkv": (
         Specification(layers=3, caches=False, last_only=True, fused_qkv=True, rows=TWO_ROWS), Choice()),
+    "last row alone, migration to the end": (
+        Specification(layers=2, caches=False, last_only=True, rows=TWO_ROWS, attention="masked"), Choice(depth=2)),
+    "last row alone, migration to the end, image last": (
+        Specification(length=9, layers=2, last_only=True, rows=(Row(before=4), Row(padding=2))), Choice(depth=2)),
+    "last row alone, joint to the end": (Specification(layers=2, last_only=True), Choice(depth=2, paths="joint")),
     "learned positions, fused qkv, biases": (
         Specification(layers=3, rows=TWO_ROWS, positions="learned", fused_qkv=True, norm="layer", attention="masked",
                       numbering="mask"), Choice(depth=2)),

@@ -1,0 +1,106 @@
+"""What compiling costs: ``python -m bench.compile_time``.
+
+First the rewriting alone (analysis, passes, cheap verification) of LLaVA-1.5-7B's decoder with 8 to 64 layers, captured
+on fake tensors; then the whole first call of a smaller model beside plain Inductor's, each in a process of its own with
+empty compile caches. Results go into ``bench/results/compile_time.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import parvts_fx
+from bench.demo import build_model
+from bench.flops import CONFIGURATIONS, capture_prefill, rewrite
+from bench.measuring import machine
+from bench.models import Prefill, build_scene
+from parvts_fx.options import parse_options
+
+RESULTS = Path(__file__).parent / "results" / "compile_time.json"
+OPTIONS = {"keep_tokens": 64, "migration_depth": 3}
+LAYERS = (8, 16, 32, 64)
+KINDS = ("inductor", "parvts")
+
+
+def rewriting_seconds(layers: int, repeats: int) -> tuple[float, int]:
+    """Seconds of one rewriting (median) and the graph's number of nodes."""
+    graph, inputs = capture_prefill(dataclasses.replace(CONFIGURATIONS[0], layers=layers))
+    seconds = [rewrite(graph, inputs, parse_options(OPTIONS))[1] for _ in range(repeats + 1)]
+    return statistics.median(seconds[1:]), len(graph.graph.nodes)  # the first one imports things
+
+
+@torch.no_grad()
+def first_call(kind: str, layers: int, width: int) -> float:
+    """Seconds of a prefill's first call in this process, without those of a second one."""
+    torch._logging.set_logs(dynamo=logging.ERROR)
+    scene = build_scene(build_model(layers, width), 576, tower=False)
+    prefill = Prefill(scene.model)
+    call = torch.compile(prefill) if kind == "inductor" else parvts_fx.compile(prefill, strict=True, **OPTIONS)
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        call(*scene.inputs)
+        seconds.append(time.perf_counter() - start)
+    return seconds[0] - seconds[1]
+
+
+def in_own_process(kind: str, layers: int, width: int) -> float:
+    """The same in a fresh process with empty caches."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "bench.compile_time", "--one", kind, str(layers), str(width)]
+        done = subprocess.run(command, env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder},
+                              capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.compile_time", description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=3, help="measurements of each")
+    parser.add_argument("--short", action="store_true", help="8 and 16 layers, one measurement, nothing is written")
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.one:
+        print(first_call(given.one[0], int(given.one[1]), int(given.one[2])))
+        return
+    console = Console()
+    repeats, sizes, width = (1, LAYERS[:2], 256) if given.short else (given.repeats, LAYERS, 1024)
+    table = Table("layers", "nodes", "rewriting", "per layer", title="Analysis, passes and cheap checks")
+    rewriting, whole = [], []
+    for layers in track(sizes, "rewriting", console=console):
+        seconds, nodes = rewriting_seconds(layers, repeats)
+        rewriting.append({"layers": layers, "nodes": nodes, "seconds": round(seconds, 3)})
+        table.add_row(str(layers), str(nodes), f"{seconds:.2f} s", f"{1e3 * seconds / layers:.0f} ms")
+    console.print(table)
+    table = Table("layers", *KINDS, "ratio", title=f"First call with empty caches, width {width}")
+    for layers in track(sizes[:2], "whole compile", console=console):
+        found = {kind: [] for kind in KINDS}
+        for _ in range(repeats):
+            for kind in KINDS:
+                found[kind].append(in_own_process(kind, layers, width))
+        medians = {kind: statistics.median(seconds) for kind, seconds in found.items()}
+        whole.append({"layers": layers, "width": width, "seconds": found})
+        table.add_row(str(layers), *(f"{medians[kind]:.1f} s" for kind in KINDS),
+                      f"{medians['parvts'] / medians['inductor']:.2f}x")
+    console.print(table)
+    if not given.short:
+        held = {"machine": machine(torch.device("cpu")), "rewriting": rewriting, "whole": whole}
+        RESULTS.write_text(json.dumps(held, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
