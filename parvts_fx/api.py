@@ -44,16 +44,19 @@ def compile(model: Model, **options: Any) -> Model:
     arguments = {name: options.pop(name) for name in _COMPILE_ARGUMENTS if name in options}
     mode = options.pop("mode", None)
     parsed = parse_options(options, mode)
-    for module in {id(module): module for module in (model, _called_by_generate(model))}.values():
+    for module in (model, *_generating_parts(model)):
         module.compile(backend=functools.partial(parvts, options=parsed, window_caches_follow=True), **arguments)
         module._compiled_call_impl = arranged(module._compiled_call_impl, parsed)
     return model
 
 
-def _called_by_generate(model: torch.nn.Module) -> torch.nn.Module:
-    """What ``generate`` ends up calling: the adapted model inside a wrapper of PEFT's kind, else the model itself."""
-    base = getattr(model, "get_base_model", None)
-    return base() if callable(base) else model
+def _generating_parts(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Modules inside the model that can generate by themselves: the model's own ``generate`` may call theirs.
+
+    The adapted model in a wrapper of PEFT's kind, the text model of some multimodal ones. Where the model's forward calls
+    one, Dynamo traces through it as if it were not compiled.
+    """
+    return [part for part in model.modules() if part is not model and callable(getattr(type(part), "generate", None))]
 
 
 def explain(model: torch.nn.Module, /, *args: Any, options: Mapping[str, Any] | None = None, **inputs: Any) -> Report:

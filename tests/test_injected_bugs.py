@@ -17,7 +17,8 @@ from torch import Tensor
 
 from parvts_fx import scores
 from parvts_fx.analysis.values import ancestors, value
-from parvts_fx.passes import PruneBranch, State, duplicate_attention, insert_partition, prune_branch, skip_dead_rows
+from parvts_fx.passes import PruneBranch, State, duplicate_attention, insert_partition, keep_last_rows
+from parvts_fx.passes import prune_branch, skip_dead_rows
 from parvts_fx.passes.editing import Editor
 from tests.plain import Plain, Row, Specification, prompt
 from tests.plain_reference import largest_error, reference
@@ -78,13 +79,12 @@ def copied_attention_without_mask(original: Callable, self: Editor, node: Any, a
     return original(self, node, args, {name: held for name, held in kwargs.items() if name != "attn_mask"})
 
 
-def partitioning(change: Callable[[list[Tensor], int], None]) -> Patch:
-    """Change the partition's tensors, in the order in which ``partition`` returns them."""
+def partitioning(name: str, change: Callable[[Tensor, dict[str, Tensor]], Tensor]) -> Patch:
+    """Change one of the partition's tensors, given all."""
 
-    def bug(original: Callable, given: Tensor, visual: Tensor, *counts: Any) -> list[Tensor]:
-        tensors = list(original(given, visual, *counts))
-        change(tensors, visual.shape[1])
-        return tensors
+    def bug(original: Callable, *args: Any) -> dict[str, Tensor]:
+        tensors = original(*args)
+        return tensors | {name: change(tensors[name], tensors)}
 
     return wrap(insert_partition, "partition", bug)
 
@@ -93,24 +93,17 @@ def scoring(change: Callable[[Tensor], Tensor]) -> Patch:
     return wrap(insert_partition, "partition", lambda original, given, *rest: original(change(given), *rest))
 
 
-def rows_one_too_early(tensors: list[Tensor], length: int) -> None:
-    tensors[0] = (tensors[0] - 1).clamp(min=0)
+def one_less(held: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+    return (held - 1).clamp(min=0)
 
 
-def rows_of_the_first_sample(tensors: list[Tensor], length: int) -> None:
-    tensors[0] = tensors[0][:1].expand_as(tensors[0]).clone()
+def of_the_first_sample(held: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+    return held[:1].expand_as(held).clone()
 
 
-def partners_one_too_late(tensors: list[Tensor], length: int) -> None:
-    tensors[5] = (tensors[5] + 1).clamp(max=tensors[1].shape[1] - 1)
-
-
-def text_slots_off_by_one(tensors: list[Tensor], length: int) -> None:
-    tensors[6] = (tensors[6] - 1).clamp(min=0)
-
-
-def text_queries_off_by_one(tensors: list[Tensor], length: int) -> None:
-    tensors[7] = (tensors[7] + 1).clamp(max=tensors[0].shape[1] - 1)
+def one_more_within(rows: str) -> Callable[[Tensor, dict[str, Tensor]], Tensor]:
+    """The next place among the rows of that name."""
+    return lambda held, tensors: (held + 1).clamp(max=tensors[rows].shape[1] - 1)
 
 
 def swapped_branches(original: Callable, self: Editor, target: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -119,14 +112,16 @@ def swapped_branches(original: Callable, self: Editor, target: Callable, *args: 
     return original(self, target, *args, **kwargs)
 
 
-def attending(change: Callable[[State, Any, Any], Any]) -> Patch:
-    """Change which keys a group of queries attends to."""
+def attending(
+    change: Callable[[State, Any, Any], Any], owners: tuple[Any, ...] = (duplicate_attention, skip_dead_rows)
+) -> Patch:
+    """Change which keys a group of queries attends to, in the calls that some passes write."""
 
     def bug(original: Callable, state: State, attention: Any, queries: Any, keys: Any, *rest: Any) -> Any:
         return original(state, attention, queries, change(state, queries, keys), *rest)
 
     def patch(monkeypatch: pytest.MonkeyPatch) -> None:
-        for owner in (duplicate_attention, skip_dead_rows):
+        for owner in owners:
             wrap(owner, "attend", bug)(monkeypatch)
 
     return patch
@@ -161,14 +156,18 @@ def weight_on_the_other_path(original: Callable, self: PruneBranch, *args: Any) 
 
 
 WEIGHT, DEAD = Comparison(fusion=0.25), Comparison(migration_depth=2, skip_dead_rows=True)
+LEAN_WEIGHT = Comparison(fusion=0.25, skip_dead_rows=True)
+LAST = Comparison(dataclasses.replace(MASKED, last_only=True), migration_depth=3, skip_dead_rows=True)
+LAST_VISUAL = Comparison(dataclasses.replace(MASKED, last_only=True, scale=0.1, length=9, rows=(Row(before=4),)),
+                         migration_depth=3, skip_dead_rows=True)
 BUGS: dict[str, tuple[Patch, Comparison]] = {
     "mask dropped in migration": (attention_calls(lambda named: {**named, "attn_mask": None}), Comparison()),
     "mask dropped behind pruning": (wrap(Editor, "copy", copied_attention_without_mask), Comparison()),
     "causal mask by slot": (wrap(Editor, "causal_mask", mask_by_slot), Comparison(CAUSAL)),
     "scale dropped": (attention_calls(lambda named: {**named, "scale": None}), Comparison()),
-    "rows off by one": (partitioning(rows_one_too_early), Comparison()),
-    "rows off by one, written out": (partitioning(rows_one_too_early), Comparison(WRITTEN)),
-    "rows of another sample": (partitioning(rows_of_the_first_sample), Comparison()),
+    "rows off by one": (partitioning("subject", one_less), Comparison()),
+    "rows off by one, written out": (partitioning("subject", one_less), Comparison(WRITTEN)),
+    "rows of another sample": (partitioning("subject", of_the_first_sample), Comparison()),
     "branches swapped": (wrap(Editor, "call", swapped_branches), Comparison()),
     "pruned one layer late": (depth_off_by(1), Comparison()),
     "pruned one layer early": (depth_off_by(-1), Comparison()),
@@ -185,13 +184,21 @@ BUGS: dict[str, tuple[Patch, Comparison]] = {
         attending(lambda state, queries, keys: state.partition.subject if queries.name == "text" else keys), DEAD),
     "groups see each other, without dead rows": (
         attending(lambda state, queries, keys: state.partition.everything), Comparison(skip_dead_rows=True)),
-    "text rows misplaced": (partitioning(text_slots_off_by_one), DEAD),
-    "queries of other rows": (partitioning(text_queries_off_by_one), DEAD),
+    "text rows misplaced": (partitioning("subject_slots", one_less), DEAD),
+    "queries of other rows": (partitioning("text_in_subject", one_more_within("subject")), DEAD),
     "mask dropped, without dead rows": (attention_calls(lambda named: {**named, "attn_mask": None}), DEAD),
     "positions not gathered, without dead rows": (wrap(Editor, "gather", ungathered_positions), DEAD),
     "positions not gathered": (wrap(Editor, "gather", ungathered_positions), Comparison()),
     "weight on the other path": (wrap(PruneBranch, "_fuse", weight_on_the_other_path), WEIGHT),
-    "fused with the next token": (partitioning(partners_one_too_late), WEIGHT),
+    "fused with the next token, without dead rows": (
+        partitioning("text_partners", one_more_within("text")), LEAN_WEIGHT),
+    "queries of other rows, weights": (
+        partitioning("text_in_non_subject", one_more_within("non_subject")), LEAN_WEIGHT),
+    "last text row sees the subject group alone": (
+        attending(lambda state, queries, keys: state.partition.subject, (keep_last_rows,)), LAST),
+    "last visual row sees both groups": (
+        attending(lambda state, queries, keys: state.partition.everything, (keep_last_rows,)), LAST_VISUAL),
+    "fused with the next token": (partitioning("partners", one_more_within("non_subject")), WEIGHT),
 }
 
 

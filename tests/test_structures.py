@@ -194,7 +194,7 @@ def test_five_models_stay_compiled():
     for change in (dict, longer, second, dict):
         for one in compared:
             inputs = change(one.built.inputs)
-            with one.oracle.installed():
+            with one.generating.installed():
                 run_generate(one.model, inputs, 1)
             lengths = cache_lengths(one.run_compiled(inputs, 1).past_key_values)
             assert set(lengths) == {one.kept}

@@ -64,17 +64,25 @@ class Comparison:
     def __init__(self, built: Built, *, keep_ratio: float = 0.25, fusion: str | float = "attention", depth: int = 1):
         self.built, self.model = built, built.model
         self.options = dict(keep_ratio=keep_ratio, migration_depth=depth, fusion=fusion)
-        self.oracle = Oracle(built.model, built.token, depth=depth, keep_ratio=keep_ratio, score=scattered,
-                             fusion=fusion)
+        called = getattr(built.model, built.part) if built.part else built.model
+        self.oracle, self.generating = (
+            Oracle(module, built.token, depth=depth, keep_ratio=keep_ratio, score=scattered, fusion=fusion)
+            for module in (built.model, called))
 
     def __enter__(self) -> Comparison:
         parvts_fx.compile(self.model, lowering="eager", strict=True, score=scattered, **self.options)
-        self.compiled = self.model._compiled_call_impl
-        self.model._compiled_call_impl = None
+        self._compiled = {part: part._compiled_call_impl for part in self.model.modules() if part._compiled_call_impl}
+        self.compiled = self._compiled[self.model]
+        self._switch(False)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.model._compiled_call_impl = None
+        self._switch(False)
+
+    def _switch(self, on: bool) -> None:
+        """Let the model, and what its ``generate`` calls, run compiled or not."""
+        for module, compiled in self._compiled.items():
+            module._compiled_call_impl = compiled if on else None
 
     def forward(self, inputs: Mapping[str, Any]) -> float:
         """Largest relative error over all logits of path A and every cache tensor."""
@@ -88,8 +96,8 @@ class Comparison:
 
     @property
     def kept(self) -> int:
-        """Rows that the reference's last prefill kept."""
-        return self.oracle.rows
+        """Rows that the reference's last prefill for generate kept."""
+        return self.generating.rows
 
     def _as_cached(self, wanted: Any) -> Any:
         cache = copy.deepcopy(self.oracle.empty)
@@ -98,8 +106,8 @@ class Comparison:
 
     def generate(self, inputs: Mapping[str, Any], steps: int = 3) -> float:
         """Largest relative error over every step's logits and every cache tensor; infinite if a token differs."""
-        self.oracle.rows = 0
-        with self.oracle.installed():
+        self.generating.rows = 0
+        with self.generating.installed():
             wanted = run_generate(self.model, inputs, steps)
         actual = self.run_compiled(inputs, steps)
         errors = [logit_error(ours, theirs) for ours, theirs in zip(actual.logits, wanted.logits, strict=True)]
@@ -111,8 +119,8 @@ class Comparison:
         return max(errors)
 
     def run_compiled(self, inputs: Mapping[str, Any], steps: int) -> Any:
-        self.model._compiled_call_impl = self.compiled
+        self._switch(True)
         try:
             return run_generate(self.model, inputs, steps)
         finally:
-            self.model._compiled_call_impl = None
+            self._switch(False)

@@ -115,7 +115,7 @@ def _batch(built: Built) -> float:
     with Comparison(built) as compared:
         done = []
         for inputs in alone:
-            with compared.oracle.installed():
+            with compared.generating.installed():
                 done.append(run_generate(built.model, inputs, 2))
         done.append(compared.run_compiled(both, 2))
     if max(cache_lengths(done[-1].past_key_values)) > both["input_ids"].shape[1]:
@@ -145,7 +145,8 @@ def _unrewritten(built: Built) -> tuple[float, str]:
         except Exception as error:
             return math.inf, _short(error)
         finally:
-            built.model._compiled_call_impl = None
+            for module in built.model.modules():
+                module._compiled_call_impl = None
     told = [str(warning.message) for warning in caught if issubclass(warning.category, ParvtsWarning)]
     if actual.shape != wanted.shape:
         return math.inf, ""

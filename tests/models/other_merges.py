@@ -58,7 +58,7 @@ def placed_by_mask(model: Any, **more: torch.Tensor) -> tuple[Any, dict[str, tor
     return model, inputs | {"image_embeds_position_mask": (inputs["input_ids"] == IMAGE).long()}
 
 
-@builder("features written where a mask says, learned positions", name="kosmos-2", token=None)
+@builder("features written where a mask says, learned positions", name="kosmos-2", token=None, part="text_model")
 def kosmos_2():
     config = hf.Kosmos2Config(text_config=KOSMOS, vision_config=TOWER, latent_query_num=16)
     return placed_by_mask(hf.Kosmos2ForConditionalGeneration(config), pixel_values=pixels(1, 3, 16, 16))

@@ -25,6 +25,8 @@ class Built:
     """The id of the visual tokens in input_ids; None where no id says where the visual features stand."""
     generates: bool = True
     """Whether ``model.generate(**inputs)`` works."""
+    part: str | None = None
+    """The part of the model that its ``generate`` hands over to, if it has one."""
 
 
 BUILDERS: dict[str, Callable[[], Built]] = {}
@@ -33,7 +35,7 @@ Build = Callable[[], tuple[Any, dict[str, torch.Tensor]]]
 
 
 def builder(trait: str, *, name: str | None = None, token: int | None = IMAGE, generates: bool = True,
-            scale: float = 4) -> Callable[[Build], Callable[[], Built]]:
+            part: str | None = None, scale: float = 4) -> Callable[[Build], Callable[[], Built]]:
     """Register a function that returns (model, inputs) under its own name or another one."""
 
     def register(build: Build) -> Callable[[], Built]:
@@ -54,7 +56,7 @@ def builder(trait: str, *, name: str | None = None, token: int | None = IMAGE, g
                     parameter.fill_(0.5)
             if generates:
                 model.generation_config.eos_token_id = None
-            return Built(model, inputs, trait, token, generates)
+            return Built(model, inputs, trait, token, generates, part)
 
         BUILDERS[name or build.__name__] = built
         return built
