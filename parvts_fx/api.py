@@ -16,6 +16,7 @@ from parvts_fx.analysis.values import fake_mode_of, value
 from parvts_fx.arranged import arranged
 from parvts_fx.backends.parvts import parvts
 from parvts_fx.capture import capture
+from parvts_fx.noting import NotingGenerate
 from parvts_fx.options import parse_options
 from parvts_fx.report import GraphReport, Report
 from parvts_fx.rewriting import Rewriting
@@ -47,6 +48,8 @@ def compile(model: Model, **options: Any) -> Model:
     for module in (model, *_generating_parts(model)):
         module.compile(backend=functools.partial(parvts, options=parsed, window_caches_follow=True), **arguments)
         module._compiled_call_impl = arranged(module._compiled_call_impl, parsed)
+        if _generating_parts(module) and callable(getattr(type(module), "generate", None)):
+            module.generate = NotingGenerate(module, parsed)
     return model
 
 

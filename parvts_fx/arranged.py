@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from parvts_fx.caches import find_caches, is_cache, remember_dropped, watch_call
 from parvts_fx.errors import NotRewritten, ParvtsWarning
+from parvts_fx.noting import paused
 from parvts_fx.options import Options
 
 _SETTINGS: tuple[dict[str, bool], ...] = (
@@ -42,7 +43,7 @@ def arranged(call: Callable[..., Any], options: Options) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         while True:
             try:
-                with frames.capturing(), watch_call() as watch:
+                with paused(), frames.capturing(), watch_call() as watch:
                     output = call(*args, **kwargs)
                 break
             except (TorchDynamoException, GuardOnDataDependentSymNode):

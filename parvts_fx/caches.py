@@ -38,12 +38,14 @@ _WATCH: contextvars.ContextVar[Watch | None] = contextvars.ContextVar("parvts_fx
 @contextlib.contextmanager
 def watch_call() -> Iterator[Watch]:
     """Collect, for the duration of a call, what its graphs tell."""
-    watch = Watch()
+    watch, outer = Watch(), _WATCH.get()
     token = _WATCH.set(watch)
     try:
         yield watch
     finally:
         _WATCH.reset(token)
+        if outer is not None:
+            outer.merged |= watch.merged
 
 
 def tell_pruning(dropped: int) -> None:

@@ -22,39 +22,56 @@ from parvts_fx.analysis.values import fake_mode_of, output_node, value
 from parvts_fx.caches import is_watched
 from parvts_fx.errors import ParvtsWarning
 
+
 @dataclasses.dataclass
 class _Merged:
     reference: weakref.ref[torch.Tensor]
     visual: torch.Tensor
-    received: bool
-    """Whether a decoder's graph has taken it, or a caller will notice if none does."""
+    received: bool = False
+    """Whether a decoder's graph has taken it."""
 
 
 _MERGED: dict[int, _Merged] = {}
 """By identity of merged embeddings that are alive: which of their rows are visual tokens."""
 
 
-def remember_merge(embeddings: torch.Tensor, visual: torch.Tensor) -> None:
-    """``embeddings`` [batch, seq, hidden] have visual features where ``visual`` [batch, seq] is true."""
+def hand_over(embeddings: torch.Tensor, visual: torch.Tensor, unreceived: Callable[[], None] | None = None) -> None:
+    """``embeddings`` [batch, seq, hidden] have visual features where ``visual`` [batch, seq] is true.
+
+    ``unreceived`` is called if they are forgotten before any graph has taken them.
+    """
     key = id(embeddings)
 
     def forget(_: object) -> None:
         held = _MERGED.pop(key, None)
-        if held is not None and not held.received:
-            warnings.warn(
-                "parvts_fx: this multimodal prefill runs unrewritten: the graph breaks behind the merge of visual features, "
-                "and no later graph with attention took the merged embeddings as they were", ParvtsWarning, stacklevel=2)
+        if held is not None and not held.received and unreceived is not None:
+            unreceived()
 
-    _MERGED[key] = _Merged(weakref.ref(embeddings, forget), visual, is_watched())
+    _MERGED[key] = _Merged(weakref.ref(embeddings, forget), visual)
 
 
-def visual_rows(embeddings: object) -> torch.Tensor | None:
-    """The [batch, seq] bool mask of embeddings that an earlier graph merged; None for any other object."""
+def _held(embeddings: object) -> _Merged | None:
     held = _MERGED.get(id(embeddings))
-    if held is None or held.reference() is not embeddings:
+    return held if held is not None and held.reference() is embeddings else None
+
+
+def visual_rows(embeddings: object, receive: bool = True) -> torch.Tensor | None:
+    """The [batch, seq] bool mask of embeddings merged in front of a graph; None for any other object.
+
+    Args:
+        receive: note that a decoder's graph has taken them.
+    """
+    held = _held(embeddings)
+    if held is None:
         return None
-    held.received = True
+    held.received |= receive
     return held.visual
+
+
+def received(embeddings: torch.Tensor) -> bool:
+    """Whether a decoder's graph has taken embeddings that were handed over."""
+    held = _held(embeddings)
+    return held is not None and held.received
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +127,14 @@ def hand_on(
 
     def announcing(*inputs: object) -> Any:
         outputs = lowered(*inputs)
-        remember_merge(outputs[position], visual(*inputs))
+        watched = is_watched()  # then a caller notices if no graph takes it
+        hand_over(outputs[position], visual(*inputs), None if watched else _tell_unreceived)
         return outputs
 
     return announcing
+
+
+def _tell_unreceived() -> None:
+    warnings.warn(
+        "parvts_fx: this multimodal prefill runs unrewritten: the graph breaks behind the merge of visual features, "
+        "and no later graph with attention took the merged embeddings as they were", ParvtsWarning, stacklevel=2)

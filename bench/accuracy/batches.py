@@ -43,6 +43,9 @@ class Batch:
     segments: torch.Tensor
     """[batch, S] int64: 0 in front of the questions, then the question's number from 1, -1 padding"""
 
+    labels: torch.Tensor
+    """[batch, 144, labels] int64: what each patch shows (scenes.LABELS)"""
+
     questions: list[list[Question]]
 
 
@@ -92,4 +95,5 @@ def pack(scenes: list[Scene], questions: list[list[Question]]) -> Batch:
     asking, seen = segments[:, :, None], segments[:, None, :]
     mask = ((seen == 0) | (seen == asking)) & torch.ones(longest, longest, dtype=torch.bool).tril()
     pixels = normalise(np.stack([draw(scene) for scene in scenes]))
-    return Batch(pixels, padded(0, PAD), padded(1, 0), mask[:, None], padded(2, IGNORED), segments, questions)
+    labels = torch.from_numpy(np.stack([patch_labels(scene) for scene in scenes]))
+    return Batch(pixels, padded(0, PAD), padded(1, 0), mask[:, None], padded(2, IGNORED), segments, labels, questions)

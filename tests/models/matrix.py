@@ -115,8 +115,7 @@ def _batch(built: Built) -> float:
     with Comparison(built) as compared:
         done = []
         for inputs in alone:
-            with compared.generating.installed():
-                done.append(run_generate(built.model, inputs, 2))
+            done.append(compared.run_reference(inputs, 2))
         done.append(compared.run_compiled(both, 2))
     if max(cache_lengths(done[-1].past_key_values)) > both["input_ids"].shape[1]:
         raise _NotApplicable("the batch runs unrewritten")

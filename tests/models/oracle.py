@@ -61,6 +61,8 @@ class Oracle:
                  fusion: str | float = "attention"):
         self.model, self.token, self.depth, self.keep_ratio = model, token, depth, keep_ratio
         self.score, self.fusion = score, fusion
+        self.visual: torch.Tensor | None = None
+        """Where visual tokens stand in a prompt that comes as embeddings alone."""
         self.layers = decoder_layers(model)
 
     # -- the recording run --------------------------------------------------------------------------------------------
@@ -143,7 +145,9 @@ class Oracle:
         return Pruned(logits, cache, length - self.rows)
 
     def _visual(self, inputs: Mapping[str, Any], length: int) -> torch.Tensor:
-        ids = inputs["input_ids"]
+        ids = inputs.get("input_ids")
+        if ids is None:
+            return self.visual
         if self.token is not None:
             return ids == self.token
         if "image_embeds_position_mask" in inputs:

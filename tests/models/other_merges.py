@@ -29,20 +29,23 @@ def instruction() -> dict[str, torch.Tensor]:
     return dict(qformer_input_ids=ids, qformer_attention_mask=torch.ones_like(ids))
 
 
-@builder("learned queries read the image; generate calls a sub-model's", name="blip-2")
+@builder("learned queries read the image; generate merges them and calls a sub-model's", name="blip-2",
+         part="language_model")
 def blip_2():
     config = with_queries(hf.Blip2Config, image_token_index=IMAGE)
     return hf.Blip2ForConditionalGeneration(config), prompt(QUERIES, pixel_values=pixels(1, 3, 16, 16))
 
 
-@builder("learned queries read the image and an instruction; generate calls a sub-model's")
+@builder("learned queries read the image and an instruction; generate merges them and calls a sub-model's",
+         part="language_model")
 def instructblip():
     config = with_queries(hf.InstructBlipConfig, image_token_index=IMAGE)
     return hf.InstructBlipForConditionalGeneration(config), prompt(
         QUERIES, pixel_values=pixels(1, 3, 16, 16), **instruction())
 
 
-@builder("learned queries read each frame and an instruction; generate calls a sub-model's", token=VIDEO)
+@builder("learned queries read each frame and an instruction; generate merges them and calls a sub-model's",
+         token=VIDEO, part="language_model")
 def instructblipvideo():
     config = with_queries(hf.InstructBlipVideoConfig, video_token_index=VIDEO)
     return hf.InstructBlipVideoForConditionalGeneration(config), prompt(

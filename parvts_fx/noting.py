@@ -1,0 +1,95 @@
+"""Notes merges that a model's own ``generate`` does uncompiled, in front of a part of it that is compiled.
+
+Some models merge visual features in ``generate`` and hand the embeddings to their text model's ``generate``. No graph
+holds that merge. While such a method runs, a torch function mode sees the operations that merge, and the text model's
+graph recognises the embeddings (:mod:`parvts_fx.handover`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
+
+from parvts_fx.caches import watch_call
+from parvts_fx.errors import NotRewritten, ParvtsWarning
+from parvts_fx.handover import hand_over, received, visual_rows
+from parvts_fx.options import Options
+
+_SCATTERS = (torch.Tensor.masked_scatter, torch.masked_scatter, torch.Tensor.masked_scatter_)
+_SETTERS = (torch.Tensor.__setitem__, torch.Tensor.index_put_)
+_COPIES = (torch.Tensor.clone, torch.clone, torch.Tensor.contiguous, torch.Tensor.detach, torch.Tensor.to)
+_CHOICES = (torch.Tensor.__getitem__, torch.Tensor.repeat_interleave, torch.Tensor.index_select)
+"""What generate cuts a prompt with, or repeats its samples for beams."""
+
+
+class _Noting(TorchFunctionMode):
+    """Remembers which rows of embeddings hold visual features, through the operations that merge them and copies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.merged: list[torch.Tensor] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _SCATTERS and len(args) == 3:
+            self._note(result, args[1])
+        elif func in _SETTERS and len(args) == 3:
+            index = args[1]
+            self._note(args[0], index[0] if isinstance(index, tuple) and len(index) == 1 else index)
+        elif func in _COPIES or func in _CHOICES:
+            visual = visual_rows(args[0], receive=False)
+            if visual is not None:
+                everywhere = visual[..., None].expand(args[0].shape)
+                self._note(result, everywhere if func in _COPIES else func(everywhere, *args[1:], **(kwargs or {})))
+        return result
+
+    def _note(self, embeddings: object, mask: object) -> None:
+        """``mask`` bool: [batch, seq], or with a last axis of one entry or of the embeddings' width."""
+        if not (isinstance(embeddings, torch.Tensor) and isinstance(mask, torch.Tensor) and mask.dtype == torch.bool):
+            return
+        if embeddings.dim() != 3 or not embeddings.is_floating_point() or mask.dim() not in (2, 3):
+            return
+        rows = mask if mask.dim() == 2 else mask.any(-1)
+        if rows.shape == embeddings.shape[:2]:
+            self.merged.append(embeddings)
+            hand_over(embeddings, rows)
+
+
+@contextlib.contextmanager
+def paused() -> Iterator[None]:
+    """Leave the mode for the duration of a compiled call: Dynamo would trace it."""
+    with _pop_mode_temporarily() if isinstance(_get_current_function_mode(), _Noting) else contextlib.nullcontext():
+        yield
+
+
+class NotingGenerate:
+    """A model's ``generate`` under the mode. An object and not a closure, so that the model can be copied and pickled.
+
+    Raises (when called):
+        NotRewritten: with ``strict=True``, for a merge that no compiled part took.
+    """
+
+    def __init__(self, model: torch.nn.Module, options: Options):
+        self._model, self._options = model, options
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with _Noting() as noting, watch_call() as watch:
+            result = type(self._model).generate(self._model, *args, **kwargs)
+        if noting.merged and not watch.merged and not any(map(received, noting.merged)):
+            self._tell()
+        return result
+
+    def _tell(self) -> None:
+        reason = ("generate merges visual features outside of any graph, and no compiled part of the model took the merged "
+                  "embeddings as they were")
+        if self._options.strict:
+            raise NotRewritten(f"parvts_fx: this multimodal prefill cannot be rewritten: {reason}")
+        warnings.warn(f"parvts_fx: this multimodal prefill runs unrewritten: {reason}", ParvtsWarning, stacklevel=3)
