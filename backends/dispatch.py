@@ -24,6 +24,9 @@ _MOST_COUNTS = 8
 
 _DIFFER = "the samples of this batch have different numbers of visual tokens"
 
+_PADDING = ("padding stands behind visual tokens, and decode steps would read the prompt's mask at the wrong places (pad on "
+            "the left, or pass use_cache=False)")
+
 
 class Dispatch:
     """Runs the rewritten graph where it may be used for the prompt at hand, and the unrewritten one elsewhere.
@@ -70,6 +73,8 @@ class Dispatch:
             return self._run_unrewritten(inputs)
         if precondition is not None and not precondition(*inputs):
             reason = _DIFFER
+        elif self._done.padding is not None and self._padding_behind(inputs, visual):
+            reason = _PADDING
         elif _has_labels():
             reason = "labels are given, and a loss needs the logits of every position"
         compiled = None
@@ -92,6 +97,11 @@ class Dispatch:
         if self._position is None:
             return self._done.visual_mask(*inputs)
         return visual_rows(inputs[self._position])
+
+    def _padding_behind(self, inputs: Sequence[object], visual: torch.Tensor | None) -> bool:
+        if visual is None:
+            visual = self._done.visual_mask(*inputs)
+        return self._done.padding(visual, *(inputs if self._position is None else (*inputs, visual)))
 
     def _compile_for(self, count: int, inputs: Sequence[object]) -> tuple[Compiled | None, str | None]:
         """The compiled form for another number of visual tokens, or None and the reason, if it has not been told yet."""

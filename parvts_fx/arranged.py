@@ -95,11 +95,14 @@ class _Frames:
 
 
 def _has_pictures(args: Sequence[object], kwargs: Mapping[str, object]) -> bool:
-    """Whether a call is given ids of a prompt, and numbers that are neither a mask nor embeddings nor a cache."""
+    """Whether a call is given ids of a prompt, and numbers that are neither a mask nor embeddings nor a cache.
+
+    One id a sample is a decode step, whatever else (a mask over the cache, positions as numbers) comes with it.
+    """
     given = [held for held in (*args, *kwargs.values()) if not is_cache(held)]
     tensors = [held for held in tree_leaves(given) if isinstance(held, torch.Tensor) and held.dim() > 1]
-    prompts = [held for held in tensors if held.dtype == torch.int64 and held.dim() == 2 and held.shape[1] > 1]
-    return bool(prompts) and any(
+    prompts = [held for held in tensors if held.dtype == torch.int64 and held.dim() == 2]
+    return bool(prompts) and min(held.shape[1] for held in prompts) > 1 and any(
         held.is_floating_point() and held.shape[:2] != prompts[0].shape and held.shape[-1] != prompts[0].shape[1]
         for held in tensors)
 

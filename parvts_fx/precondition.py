@@ -23,7 +23,7 @@ class Precondition:
 
     def __init__(self, module: GraphModule, merge: VisualMerge):
         self._masks = visual_mask(module, merge)
-        self.visual_tokens: Callable[[Sequence[object]], int] = _size_reader(module, merge.visual_tokens)
+        self.visual_tokens: Callable[[Sequence[object]], int] = size_reader(module, merge.visual_tokens)
         """Visual tokens per sample, read from the sizes of actual inputs."""
 
     @torch.no_grad()
@@ -55,7 +55,7 @@ def same_count(visual: torch.Tensor) -> int | None:
     return counts[0] if len(set(counts)) == 1 else None
 
 
-def _size_reader(module: GraphModule, size: int | torch.SymInt) -> Callable[[Sequence[object]], int]:
+def size_reader(module: GraphModule, size: int | torch.SymInt) -> Callable[[Sequence[object]], int]:
     """A function that computes a traced size from the graph's actual inputs."""
     if isinstance(size, int):
         return lambda inputs: size

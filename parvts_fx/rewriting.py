@@ -20,11 +20,13 @@ from parvts_fx.errors import NotRewritten, Refusal
 from parvts_fx.handover import MergedInput
 from parvts_fx.observe import dump_hook, log_hook
 from parvts_fx.options import Options, parse_options
+from parvts_fx.padding import padding_check
 from parvts_fx.passes import Pass, State, build_pipeline, run_pipeline
 from parvts_fx.passes.invert_permutations import InvertPermutations
 from parvts_fx.passes.spread_masked_updates import SpreadMaskedUpdates
 from parvts_fx.passes.unify_merges import UnifyMerges
 from parvts_fx.passes.version_writes import VersionWrites
+from parvts_fx.passes.write_out_sizes import WriteOutSizes
 from parvts_fx.precondition import Precondition, same_count, visual_mask
 from parvts_fx.report import GraphReport, LayerReport
 from parvts_fx.verify import CHEAP_CHECKS, Check, verifier
@@ -42,6 +44,9 @@ class Rewriting:
     merge: VisualMerge | None = None
     visual_mask: Callable[..., torch.Tensor] | None = None
     """Of the rewritten graph's inputs: [batch, seq] bool, true where a visual token stands."""
+
+    padding: Callable[..., bool] | None = None
+    """Of that mask and the rewritten graph's inputs: whether padding stands behind a visual token, where that matters."""
 
 
 def rewrite_graph(
@@ -92,17 +97,18 @@ def rewrite_graph(
     if hint(visuals) == 0:
         raise Refusal("there are fewer visual tokens than samples", merge.output)
     precondition = Precondition(work, merge) if merge.count is None else None
-    mask = visual_mask(work, merge)
+    mask, padding = visual_mask(work, merge), padding_check(work, decoder)
     state = State(work, decoder, options)
     hooks = [verifier(checks), log_hook, dump_hook(work, merge, hint(visuals))]
     records = run_pipeline(build_pipeline(options) if passes is None else passes, state, hooks)
     work.recompile()
     layers = tuple(_layer_report(layer, options, facts) for layer in decoder.layers)
-    return Rewriting(GraphReport("rewritten", layers=layers, passes=tuple(records), **facts), work, precondition, merge, mask)
+    return Rewriting(GraphReport("rewritten", layers=layers, passes=tuple(records), **facts), work, precondition, merge, mask, padding)
 
 
 def normalise(module: GraphModule, merge: VisualMerge) -> None:
     """Write what follows the merge in forms whose sizes follow the number of rows, so that the analysis can follow."""
+    WriteOutSizes().run(module)
     InvertPermutations().run(module)
     SpreadMaskedUpdates().run(module, merge.output, attention_nodes(module.graph))
     VersionWrites().run(module, merge.output)

@@ -17,7 +17,7 @@ from bench.accuracy.scenes import CELL, COLOURS, CORNERS, FONT, GROUNDS, SHAPES,
 NUMBERS = ("zero", "one", "two", "three", "four")
 ORDINALS = ("first", "second", "third")
 
-SHARES = {"subject": 1, "ground": 1, "summary": 1, "corner": 5, "word": 3, "count": 5, "relation": 4, "list": 3}
+SHARES = {"subject": 1, "ground": 1, "summary": 1, "corner": 3, "word": 4, "count": 6, "relation": 5, "list": 2}
 """Every kind of question, and how often each is drawn for training: more often where there is more to learn."""
 
 

@@ -155,9 +155,10 @@ def draw(scene: Scene) -> np.ndarray:
 
 LABELS = {"kind": 4, "colour": len(COLOURS) + 1, "shape": len(SHAPES) + 1, "letter": len(FONT) + 1,
           "middle": 3,
-          "row": GRID, "column": GRID, "ground": len(GROUNDS), "texture": len(TEXTURES)}
+          "order": LETTERS + 1, "row": GRID, "column": GRID, "ground": len(GROUNDS), "texture": len(TEXTURES)}
 """What a patch can be asked about, with the number of classes. 0 means none, but for the last four. "middle" marks the
-one patch with the middle of a thing, 1 for the subject and 2 for small ones: what counting needs."""
+one patch with the middle of a thing, 1 for the subject and 2 for small ones: what counting needs; "order" says which of the
+word's letters stands here."""
 
 EVERYWHERE = ("row", "column", "ground", "texture")
 """Labels without a class for none."""
@@ -165,7 +166,7 @@ EVERYWHERE = ("row", "column", "ground", "texture")
 
 def patch_labels(scene: Scene) -> np.ndarray:
     """What each patch shows, [144, labels] int64 in the order of ``LABELS``."""
-    kinds, colours, shapes, letters, middles = (np.zeros((GRID, GRID), dtype=np.int64) for _ in range(5))
+    kinds, colours, shapes, letters, middles, order = (np.zeros((GRID, GRID), dtype=np.int64) for _ in range(6))
     for kind, thing in ((1, scene.subject), *((2, thing) for thing in scene.small)):
         full = np.zeros((IMAGE, IMAGE), dtype=bool)
         full[thing.top:thing.top + thing.size, thing.left:thing.left + thing.size] = stencil(thing.shape, thing.size)
@@ -177,8 +178,9 @@ def patch_labels(scene: Scene) -> np.ndarray:
     row, column = scene.word_at
     kinds[row, column:column + LETTERS] = 3
     letters[row, column:column + LETTERS] = [list(FONT).index(letter) + 1 for letter in scene.word]
+    order[row, column:column + LETTERS] = range(1, LETTERS + 1)
     rows, columns = np.mgrid[:GRID, :GRID]
     grounds = np.full_like(kinds, list(GROUNDS).index(scene.ground))
     textures = np.full_like(kinds, TEXTURES.index(scene.texture))
-    labels = [kinds, colours, shapes, letters, middles, rows, columns, grounds, textures]
+    labels = [kinds, colours, shapes, letters, middles, order, rows, columns, grounds, textures]
     return np.stack(labels, -1).reshape(GRID * GRID, -1)

@@ -105,8 +105,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.accuracy.train", description=__doc__.splitlines()[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="of weights and pictures")
-    parser.add_argument("--vision-steps", type=int, default=1500, help="steps on the vision tower alone")
-    parser.add_argument("--steps", type=int, default=6000, help="steps on questions")
+    parser.add_argument("--vision-steps", type=int, default=1000, help="steps on the vision tower alone")
+    parser.add_argument("--steps", type=int, default=5000, help="steps on questions")
     parser.add_argument("--pictures", type=int, default=16, help="pictures in a step on questions")
     parser.add_argument("--questions", type=int, default=16, help="questions to a picture")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="highest learning rate on questions")

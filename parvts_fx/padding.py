@@ -1,0 +1,134 @@
+"""Whether padding stands behind a visual token, where decode steps would misread the prompt's mask.
+
+A decode step is given a mask over the full prompt, and the model takes as many of its columns as the cache has rows, from
+the front. That is right as long as nothing has been dropped in front of a padded position: left padding, as generate
+asks for. Elsewhere the pruned cache's rows would be masked by other rows' columns, so such a prompt runs unrewritten.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from parvts_fx.analysis.attention import KEY, QUERY
+from parvts_fx.analysis.records import Decoder
+from parvts_fx.analysis.tokens import AxisLabels
+from parvts_fx.analysis.values import ancestors, has_target, is_tensor, leaves, needed_for, output_node, value
+from parvts_fx.precondition import size_reader
+
+_SHAPE_ONLY = (torch.ones_like, torch.zeros_like, torch.full_like, torch.empty_like)
+_SHAPE_ONLY_METHODS = ("size", "new_ones", "new_zeros", "new_full", "new_empty", "dim")
+
+
+def padding_check(module: GraphModule, decoder: Decoder) -> Callable[..., bool] | None:
+    """A function of the [batch, seq] bool mask of visual tokens and the graph's inputs; None if no check is needed.
+
+    None where the graph hands out no keys, or where no attention mask depends on data.
+    """
+    if not _hands_out_keys(module, decoder):
+        return None
+    found = _mask(decoder)
+    if found is None:
+        return None
+    mask, axes = found
+    needed, cuts = _needed(module.graph, mask)
+    graph, copies = Graph(), {}
+    data: list[int] = []
+    for position, node in enumerate(n for n in module.graph.nodes if n.op == "placeholder"):
+        copies[node] = graph.node_copy(node)
+        if node in needed and is_tensor(node) and not value(node).is_floating_point():
+            data.append(position)
+    if not data:
+        return None
+    for node in cuts:
+        copies[node] = graph.placeholder(f"{node.name}_zeros")
+    for node in module.graph.nodes:
+        if node in needed and node not in copies:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(copies[mask])
+    evaluate = GraphModule(module, graph)
+    zeros = [_zeros_like(module, node) for node in cuts]
+
+    @torch.no_grad()
+    def padding_behind_visual(visual: torch.Tensor, *inputs: Any) -> bool:
+        if all(inputs[position].all() for position in data):
+            return False  # nothing is masked, and no word has the id 0
+        padded = _padded(evaluate(*inputs, *(make(inputs) for make in zeros)), axes, visual.shape[0])
+        return bool((padded & (visual.cumsum(1) > 0)).any())
+
+    return padding_behind_visual
+
+
+def _hands_out_keys(module: GraphModule, decoder: Decoder) -> bool:
+    links = {layer.input for layer in decoder.layers}
+    outputs = set(output_node(module.graph).all_input_nodes) & set(decoder.nodes) - links
+    keys = [operand.node for layer in decoder.layers for attention in layer.attentions for operand in attention.keys]
+    return bool(outputs & ancestors(keys))
+
+
+def _mask(decoder: Decoder) -> tuple[Node, dict[str, int]] | None:
+    """The first tensor that an attention call pairs with its keys, and which of its axes run along queries and keys."""
+    for layer in decoder.layers:
+        for attention in layer.attentions:
+            for node in attention.nodes:
+                for index, binding in attention.bindings.get(node, {}).items():
+                    axes = {label: axis for axis, label in binding.axes} if isinstance(binding, AxisLabels) else {}
+                    if KEY in axes:
+                        return leaves(node)[index], axes
+    return None
+
+
+def _needed(graph: Graph, mask: Node) -> tuple[set[Node], list[Node]]:
+    """What the mask is computed from, and the features among it whose content does not matter, for zeros to stand in."""
+    all_needed = needed_for(graph, [mask])
+    featured: set[Node] = set()
+    for node in graph.nodes:
+        if node in all_needed and is_tensor(node) and value(node).is_floating_point():
+            if node.op in ("placeholder", "get_attr") or any(source in featured for source in node.all_input_nodes):
+                featured.add(node)
+    needed, cuts, stack = set(), {}, [node for node in all_needed if node is mask or not node.users]
+    while stack:
+        node = stack.pop()
+        if node in needed:
+            continue
+        needed.add(node)
+        shape_only = has_target(node, _SHAPE_ONLY, _SHAPE_ONLY_METHODS) or has_target(node, (getattr,))
+        for source in node.all_input_nodes:
+            tensors = [given for given in source.all_input_nodes if is_tensor(given)]
+            feature = source in featured and source.op not in ("placeholder", "get_attr")
+            if feature and (shape_only or all(given in featured for given in tensors)):
+                cuts[source] = None
+            else:
+                stack.append(source)
+    needed -= cuts.keys()
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(value(node)) for node in needed if is_tensor(node)):
+        # all of them, so that every vmap that is entered is left
+        needed |= ancestors(filter(_enters_or_leaves_vmap, graph.nodes)) - cuts.keys()
+    return needed, list(cuts)
+
+
+def _enters_or_leaves_vmap(node: Node) -> bool:
+    return (node.op == "call_function" and not any(map(is_tensor, node.all_input_nodes))
+            and "functorch" in str(getattr(node.target, "__module__", "")))
+
+
+def _zeros_like(module: GraphModule, node: Node) -> Callable[[Iterable[Any]], torch.Tensor]:
+    example = value(node)
+    sizes = [size_reader(module, size) for size in example.shape]
+    return lambda inputs: torch.zeros([read(inputs) for read in sizes], dtype=example.dtype, device=example.device)
+
+
+def _padded(mask: torch.Tensor, axes: dict[str, int], batch: int) -> torch.Tensor:
+    """[batch or 1, seq] bool: which keys even their own rows do not see."""
+    forbidden = ~mask if mask.dtype == torch.bool else mask <= torch.finfo(torch.float16).min / 2
+    key = axes[KEY]
+    if QUERY in axes:
+        forbidden = forbidden.diagonal(dim1=axes[QUERY], dim2=key)
+    else:
+        forbidden = forbidden.movedim(key, -1)
+    leading = math.prod(forbidden.shape[:-1])
+    return forbidden.reshape(batch if leading % batch == 0 else 1, -1, forbidden.shape[-1]).all(1)
