@@ -24,8 +24,8 @@ _MOST_COUNTS = 8
 
 _DIFFER = "the samples of this batch have different numbers of visual tokens"
 
-_PADDING = ("padding stands behind visual tokens, and decode steps would read the prompt's mask at the wrong places (pad on "
-            "the left, or pass use_cache=False)")
+_PADDING = ("padding stands behind visual tokens: decode steps would read the prompt's mask at the wrong places, or the "
+            "scoring rule reads text there (pad on the left; without a cache and such a rule it does not matter)")
 
 
 class Dispatch:

@@ -17,8 +17,7 @@ _STYLES = {  # Okabe and Ito's colours, and a marker each, so that nothing hangs
 
 def plot_kept(rows: Sequence[Row], path: Path) -> Path:
     """Prefill against visual tokens kept, with the time that parvts' FLOPs allow drawn in."""
-    pyplot = _pyplot()
-    figure, axes = pyplot.subplots(figsize=(7.5, 5), layout="constrained")
+    figure, axes = open_figure()
     _lines(axes, rows, "asked", lambda row: row["prefill"])
     ours = [row for row in rows if row["method"] == "parvts"]
     axes.plot([row["asked"] for row in ours], [row["bound"]["seconds"] for row in ours], color=_STYLES["parvts"][0],
@@ -26,7 +25,7 @@ def plot_kept(rows: Sequence[Row], path: Path) -> Path:
     axes.set(xlabel=f"visual tokens kept of {rows[0]['visual']}", ylabel="prefill, seconds", ylim=(0, None),
              xticks=sorted({row["asked"] for row in rows}))
     axes.legend()
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def plot_lengths(rows: Sequence[Row], path: Path) -> Path:
@@ -42,7 +41,7 @@ def plot_lengths(rows: Sequence[Row], path: Path) -> Path:
         axes.set(xlabel=f"visual tokens of the prompt, {ours[0]['kept']} kept", ylabel=f"{what}, seconds",
                  ylim=(0, None), xticks=sorted({row["visual"] for row in rows}))
         axes.legend()
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _lines(axes: Any, rows: Sequence[Row], across: str, of: Callable[[Row], dict[str, float]]) -> None:
@@ -53,6 +52,11 @@ def _lines(axes: Any, rows: Sequence[Row], across: str, of: Callable[[Row], dict
         colour, marker = _STYLES.get(name, (None, "x"))
         axes.errorbar([row[across] for row in own], middle, yerr=reach, color=colour, marker=marker, capsize=3,
                       label=name)
+
+
+def open_figure() -> tuple[Any, Any]:
+    """A figure with one pair of axes."""
+    return _pyplot().subplots(figsize=(7.5, 5), layout="constrained")
 
 
 def _pyplot() -> Any:
@@ -66,7 +70,8 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def _save(figure: Any, path: Path) -> Path:
+def save(figure: Any, path: Path) -> Path:
+    """Write a figure as PNG."""
     figure.savefig(path, dpi=120)
     _pyplot().close(figure)
     return path

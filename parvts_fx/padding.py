@@ -24,12 +24,15 @@ _SHAPE_ONLY = (torch.ones_like, torch.zeros_like, torch.full_like, torch.empty_l
 _SHAPE_ONLY_METHODS = ("size", "new_ones", "new_zeros", "new_full", "new_empty", "dim")
 
 
-def padding_check(module: GraphModule, decoder: Decoder) -> Callable[..., bool] | None:
+def padding_check(module: GraphModule, decoder: Decoder, reads_text: bool = False) -> Callable[..., bool] | None:
     """A function of the [batch, seq] bool mask of visual tokens and the graph's inputs; None if no check is needed.
 
     None where the graph hands out no keys, or where no attention mask depends on data.
+
+    Args:
+        reads_text: the scores of visual tokens depend on the text behind them, so that padding there matters in any case.
     """
-    if not _hands_out_keys(module, decoder):
+    if not (reads_text or _hands_out_keys(module, decoder)):
         return None
     found = _mask(decoder)
     if found is None:

@@ -29,6 +29,7 @@ from parvts_fx.passes.version_writes import VersionWrites
 from parvts_fx.passes.write_out_sizes import WriteOutSizes
 from parvts_fx.precondition import Precondition, same_count, visual_mask
 from parvts_fx.report import GraphReport, LayerReport
+from parvts_fx.scores import reads_text
 from parvts_fx.verify import CHEAP_CHECKS, Check, verifier
 
 
@@ -97,7 +98,7 @@ def rewrite_graph(
     if hint(visuals) == 0:
         raise Refusal("there are fewer visual tokens than samples", merge.output)
     precondition = Precondition(work, merge) if merge.count is None else None
-    mask, padding = visual_mask(work, merge), padding_check(work, decoder)
+    mask, padding = visual_mask(work, merge), padding_check(work, decoder, reads_text(options.score))
     state = State(work, decoder, options)
     hooks = [verifier(checks), log_hook, dump_hook(work, merge, hint(visuals))]
     records = run_pipeline(build_pipeline(options) if passes is None else passes, state, hooks)

@@ -3,7 +3,8 @@
 A rule is a function ``score(hidden, visual) -> scores``: hidden [batch, seq, hidden] is the decoder's input after the
 merge, visual [batch, seq] bool tells where visual tokens stand, scores [batch, seq] ranks them (higher is kept first;
 entries at text positions are ignored). It is traced into the graph. A rule must not let a sample's scores depend on
-other samples, nor on padding: text rows may be padding, so the built-in rules look at visual rows alone.
+other samples, nor on padding: text rows may be padding, so the built-in rules look at visual rows alone, or at the text
+behind the first visual token (a prompt with padding there runs unrewritten).
 """
 
 from __future__ import annotations
@@ -24,10 +25,15 @@ if TYPE_CHECKING:
 Rule = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 _RULES: dict[str, Rule] = {}
+_READ_TEXT: set[str] = set()
+"""Rules whose scores depend on the text behind the first visual token."""
 
 
-def register_rule(name: str) -> Callable[[Rule], Rule]:
+def register_rule(name: str, reads_text: bool = False) -> Callable[[Rule], Rule]:
     """Decorator that makes a rule available as ``score="name"``.
+
+    Args:
+        reads_text: the scores depend on the text behind the first visual token, and on no other text.
 
     Raises:
         ValueError: the name is taken.
@@ -37,9 +43,16 @@ def register_rule(name: str) -> Callable[[Rule], Rule]:
         if name in _RULES:
             raise ValueError(f"parvts_fx: a scoring rule named {name!r} exists already; choose another name")
         _RULES[name] = rule
+        if reads_text:
+            _READ_TEXT.add(name)
         return rule
 
     return register
+
+
+def reads_text(rule: str | Rule) -> bool:
+    """Whether a rule's scores depend on text; a callable's are taken not to."""
+    return rule in _READ_TEXT
 
 
 def known_rules() -> tuple[str, ...]:
@@ -58,6 +71,13 @@ def distinct(hidden: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
     return _centred(hidden, visual).norm(dim=-1)
 
 
+@register_rule("typical")
+def typical(hidden: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+    """The similarity that a token receives from the sample's visual tokens, on average."""
+    direction = F.normalize(hidden.float(), dim=-1) * visual[..., None]
+    return (direction * direction.sum(1, keepdim=True)).sum(-1)
+
+
 @register_rule("diverse")
 def diverse(hidden: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
     """Distinctness times the distance to the nearest token that is more distinct.
@@ -65,15 +85,34 @@ def diverse(hidden: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
     Ranks as a greedy choice of relevant and mutually different tokens would, without a loop over the kept tokens.
     """
     centred = _centred(hidden, visual)
-    relevance = centred.norm(dim=-1)
-    direction = F.normalize(centred, dim=-1)
-    distance = 1 - direction @ direction.transpose(1, 2)
-    position = torch.arange(visual.shape[1], device=visual.device)
-    ahead = (relevance[:, None, :] > relevance[:, :, None]) | (
-        (relevance[:, None, :] == relevance[:, :, None]) & (position < position[:, None])
-    )
-    nearest = distance.masked_fill(~(ahead & visual[:, None, :]), 2.0).amin(dim=-1)
-    return relevance * nearest
+    return _spread_out(centred.norm(dim=-1), centred, visual)
+
+
+@register_rule("peaks")
+def peaks(hidden: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+    """Density times the distance to the nearest token in a denser place: the centres of clusters, large ones first.
+
+    After density-peak clustering (Rodriguez and Laio, Science 344, 2014), with the similarity to all visual tokens as
+    density.
+    """
+    direction = F.normalize(_centred(hidden, visual), dim=-1)
+    density = (torch.exp(4 * (direction @ direction.transpose(1, 2) - 1)) * visual[:, None, :]).sum(-1)
+    return _spread_out(density, direction, visual)
+
+
+@register_rule("question", reads_text=True)
+def question(hidden: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+    """The greatest similarity to a word behind the first visual token."""
+    direction = F.normalize(_centred(hidden, visual), dim=-1)
+    words = F.normalize(hidden.float(), dim=-1)
+    asked = ~visual & (visual.long().cumsum(1) > 0)
+    return (direction @ words.transpose(1, 2)).masked_fill(~asked[:, None, :], -1.0).amax(dim=-1)
+
+
+@register_rule("question_diverse", reads_text=True)
+def question_diverse(hidden: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+    """Similarity to the question times the distance to the nearest token that is more similar to it."""
+    return _spread_out(1 + question(hidden, visual), _centred(hidden, visual), visual)
 
 
 @register_rule("uniform")
@@ -91,6 +130,17 @@ def random(hidden: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
 
 
 register_rule("auto")(diverse)
+
+
+def _spread_out(relevance: torch.Tensor, vectors: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+    """Relevance [batch, seq] times the cosine distance (0 to 2) to the nearest visual token that is more relevant."""
+    direction = F.normalize(vectors, dim=-1)
+    distance = 1 - direction @ direction.transpose(1, 2)
+    position = torch.arange(visual.shape[1], device=visual.device)
+    ahead = (relevance[:, None, :] > relevance[:, :, None]) | (
+        (relevance[:, None, :] == relevance[:, :, None]) & (position < position[:, None])
+    )
+    return relevance * distance.masked_fill(~(ahead & visual[:, None, :]), 2.0).amin(dim=-1)
 
 
 def _centred(hidden: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:

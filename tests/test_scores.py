@@ -34,14 +34,22 @@ def test_rules_run_through_the_backend(model, name):
 
 @pytest.mark.parametrize("name", scores.known_rules())
 def test_rules_look_at_the_samples_visual_tokens_alone(name):
-    """Other samples and text rows, padding included, do not matter; nor does a shift of the visual tokens."""
+    """Other samples and text rows, padding included, do not matter; nor does a shift of the visual tokens.
+
+    Of rules that read the question, the text behind the first visual token matters, in whatever order.
+    """
     hidden, visual = drawn()
     rule = scores._RULES[name]
-    alone = rule(hidden[1:, visual[1]], torch.ones(1, 8, dtype=torch.bool))
+    asked = ~visual[1] & (visual[1].cumsum(0) > 0) if scores.reads_text(name) else torch.zeros_like(visual[1])
+    alone = rule(torch.cat([hidden[1:, visual[1]], hidden[1:, asked]], 1),
+                 torch.cat([visual[1, visual[1]], visual[1, asked]])[None])[:, :8]
     other = hidden.clone()
     other[0] = 100.0
-    other[1, ~visual[1]] = -50.0
+    other[1, ~visual[1] & ~asked] = -50.0
     torch.testing.assert_close(rule(other, visual)[1, visual[1]], alone[0], rtol=1e-4, atol=1e-5)
+    if asked.any():
+        other[1, asked] *= -1
+        assert not torch.allclose(rule(other, visual)[1, visual[1]], alone[0])
 
 
 def test_diverse_is_relevance_times_distance_to_the_nearest_better_one():
@@ -55,6 +63,21 @@ def test_diverse_is_relevance_times_distance_to_the_nearest_better_one():
         near = [1 - torch.cosine_similarity(centred[i], centred[j], dim=0) for j in better]
         wanted.append(relevance[i] * min(near, default=torch.tensor(2.0)))
     torch.testing.assert_close(scores.diverse(hidden, visual)[0, visual[0]], torch.stack(wanted))
+
+
+def test_peaks_begin_with_the_middle_of_the_larger_cluster():
+    """Three directions with 5, 3 and 1 tokens near them: the first two ranks are in the two larger clusters."""
+    torch.manual_seed(0)
+    tokens = torch.eye(3)[[0, 1, 0, 2, 0, 1, 0, 1, 0]] + 0.02 * torch.randn(9, 3)
+    order = scores.peaks(tokens[None], torch.ones(1, 9, dtype=torch.bool))[0].argsort(descending=True).tolist()
+    assert order[0] in (0, 2, 4, 6, 8) and order[1] in (1, 5, 7) and order[2] == 3
+
+
+def test_question_prefers_what_the_text_behind_names():
+    words = torch.eye(4)
+    hidden = torch.stack([words[3], words[0], words[1], words[2], words[1]])[None]  # text, three patches, text
+    visual = torch.tensor([[False, True, True, True, False]])
+    assert scores.question(hidden, visual)[0, 1:4].argmax() == 1
 
 
 def test_norm():

@@ -19,6 +19,7 @@ from parvts_fx.capture import capture as captured_copy
 from parvts_fx.passes.invert_permutations import InvertPermutations
 from parvts_fx.passes.spread_masked_updates import SpreadMaskedUpdates
 from parvts_fx.passes.version_writes import VersionWrites
+from parvts_fx.passes.write_out_sizes import WriteOutSizes
 from tests.comparing import TOLERANCE
 from tests.models.builders import BUILDERS
 from tests.models.generating import Comparison, cache_lengths, run_generate
@@ -113,6 +114,22 @@ def test_a_tensor_has_a_new_name_behind_a_write(function, count):
         return VersionWrites().run(module, next(node for node in module.graph.nodes if node.op == "call_function"))
 
     assert rewritten_alike(function, (torch.randn(3, 4, 4),), rewrite) == count
+
+
+def test_sizes_are_written_out():
+    """A size that is a value of its own goes into the operations that take it; one that is returned stays."""
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    size = graph.call_function(torch.Size, ([2, 3, 4],))
+    graph.output((graph.call_method("view", (x, size)), graph.call_function(operator.getitem, (size, 1)), size))
+    module = torch.fx.GraphModule({}, graph)
+    assert WriteOutSizes().run(module) == 1
+    module.graph.lint()
+    module.recompile()
+    view = next(node for node in module.graph.nodes if node.op == "call_method")
+    assert tuple(view.args[1]) == (2, 3, 4)
+    shaped, middle, whole = module(torch.arange(24))
+    assert (shaped.shape, middle, whole) == ((2, 3, 4), 3, (2, 3, 4))
 
 
 def test_only_writes_are_writes():

@@ -319,3 +319,46 @@ def test_conversation_goes_on(model, by_hand):
             tokens = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache,
                                     max_new_tokens=steps, do_sample=False)[0, -steps:].tolist()
     assert tokens == wanted
+
+
+def moved_to_the_right(prompt: llava.Prompt) -> dict[str, torch.Tensor]:
+    """The prompt with its padding behind the text."""
+    order = prompt.inputs["attention_mask"].argsort(dim=1, descending=True, stable=True)
+    return {**prompt.inputs, **{name: prompt.inputs[name].gather(1, order) for name in ("input_ids", "attention_mask")}}
+
+
+@pytest.mark.supports("Left unrewritten", "padding behind visual tokens, where keys are handed out")
+def test_padding_behind_visual_tokens(model, prompt):
+    """A decode step would read the mask's columns, which are the full prompt's, at the pruned cache's places."""
+    inputs = moved_to_the_right(prompt)
+    plain, output, told = run_both(model, inputs)
+    assert_same_logits(output, plain)
+    assert len(told) == 1 and "padding stands behind visual tokens" in told[0]
+    assert output.past_key_values.layers[0].keys.shape[-2] == inputs["input_ids"].shape[1]
+
+
+def test_padding_behind_visual_tokens_without_a_cache(model, prompt):
+    """Nothing reads the mask again, so it is pruned, and each sample's logits are what they are with left padding."""
+    inputs = moved_to_the_right(prompt)
+    wanted = expected(model, prompt)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compile_with_parvts(model)
+        with torch.no_grad():
+            output = model(**inputs, use_cache=False)
+    assert output.logits.shape[1] == len(wanted[0].rows) < inputs["input_ids"].shape[1]
+    for sample, one in enumerate(wanted):
+        padding = int((prompt.inputs["attention_mask"][sample] == 0).sum())
+        count = len(one.rows) - padding
+        error = reference.relative_error(output.logits[sample, :count], one.logits[padding:])
+        assert error <= 1e-4  # positions are shifted by the padding, which rotary embeddings feel in rounding alone
+
+
+def test_rules_that_read_text_refuse_padding_there(model, prompt):
+    inputs = moved_to_the_right(prompt)
+    with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        plain = model(**inputs, use_cache=False)
+        compile_with_parvts(model, strict=False, score="question")
+        assert_same_logits(model(**inputs, use_cache=False), plain)
+    assert len(reasons(caught)) == 1 and "the scoring rule reads text there" in reasons(caught)[0]

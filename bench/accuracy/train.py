@@ -1,7 +1,7 @@
 """Train the model of one seed: ``python -m bench.accuracy.train --seed 0``.
 
 First the vision tower learns what each patch shows (real towers are pretrained too), then the whole model answers
-questions, many to a picture (batches.py). A batch is a function of the seed and the step, so a training that was
+questions, many to a picture (batches.py), until it is good at every kind, and cools down at a falling rate. A batch is a function of the seed and the step, so a training that was
 stopped goes on from its checkpoint as if it had not been. Matrix products run in bfloat16, weights stay in float32.
 """
 
@@ -30,6 +30,9 @@ from bench.accuracy.scenes import EVERYWHERE, LABELS
 
 VALIDATION_PICTURES = 64
 CHECKPOINT = "checkpoint.pt"
+TARGET = 0.95
+"""Share of right answers on every kind of question behind which the model cools down."""
+
 SEEN_SHARE = 0.1
 """Weight of the vision tower's own loss while the whole model learns questions."""
 
@@ -106,7 +109,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="of weights and pictures")
     parser.add_argument("--vision-steps", type=int, default=1000, help="steps on the vision tower alone")
-    parser.add_argument("--steps", type=int, default=5000, help="steps on questions")
+    parser.add_argument("--steps", type=int, default=5000, help="most steps on questions, ended where every kind is "
+                        f"right to {100 * TARGET:.0f} %%")
+    parser.add_argument("--cooling", type=int, default=600, help="steps with a falling rate at the end")
     parser.add_argument("--pictures", type=int, default=16, help="pictures in a step on questions")
     parser.add_argument("--questions", type=int, default=16, help="questions to a picture")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="highest learning rate on questions")
@@ -213,7 +218,8 @@ def main(arguments: list[str] | None = None) -> int:
     transformers.logging.set_verbosity_error()
     console = Console()
     stages = (Stage("vision", options.vision_steps, 32, 2e-3),
-              Stage("questions", options.steps, options.pictures, options.rate))
+              Stage("questions", options.steps, options.pictures, options.rate),
+              Stage("cooling", options.cooling, options.pictures, options.rate / 2, warmup=20))
     training = Training(stages, options.seed, options.out / CHECKPOINT, options.questions,
                         compiled=not options.no_compile)
     if training.path.exists() and not options.fresh:
@@ -224,15 +230,19 @@ def main(arguments: list[str] | None = None) -> int:
         while training.stage < len(stages):
             stage = stages[training.stage]
             task = progress.add_task(stage.name, total=stage.steps, completed=training.step)
-            while training.step < stage.steps:
+            ended = False
+            while training.step < stage.steps and not ended:
                 loss = training.advance()
                 progress.update(task, completed=training.step, description=f"{stage.name} {loss:.3f}")
                 if training.step % options.validate == 0:
                     text = f"{stage.name} {training.step}: loss {loss:.4f}, {training.seconds:.0f} s"
-                    if stage.name == "questions":
-                        text += ", " + describe(validate(training.trainee, options.questions, options.seed))
+                    if stage.name != "vision":
+                        counts = validate(training.trainee, options.questions, options.seed)
+                        text += ", " + describe(counts)
+                        ended = stage.name == "questions" and min(r / max(1, n) for r, n in counts.values()) >= TARGET
                     console.print(text)
-                    training.save()
+                    if not ended:  # then the stage's end is kept, at once
+                        training.save()
             training.finish_stage()
             training.save()
     training.trainee.model.save_pretrained(options.out)

@@ -1,0 +1,149 @@
+"""What pruning costs in accuracy: ``python -m bench.accuracy.evaluate``.
+
+Three studies on held-out pictures, each question answered by greedy decoding: scoring rules, migration depth and fusion,
+and ParVTS beside other methods. Results are kept after every way to answer, so that a run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import logging
+import multiprocessing
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.accuracy.examples import VISUAL, grade, sample_examples
+from bench.accuracy.plots import plot_depth, plot_methods, plot_rules
+from bench.accuracy.statistics import summarise
+from bench.accuracy.tables import tables
+from bench.accuracy.ways import Way, prepare
+from bench.measuring import machine
+from parvts_fx.options import Options
+from parvts_fx.scores import known_rules
+
+HERE = Path(__file__).parent
+WEIGHTS = HERE / "weights"
+RESULTS = HERE.parent / "results"
+KEPT = (48, 32, 16, 8, 4)
+"""Of 144: 1/3, 2/9, 1/9, 1/18, 1/36."""
+
+BATCH = 40
+DEFAULT = Options()
+
+
+def ways(study: str, depth: int, score: str, fusion: str | float) -> list[Way]:
+    """What one study compares. The full model is among all of them."""
+    chosen = {"migration_depth": depth, "score": score, "fusion": fusion}
+    full = [Way("full", VISUAL, kind="chosen")]
+    if study == "rules":
+        rules = [rule for rule in known_rules() if rule != "auto"]
+        return full + [Way("parvts", kept, chosen | {"score": rule}) for kept in KEPT for rule in rules]
+    if study == "depth":
+        return full + [Way("parvts", kept, chosen | {"migration_depth": layers, "fusion": fused})
+                       for kept in (32, 16) for fused in ("attention", 0.5) for layers in (0, 1, 2, 3, 4, 5, 6, 8)]
+    before = {"migration_depth": 0, "fusion": "attention"}
+    return full + [way for kept in KEPT for way in (
+        Way("parvts", kept, chosen),
+        Way("joint", kept, chosen | {"paths": "joint", "fusion": "attention"}),
+        Way("parvts fusion 0.5", kept, chosen | {"fusion": 0.5}),
+        Way("pruned before layer 0", kept, before | {"score": score}),
+        Way("the same, positions counted anew", kept, {"score": score}, "chosen"),
+        Way("FastV", kept, {}, "FastV"),
+        Way("random", kept, before | {"score": "random"}),
+        Way("parvts, random choice", kept, chosen | {"score": "random"}),
+        Way("downsampled", kept, {}, "pooled"),
+    )]
+
+
+def answer_all(way: Way, weights: Path, pictures: int, seed: int) -> dict[str, Any]:
+    """Everything that is kept of one way; runs in a process of its own."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    transformers.logging.set_verbosity_error()
+    torch._dynamo.reset()
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(weights, dtype=torch.float32).eval()
+    model.requires_grad_(False)
+    prepared = prepare(model, way)
+    examples = sample_examples(pictures, seed)
+    right = grade(prepared.answer, examples.with_visual(prepared.visual) if prepared.visual else examples, BATCH)
+    flops = prepared.flops() - (0 if way.kind == "FastV" else _tower_flops(model))
+    return {"name": way.name, "kept": way.kept, "options": way.options, "key": way.key, "decoder_flops": flops / BATCH,
+            "right": np.packbits(right).tobytes().hex()}
+
+
+def _tower_flops(model: Any) -> int:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.model.get_image_features(pixel_values=torch.zeros(BATCH, 3, 96, 96))
+    return counter.get_total_flops()
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.accuracy.evaluate", description=__doc__.splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("studies", nargs="*", default=["rules", "depth", "methods"], metavar="study",
+                        help="rules, depth, methods")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder with a trained model")
+    parser.add_argument("--pictures", type=int, default=250, help="held-out pictures, with one question of each kind")
+    parser.add_argument("--seed", type=int, default=1000, help="of the held-out pictures")
+    parser.add_argument("--depth", type=int, default=DEFAULT.migration_depth, help="migration depth where it is not varied")
+    parser.add_argument("--score", default=DEFAULT.score, help="scoring rule where it is not varied")
+    parser.add_argument("--fusion", default=DEFAULT.fusion, help="fusion where it is not varied")
+    parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each")
+    parser.add_argument("--name", default="accuracy", help="of the files under bench/results")
+    parser.add_argument("--fresh", action="store_true", help="forget kept results")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.studies) - {"rules", "depth", "methods"}:
+        parser.error(f"unknown study {sorted(unknown)[0]!r}: choose from rules, depth, methods")
+    if options.pictures * 8 % BATCH:
+        parser.error(f"--pictures: {options.pictures} must be a multiple of {BATCH // 8}")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Answer, keep, show."""
+    options = parse_arguments(arguments)
+    console = Console()
+    path = RESULTS / f"{options.name}.json"
+    settings = {"pictures": options.pictures, "seed": options.seed, "weights": options.weights.name}
+    kept: dict[str, Any] = {}
+    if path.exists() and not options.fresh:
+        held = json.loads(path.read_text())
+        kept = held["ways"] if held["settings"] == settings else {}
+    asked = {study: ways(study, options.depth, options.score, options.fusion) for study in options.studies}
+    todo = {way.key: way for study in asked.values() for way in study if way.key not in kept}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress, concurrent.futures.ProcessPoolExecutor(
+            options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        task = progress.add_task("answering", total=len(todo))
+        running = {pool.submit(answer_all, way, options.weights, options.pictures, options.seed): way
+                   for way in todo.values()}
+        for done in concurrent.futures.as_completed(running):
+            kept[running[done].key] = done.result()
+            path.write_text(json.dumps({"machine": machine(torch.device("cpu")), "settings": settings, "ways": kept},
+                                       indent=1) + "\n")
+            progress.update(task, advance=1, description=running[done].key[:60])
+    full = kept[Way("full", VISUAL, kind="chosen").key]
+    for study, compared in asked.items():
+        rows = summarise([kept[way.key] for way in compared], full, options.pictures)
+        for table in tables(study, rows):
+            console.print(table)
+        plot = {"rules": plot_rules, "depth": plot_depth, "methods": plot_methods}[study]
+        console.print(f"Written: {plot(rows, RESULTS / f'{options.name}_{study}.png')}")
+    console.print(f"Written: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,205 @@
+"""Every way to answer with fewer visual tokens that the evaluation compares."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+from torch.fx import GraphModule
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import parvts_fx
+from bench.accuracy.examples import LONGEST_ANSWER, Answer
+from bench.accuracy.questions import END, IMAGE_TOKEN, PAD
+from bench.accuracy.scenes import GRID
+from parvts_fx import scores
+
+FASTV_LAYERS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """One way to answer, at one number of visual tokens."""
+
+    name: str
+    kept: int
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Of parvts_fx.compile, for what goes through it."""
+
+    kind: str = "parvts"
+    """"parvts", "FastV", "pooled" (features averaged) or "chosen" (chosen features in front of the decoder, positions
+    counted anew)."""
+
+    @property
+    def key(self) -> str:
+        settings = ", ".join(f"{name}={held}" for name, held in sorted(self.options.items()))
+        return f"{self.name} | {settings} | {self.kept}"
+
+
+@dataclasses.dataclass
+class Prepared:
+    """A model that answers in one way."""
+
+    answer: Answer
+    flops: Callable[[], int]
+    """Of the last prefill's decoder, per batch; to be called behind an answer."""
+
+    visual: int | None = None
+    """Image tokens that its prompts must have; None for one a patch."""
+
+
+def prepare(model: Any, way: Way) -> Prepared:
+    """A copy of the model that answers in one way; what it costs without the vision tower."""
+    model = copy.deepcopy(model)
+    if way.kind == "parvts":
+        return _compiled(model, way)
+    if way.kind == "FastV":
+        fastv = FastV(model, way.kept)
+        return Prepared(fastv.answer, lambda: fastv.flops)
+    projector = model.model.multi_modal_projector
+    wrapped = Pooled(projector, way.kept) if way.kind == "pooled" else Chosen(projector, way.kept, **way.options)
+    model.model.multi_modal_projector = wrapped
+    counted = _Counted(model)
+    return Prepared(counted.answer, lambda: counted.flops, way.kept)
+
+
+def _generate(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    ids = model.generate(**batch, max_new_tokens=LONGEST_ANSWER + 1, do_sample=False)
+    return ids[:, batch["input_ids"].shape[1]:]
+
+
+def _compiled(model: Any, way: Way) -> Prepared:
+    """Through parvts_fx.compile; a depth as a share of the layers is written as such in the options."""
+    counts: list[int] = []
+
+    def lowering(module: GraphModule, example_inputs: list[object]) -> Callable[..., Any]:
+        if not counts:  # the prefill comes first
+            counts.append(parvts_fx.api.count_flops(module))
+        return module.forward
+
+    parvts_fx.compile(model, lowering=lowering, strict=True, keep_tokens=way.kept, **way.options)
+    return Prepared(lambda batch: _generate(model, batch), lambda: counts[0])
+
+
+class _Counted:
+    """Generates eagerly, counting the first prefill's FLOPs."""
+
+    def __init__(self, model: Any):
+        self.model, self.flops = model, 0
+
+    def answer(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        if not self.flops:
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                self.model(**batch, logits_to_keep=1)
+            self.flops = counter.get_total_flops()
+        return _generate(self.model, batch)
+
+
+class Pooled(nn.Module):
+    """Downsampling: projected features averaged over a coarser grid."""
+
+    def __init__(self, projector: nn.Module, kept: int):
+        super().__init__()
+        self.projector = projector
+        self.shape = next((side, kept // side) for side in range(int(kept**0.5), 0, -1) if kept % side == 0)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        grid = self.projector(features).transpose(1, 2).unflatten(2, (GRID, GRID))
+        return F.adaptive_avg_pool2d(grid, self.shape).flatten(2).transpose(1, 2)
+
+
+class Chosen(nn.Module):
+    """Pruning in front of the decoder with positions counted anew: a shorter prompt with chosen features."""
+
+    def __init__(self, projector: nn.Module, kept: int, score: str = "auto"):
+        super().__init__()
+        self.projector, self.kept, self.rule = projector, kept, scores._RULES[score]
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        projected = self.projector(features)
+        ranked = self.rule(projected, torch.ones(projected.shape[:2], dtype=torch.bool))
+        rows = ranked.argsort(dim=-1, descending=True, stable=True)[:, :self.kept].sort(-1).values
+        return projected.gather(1, rows[..., None].expand(-1, -1, projected.shape[-1]))
+
+
+class FastV:
+    """FastV (arXiv 2403.06764) with K = 2 and a prompt padded on the left, written from the paper's description.
+
+    Behind the second layer the visual tokens stay that the prompt's last row attends to most there, averaged over heads.
+    Each layer of the cache keeps the rows that the layer has had. For Llama's layers.
+    """
+
+    def __init__(self, model: Any, kept: int):
+        self.model, self.kept, self.flops = model, kept, 0
+        self.text = model.model.language_model
+
+    def answer(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        ids, valid = batch["input_ids"], batch["attention_mask"].bool()
+        features = torch.cat(list(self.model.model.get_image_features(pixel_values=batch["pixel_values"]).pooler_output))
+        hidden = self.model.get_input_embeddings()(ids)
+        hidden = hidden.masked_scatter((ids == IMAGE_TOKEN)[..., None], features)
+        cache = transformers.DynamicCache(config=self.text.config)
+        if self.flops:
+            logits, seen = self.prefill(hidden, ids == IMAGE_TOKEN, valid, cache)
+        else:
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                logits, seen = self.prefill(hidden, ids == IMAGE_TOKEN, valid, cache)
+            self.flops = counter.get_total_flops()
+        return self.decode(logits, seen, valid.sum(1), cache)
+
+    def prefill(self, hidden: torch.Tensor, visual: torch.Tensor, valid: torch.Tensor,
+                cache: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Logits of the last row [batch, vocabulary]; for each layer which of its cached rows may be seen."""
+        positions = (valid.long().cumsum(1) - 1).clamp(min=0)
+        seen = []
+        for index, layer in enumerate(self.text.layers):
+            if index == FASTV_LAYERS:
+                rows = self.choose(before, rotary, visual, valid, cache)
+                hidden = hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1]))
+                positions, valid = positions.gather(1, rows), valid.gather(1, rows)
+            size = hidden.shape[1]
+            causal = torch.ones(size, size, dtype=torch.bool).tril()
+            mask = (causal & valid[:, None, :]) | torch.eye(size, dtype=torch.bool)
+            rotary, before = self.text.rotary_emb(hidden, positions), hidden
+            hidden = layer(hidden, attention_mask=mask[:, None], position_embeddings=rotary, past_key_values=cache,
+                           use_cache=True)
+            seen.append(valid)
+        return self.model.lm_head(self.text.norm(hidden[:, -1])), seen
+
+    def choose(self, entering: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], visual: torch.Tensor,
+               valid: torch.Tensor, cache: Any) -> torch.Tensor:
+        """Rows of text and of the visual tokens with the most attention, in order: [batch, rows]."""
+        layer, held = self.text.layers[FASTV_LAYERS - 1], cache.layers[FASTV_LAYERS - 1]
+        attention = layer.self_attn
+        query = attention.q_proj(layer.input_layernorm(entering[:, -1:])).unflatten(-1, (-1, attention.head_dim))
+        query = query.transpose(1, 2)
+        turned = torch.cat([-query[..., attention.head_dim // 2:], query[..., :attention.head_dim // 2]], -1)
+        cosine, sine = (part[:, None, -1:] for part in rotary)
+        weights = (query * cosine + turned * sine) @ held.keys.transpose(2, 3) * attention.scaling
+        weights = weights.masked_fill(~valid[:, None, None], -torch.inf).softmax(-1).mean((1, 2))
+        order = weights.masked_fill(~visual, -1).argsort(dim=-1, descending=True, stable=True)
+        keep = ~visual
+        keep.scatter_(1, order[:, :self.kept], True)
+        return keep.nonzero()[:, 1].view(len(keep), -1)
+
+    def decode(self, logits: torch.Tensor, seen: list[torch.Tensor], position: torch.Tensor, cache: Any) -> torch.Tensor:
+        """Greedy words, [batch, LONGEST_ANSWER + 1]."""
+        words = [logits.argmax(-1)]
+        for _ in range(LONGEST_ANSWER):
+            hidden = self.model.get_input_embeddings()(words[-1])[:, None]
+            rotary = self.text.rotary_emb(hidden, position[:, None])
+            for index, layer in enumerate(self.text.layers):
+                seen[index] = F.pad(seen[index], (0, 1), value=True)
+                hidden = layer(hidden, attention_mask=seen[index][:, None, None], position_embeddings=rotary,
+                               past_key_values=cache, use_cache=True)
+            following = self.model.lm_head(self.text.norm(hidden[:, -1])).argmax(-1)
+            words.append(following.masked_fill((words[-1] == END) | (words[-1] == PAD), PAD))
+            position = position + 1
+        return torch.stack(words, 1)
