@@ -30,8 +30,7 @@ def plot_kept(rows: Sequence[Row], path: Path) -> Path:
 
 def plot_lengths(rows: Sequence[Row], path: Path) -> Path:
     """Prefill and decode step against the length of the prompt."""
-    pyplot = _pyplot()
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(12, 5), layout="constrained")
     _lines(left, rows, "visual", lambda row: row["prefill"])
     _lines(right, rows, "visual", lambda row: row["step"])
     ours = [row for row in rows if row["method"] == "parvts"]
@@ -56,22 +55,23 @@ def _lines(axes: Any, rows: Sequence[Row], across: str, of: Callable[[Row], dict
 
 def open_figure() -> tuple[Any, Any]:
     """A figure with one pair of axes."""
-    return _pyplot().subplots(figsize=(7.5, 5), layout="constrained")
+    return pyplot().subplots(figsize=(7.5, 5), layout="constrained")
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib's pyplot, drawing to files."""
     try:
         import matplotlib
     except ImportError:
-        raise SystemExit('The plots need matplotlib: pip install -e ".[bench]"') from None
+        raise SystemExit('This needs matplotlib: pip install -e ".[bench]"') from None
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot as found
 
-    return pyplot
+    return found
 
 
 def save(figure: Any, path: Path) -> Path:
     """Write a figure as PNG."""
     figure.savefig(path, dpi=120)
-    _pyplot().close(figure)
+    pyplot().close(figure)
     return path

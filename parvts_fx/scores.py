@@ -55,6 +55,11 @@ def reads_text(rule: str | Rule) -> bool:
     return rule in _READ_TEXT
 
 
+def rule_named(name: str | Rule) -> Rule:
+    """A registered rule; a callable is returned as it is."""
+    return _RULES[name] if isinstance(name, str) else name
+
+
 def known_rules() -> tuple[str, ...]:
     return tuple(_RULES)
 
@@ -164,7 +169,7 @@ def trace_rule(editor: Editor, rule: str | Rule, hidden: Node, visual: Node) -> 
         ValueError: the rule cannot be traced, or does not return a [batch, seq] tensor of real numbers.
     """
     name = rule if isinstance(rule, str) else getattr(rule, "__name__", type(rule).__name__)
-    function = _RULES[rule] if isinstance(rule, str) else rule
+    function = rule_named(rule)
     returned: list[object] = []
 
     def traced(hidden: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:

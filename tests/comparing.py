@@ -14,7 +14,7 @@ TOLERANCE = 2e-5
 
 def rule(name: str = "auto"):
     """A built-in scoring rule; tests of the rules themselves are in test_scores.py."""
-    return scores._RULES[name]
+    return scores.rule_named(name)
 
 
 def expected(model: Any, prompt: llava.Prompt, inputs: dict | None = None, **options: Any) -> list[reference.Prefill]:

@@ -6,11 +6,16 @@ import numpy as np
 import pytest
 import torch
 
+from bench import answers
+from bench.accuracy import evaluate
 from bench.accuracy.batches import IDS, IGNORED, pack, question_batch, stream
+from bench.accuracy.examples import VISUAL, grade, sample_examples
 from bench.accuracy.model import build_model, build_processor, prompt
-from bench.accuracy.questions import SHARES, ask, vocabulary
+from bench.accuracy.questions import END, IMAGE_TOKEN, PAD, SHARES, ask, vocabulary
 from bench.accuracy.scenes import CELL, COLOURS, CORNERS, FONT, GROUNDS, IMAGE, draw, patch_labels, sample_scene
+from bench.accuracy.statistics import ahead, summarise, unpack
 from bench.accuracy.train import Stage, Training
+from bench.accuracy.ways import Way, generate, prepare
 
 NUMBERS = {"zero": 0, "one": 1, "two": 2, "three": 3, "four": 4}
 
@@ -132,3 +137,117 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_been(tmp_path, stop):
     again.load()
     assert first + run(again, 4 - stop) == pytest.approx(whole, rel=1e-6)
 
+
+
+# -- the evaluation ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return answers.load()
+
+
+@pytest.fixture(scope="module")
+def examples():
+    return sample_examples(10, 5)
+
+
+@pytest.fixture(scope="module")
+def whole(trained, examples) -> np.ndarray:
+    return grade(lambda batch: generate(trained, batch), examples, 40)
+
+
+def test_the_shipped_model_is_good_at_its_task(whole):
+    """80 questions; the card has the figure over 2,000."""
+    assert whole.shape == (80,) and whole.mean() >= 0.93
+
+
+def test_grading_knows_right_from_wrong(examples):
+    """Right is every word and the end; what follows the end does not matter."""
+    given = iter(examples.answers.split(40))
+    assert grade(lambda batch: next(given), examples, 40).all()
+    longer = examples.answers.clone()
+    longer[(longer == END).int().cumsum(1) - (longer == END).int() > 0] = 7
+    given = iter(longer.split(40))
+    assert grade(lambda batch: next(given), examples, 40).all()
+    wrong = examples.answers.clone()
+    wrong[:, 0] += 1
+    given = iter(wrong.split(40))
+    assert not grade(lambda batch: next(given), examples, 40).any()
+    cut = examples.answers.masked_fill(examples.answers == END, PAD)
+    given = iter(cut.split(40))
+    assert not grade(lambda batch: next(given), examples, 40).any()
+
+
+@pytest.mark.parametrize("kind", ["parvts", "FastV", "pooled", "chosen"])
+def test_ways_that_keep_every_token_answer_like_the_model(trained, examples, whole, kind):
+    prepared = prepare(trained, Way("all", VISUAL, {}, kind))
+    given = examples.with_visual(prepared.visual) if prepared.visual else examples
+    assert (grade(prepared.answer, given, 40) == whole).all()
+
+
+@pytest.mark.parametrize("kind", ["parvts", "FastV", "pooled", "chosen"])
+def test_ways_that_drop_tokens_do_and_cost_less(trained, examples, whole, kind):
+    def run(kept: int) -> tuple[np.ndarray, int]:
+        prepared = prepare(trained, Way("", kept, {}, kind))
+        given = examples.with_visual(prepared.visual) if prepared.visual else examples
+        return grade(prepared.answer, given, 40), prepared.flops()
+
+    (few, cheap), (_, dear) = run(4), run(VISUAL)
+    assert few.mean() < whole.mean() and cheap < 0.6 * dear
+
+
+def test_prompts_with_fewer_image_tokens(examples):
+    fewer = examples.with_visual(9)
+    assert ((fewer.ids == IMAGE_TOKEN).sum(1) == 9).all()
+    for short, long in zip(fewer.ids, examples.ids):
+        assert short[short != IMAGE_TOKEN].tolist() == long[long != IMAGE_TOKEN].tolist()
+
+
+def test_statistics():
+    """Shares of the full model's, and intervals that hold a known share."""
+    rng = np.random.default_rng(0)
+    pictures = 200
+
+    def row(share: float) -> dict:
+        right = rng.random((pictures, len(SHARES))) < share
+        return {"right": np.packbits(right.ravel()).tobytes().hex(), "decoder_flops": share, "name": "", "kept": 1}
+
+    full, good, bad = row(1.0), row(0.9), row(0.6)
+    assert unpack(full, pictures).all()
+    summary = summarise([full, good, bad], full, pictures)
+    assert summary[0]["share"] == summary[0]["low"] == summary[0]["high"] == 100
+    assert summary[1]["low"] < 90 < summary[1]["high"] and summary[1]["high"] - summary[1]["low"] < 5
+    assert summary[2]["share"] == pytest.approx(100 * unpack(bad, pictures).mean())
+    assert summary[2]["by_kind"]["word"] == pytest.approx(100 * unpack(bad, pictures)[:, list(SHARES).index("word")].mean())
+    difference, low, high = ahead(good, bad, full, pictures)
+    assert low < 30 < high and difference == pytest.approx(summary[1]["share"] - summary[2]["share"])
+
+
+def test_evaluation_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    """Ways that are kept are not run again; the tables and the plot come from all of them."""
+    monkeypatch.setattr(evaluate, "RESULTS", tmp_path)
+    asked = []
+
+    def answer_all(way, weights, pictures, seed):
+        asked.append(way.key)
+        right = np.random.default_rng(len(asked)).random(pictures * len(SHARES)) < 0.8
+        return {"name": way.name, "kept": way.kept, "options": way.options, "key": way.key, "decoder_flops": 1.0,
+                "right": np.packbits(right).tobytes().hex()}
+
+    class Here:
+        def __init__(self, *args, **kwargs): ...
+        def __enter__(self): return self
+        def __exit__(self, *args): ...
+
+        def submit(self, function, *args):
+            done = evaluate.concurrent.futures.Future()
+            done.set_result(answer_all(*args))
+            return done
+
+    monkeypatch.setattr(evaluate.concurrent.futures, "ProcessPoolExecutor", Here)
+    assert evaluate.main(["methods", "--kept", "16", "--pictures", "20"]) == 0
+    first = list(asked)
+    assert first and evaluate.main(["methods", "--kept", "16", "--pictures", "20"]) == 0 and asked == first
+    assert evaluate.main(["methods", "--kept", "16", "--pictures", "25"]) == 0 and asked == 2 * first
+    assert (tmp_path / "accuracy_methods.png").stat().st_size > 10_000

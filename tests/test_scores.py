@@ -39,7 +39,7 @@ def test_rules_look_at_the_samples_visual_tokens_alone(name):
     Of rules that read the question, the text behind the first visual token matters, in whatever order.
     """
     hidden, visual = drawn()
-    rule = scores._RULES[name]
+    rule = scores.rule_named(name)
     asked = ~visual[1] & (visual[1].cumsum(0) > 0) if scores.reads_text(name) else torch.zeros_like(visual[1])
     alone = rule(torch.cat([hidden[1:, visual[1]], hidden[1:, asked]], 1),
                  torch.cat([visual[1, visual[1]], visual[1, asked]])[None])[:, :8]
@@ -88,7 +88,7 @@ def test_norm():
 @pytest.mark.parametrize("name", ["uniform", "random"])
 def test_fixed_orders_have_no_ties(name):
     hidden, visual = drawn(length=40, visual=30)
-    held = scores._RULES[name](hidden, visual)[0, visual[0]]
+    held = scores.rule_named(name)(hidden, visual)[0, visual[0]]
     assert len(set(held.tolist())) == 30
 
 

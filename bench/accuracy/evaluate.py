@@ -12,6 +12,7 @@ import json
 import logging
 import multiprocessing
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,12 @@ from bench.accuracy.examples import VISUAL, grade, sample_examples
 from bench.accuracy.plots import plot_depth, plot_methods, plot_rules
 from bench.accuracy.statistics import summarise
 from bench.accuracy.tables import tables
-from bench.accuracy.ways import Way, prepare
+from bench.accuracy.ways import WEIGHTS, Way, prepare
 from bench.measuring import machine
 from parvts_fx.options import Options
 from parvts_fx.scores import known_rules
 
-HERE = Path(__file__).parent
-WEIGHTS = HERE / "weights"
-RESULTS = HERE.parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 KEPT = (48, 32, 16, 8, 4)
 """Of 144: 1/3, 2/9, 1/9, 1/18, 1/36."""
 
@@ -42,18 +41,22 @@ BATCH = 40
 DEFAULT = Options()
 
 
-def ways(study: str, depth: int, score: str, fusion: str | float) -> list[Way]:
-    """What one study compares. The full model is among all of them."""
+def ways(study: str, depth: int, score: str, fusion: str | float, counts: Sequence[int] = KEPT) -> list[Way]:
+    """What one study compares. The full model is among all of them.
+
+    Args:
+        counts: visual tokens kept, for rules every second of them.
+    """
     chosen = {"migration_depth": depth, "score": score, "fusion": fusion}
     full = [Way("full", VISUAL, kind="chosen")]
     if study == "rules":
         rules = [rule for rule in known_rules() if rule != "auto"]
-        return full + [Way("parvts", kept, chosen | {"score": rule}) for kept in KEPT for rule in rules]
+        return full + [Way("parvts", kept, chosen | {"score": rule}) for kept in counts[::2] for rule in rules]
     if study == "depth":
         return full + [Way("parvts", kept, chosen | {"migration_depth": layers, "fusion": fused})
-                       for kept in (32, 16) for fused in ("attention", 0.5) for layers in (0, 1, 2, 3, 4, 5, 6, 8)]
+                       for kept in counts[1:3] for fused in ("attention", 0.5) for layers in (0, 1, 2, 3, 4, 6, 8)]
     before = {"migration_depth": 0, "fusion": "attention"}
-    return full + [way for kept in KEPT for way in (
+    return full + [way for kept in counts for way in (
         Way("parvts", kept, chosen),
         Way("joint", kept, chosen | {"paths": "joint", "fusion": "attention"}),
         Way("parvts fusion 0.5", kept, chosen | {"fusion": 0.5}),
@@ -99,16 +102,23 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1000, help="of the held-out pictures")
     parser.add_argument("--depth", type=int, default=DEFAULT.migration_depth, help="migration depth where it is not varied")
     parser.add_argument("--score", default=DEFAULT.score, help="scoring rule where it is not varied")
-    parser.add_argument("--fusion", default=DEFAULT.fusion, help="fusion where it is not varied")
+    parser.add_argument("--fusion", default=DEFAULT.fusion, type=_fusion, help="fusion where it is not varied")
+    parser.add_argument("--kept", type=int, nargs="+", default=KEPT, help=f"visual tokens kept of {VISUAL}")
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--name", default="accuracy", help="of the files under bench/results")
     parser.add_argument("--fresh", action="store_true", help="forget kept results")
     options = parser.parse_args(arguments)
     if unknown := set(options.studies) - {"rules", "depth", "methods"}:
         parser.error(f"unknown study {sorted(unknown)[0]!r}: choose from rules, depth, methods")
+    if bad := [kept for kept in options.kept if not 1 <= kept <= VISUAL]:
+        parser.error(f"--kept: {bad[0]} is not within 1 to {VISUAL}")
     if options.pictures * 8 % BATCH:
         parser.error(f"--pictures: {options.pictures} must be a multiple of {BATCH // 8}")
     return options
+
+
+def _fusion(text: str) -> str | float:
+    return text if text == "attention" else float(text)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -121,7 +131,8 @@ def main(arguments: list[str] | None = None) -> int:
     if path.exists() and not options.fresh:
         held = json.loads(path.read_text())
         kept = held["ways"] if held["settings"] == settings else {}
-    asked = {study: ways(study, options.depth, options.score, options.fusion) for study in options.studies}
+    asked = {study: ways(study, options.depth, options.score, options.fusion, options.kept)
+             for study in options.studies}
     todo = {way.key: way for study in asked.values() for way in study if way.key not in kept}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress, concurrent.futures.ProcessPoolExecutor(

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 
 from bench.accuracy.batches import normalise, stream
-from bench.accuracy.model import build_processor, prompt
-from bench.accuracy.questions import END, IMAGE_TOKEN, PAD, SHARES, ask
-from bench.accuracy.scenes import GRID, draw, sample_scene
+from bench.accuracy.model import build_tokenizer, prompt
+from bench.accuracy.questions import END, IMAGE_TOKEN, PAD, SHARES, Question, ask
+from bench.accuracy.scenes import GRID, Scene, draw, sample_scene
 
 VISUAL = GRID**2
 LONGEST_ANSWER = 4
@@ -59,20 +59,23 @@ class Examples:
 
 def sample_examples(pictures: int, seed: int) -> Examples:
     """Pictures that no training of the same seed sees."""
-    rng, processor = stream(seed, "held out", 10**6), build_processor()
+    rng = stream(seed, "held out", 10**6)
     scenes = [sample_scene(rng) for _ in range(pictures)]
-    drawn = np.stack([draw(scene) for scene in scenes])
-    asked = [ask(scene, kind, rng) for scene in scenes for kind in SHARES]
-    texts = processor.tokenizer([prompt(question.text) for question in asked],
-                                padding=True, return_tensors="pt")
-    spread = torch.stack([_spread(row) for row in texts["input_ids"]])
-    answers = torch.full((len(asked), LONGEST_ANSWER + 1), PAD)
-    for row, question in zip(answers, asked):
-        words = processor.tokenizer.convert_tokens_to_ids(question.answer.split())
-        row[:len(words) + 1] = torch.tensor([*words, END])
-    picture = torch.arange(pictures).repeat_interleave(len(SHARES))
-    return Examples(normalise(drawn), picture, spread, (spread != PAD).long(), answers,
-                    [question.kind for question in asked])
+    return lay_out(scenes, [ask(scene, kind, rng) for scene in scenes for kind in SHARES])
+
+
+def lay_out(scenes: Sequence[Scene], questions: Sequence[Question]) -> Examples:
+    """Prompts for as many questions to every scene, those of a scene one behind the other."""
+    tokenizer = build_tokenizer()
+    texts = tokenizer([prompt(question.text) for question in questions], padding=True, return_tensors="pt")
+    ids = torch.stack([_spread(row) for row in texts["input_ids"]])
+    answers = torch.full((len(questions), LONGEST_ANSWER + 1), PAD)
+    for row, question in zip(answers, questions):
+        said = tokenizer.convert_tokens_to_ids(question.answer.split())
+        row[:len(said) + 1] = torch.tensor([*said, END])
+    picture = torch.arange(len(scenes)).repeat_interleave(len(questions) // len(scenes))
+    return Examples(normalise(np.stack([draw(scene) for scene in scenes])), picture, ids, (ids != PAD).long(), answers,
+                    [question.kind for question in questions])
 
 
 def _spread(row: torch.Tensor) -> torch.Tensor:

@@ -33,20 +33,25 @@ def build_model(layers: int = LAYERS, width: int = WIDTH) -> transformers.LlavaF
     return model
 
 
-def build_processor() -> transformers.LlavaProcessor:
-    """Words to ids, one token a word, with ``<s>`` in front; pictures to normalised pixels."""
+def build_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """Words to ids, one token a word, with ``<s>`` in front; padding on the left."""
     words = vocabulary()
     tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token=words[UNKNOWN]))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     tokenizer.post_processor = TemplateProcessing(single=f"{words[BEGIN]} $A", special_tokens=[(words[BEGIN], BEGIN)])
-    fast = transformers.PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=words[PAD], bos_token=words[BEGIN], eos_token=words[END],
         unk_token=words[UNKNOWN], additional_special_tokens=[words[IMAGE_TOKEN]], padding_side="left")
+
+
+def build_processor() -> transformers.LlavaProcessor:
+    """The tokenizer, and pictures to normalised pixels."""
+    words = vocabulary()
     images = transformers.CLIPImageProcessor(
         size={"shortest_edge": IMAGE}, crop_size={"height": IMAGE, "width": IMAGE}, image_mean=[MEAN] * 3,
         image_std=[STD] * 3)
     return transformers.LlavaProcessor(
-        image_processor=images, tokenizer=fast, patch_size=PATCH, vision_feature_select_strategy="default",
+        image_processor=images, tokenizer=build_tokenizer(), patch_size=PATCH, vision_feature_select_strategy="default",
         num_additional_image_tokens=1, image_token=words[IMAGE_TOKEN])
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import math
 import os
 import sys
@@ -24,12 +25,12 @@ from rich.progress import (
 )
 
 from bench.accuracy.batches import IGNORED, Batch, question_batch, stream, vision_batch
-from bench.accuracy.model import build_model, build_processor
+from bench.accuracy.model import build_model
 from bench.accuracy.questions import SHARES
 from bench.accuracy.scenes import EVERYWHERE, LABELS
 
 VALIDATION_PICTURES = 64
-CHECKPOINT = "checkpoint.pt"
+CHECKPOINT, FACTS = "checkpoint.pt", "training.json"
 TARGET = 0.95
 """Share of right answers on every kind of question behind which the model cools down."""
 
@@ -166,12 +167,15 @@ class Training:
         torch.manual_seed(seed)
         self.trainee = Trainee(compiled)
         self.stage = self.step = 0
+        self.done: list[int] = []
+        """Steps of each finished stage."""
         self.seconds = 0.0
         self.optimisers = build_optimisers(self.trainee, stages[0])
 
     def load(self) -> None:
         saved = torch.load(self.path)
         self.stage, self.step, self.seconds = saved["place"]
+        self.done = saved["done"]
         self.trainee.load_state_dict(saved["weights"])
         if self.stage < len(self.stages):
             self.optimisers = build_optimisers(self.trainee, self.stages[self.stage])
@@ -179,7 +183,7 @@ class Training:
                 optimiser.load_state_dict(content)
 
     def save(self) -> None:
-        content = {"place": (self.stage, self.step, self.seconds), "weights": self.trainee.state_dict(),
+        content = {"place": (self.stage, self.step, self.seconds), "done": self.done, "weights": self.trainee.state_dict(),
                    "optimisers": [optimiser.state_dict() for optimiser in self.optimisers]}
         torch.save(content, self.path.with_suffix(".tmp"))
         os.replace(self.path.with_suffix(".tmp"), self.path)  # a run that is stopped here loses nothing
@@ -206,6 +210,7 @@ class Training:
         return loss.item()
 
     def finish_stage(self) -> None:
+        self.done.append(self.step)
         self.stage, self.step = self.stage + 1, 0
         if self.stage < len(self.stages):
             self.optimisers = build_optimisers(self.trainee, self.stages[self.stage])
@@ -246,7 +251,9 @@ def main(arguments: list[str] | None = None) -> int:
             training.finish_stage()
             training.save()
     training.trainee.model.save_pretrained(options.out)
-    build_processor().save_pretrained(options.out)
+    facts = {"seed": options.seed, "steps": dict(zip((stage.name for stage in stages), training.done)),
+             "seconds": training.seconds}
+    (options.out / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
     console.print(f"Written: {options.out}")
     return 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +20,11 @@ import parvts_fx
 from bench.accuracy.examples import LONGEST_ANSWER, Answer
 from bench.accuracy.questions import END, IMAGE_TOKEN, PAD
 from bench.accuracy.scenes import GRID
-from parvts_fx import scores
+from parvts_fx.scores import rule_named
 
 FASTV_LAYERS = 2
+WEIGHTS = Path(__file__).parent / "weights"
+"""The trained model that comes with the project."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +73,8 @@ def prepare(model: Any, way: Way) -> Prepared:
     return Prepared(counted.answer, lambda: counted.flops, way.kept)
 
 
-def _generate(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def generate(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The ids that greedy decoding adds, [batch, up to LONGEST_ANSWER + 1]."""
     ids = model.generate(**batch, max_new_tokens=LONGEST_ANSWER + 1, do_sample=False)
     return ids[:, batch["input_ids"].shape[1]:]
 
@@ -85,7 +89,7 @@ def _compiled(model: Any, way: Way) -> Prepared:
         return module.forward
 
     parvts_fx.compile(model, lowering=lowering, strict=True, keep_tokens=way.kept, **way.options)
-    return Prepared(lambda batch: _generate(model, batch), lambda: counts[0])
+    return Prepared(lambda batch: generate(model, batch), lambda: counts[0])
 
 
 class _Counted:
@@ -99,7 +103,7 @@ class _Counted:
             with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
                 self.model(**batch, logits_to_keep=1)
             self.flops = counter.get_total_flops()
-        return _generate(self.model, batch)
+        return generate(self.model, batch)
 
 
 class Pooled(nn.Module):
@@ -120,7 +124,7 @@ class Chosen(nn.Module):
 
     def __init__(self, projector: nn.Module, kept: int, score: str = "auto"):
         super().__init__()
-        self.projector, self.kept, self.rule = projector, kept, scores._RULES[score]
+        self.projector, self.kept, self.rule = projector, kept, rule_named(score)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         projected = self.projector(features)
@@ -158,16 +162,17 @@ class FastV:
                 cache: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Logits of the last row [batch, vocabulary]; for each layer which of its cached rows may be seen."""
         positions = (valid.long().cumsum(1) - 1).clamp(min=0)
-        seen = []
+        seen, before, rotary = [], hidden, self.text.rotary_emb(hidden, positions)
         for index, layer in enumerate(self.text.layers):
             if index == FASTV_LAYERS:
                 rows = self.choose(before, rotary, visual, valid, cache)
                 hidden = hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1]))
                 positions, valid = positions.gather(1, rows), valid.gather(1, rows)
+                rotary = self.text.rotary_emb(hidden, positions)
             size = hidden.shape[1]
             causal = torch.ones(size, size, dtype=torch.bool).tril()
             mask = (causal & valid[:, None, :]) | torch.eye(size, dtype=torch.bool)
-            rotary, before = self.text.rotary_emb(hidden, positions), hidden
+            before = hidden
             hidden = layer(hidden, attention_mask=mask[:, None], position_embeddings=rotary, past_key_values=cache,
                            use_cache=True)
             seen.append(valid)

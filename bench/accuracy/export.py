@@ -1,0 +1,71 @@
+"""Ship a trained model: ``python -m bench.accuracy.export accuracy_out/seed0`` writes half-precision weights and a card."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+import transformers
+
+from bench.accuracy.examples import Examples, grade, sample_examples
+from bench.accuracy.model import build_tokenizer
+from bench.accuracy.questions import SHARES
+from bench.accuracy.train import FACTS
+from bench.accuracy.ways import WEIGHTS, generate
+
+PICTURES, SEED = 250, 999
+
+CARD = """# A small LLaVA for synthetic questions
+
+Written by `python -m bench.accuracy.export`; do not edit by hand.
+
+What it is: {parameters:.1f} M parameters in Hugging Face's LLaVA classes: a CLIP tower of 4 layers, a Llama of 8 layers,
+width 128; 144 visual tokens a picture of 96 x 96 pixels. float16 safetensors; load it in float32.
+
+What it is for: to measure what dropping visual tokens costs (`python -m bench.accuracy.evaluate`) and to show it
+(`python -m bench.demo`). It knows the synthetic pictures of `bench/accuracy/scenes.py`, the {words} words of
+`bench/accuracy/questions.py`, and nothing else. It was trained on generated pictures alone: no data of anyone's.
+
+How it was trained: `python -m bench.accuracy.train --seed {seed}` (torch {torch}, {steps}; {minutes:.0f} minutes of one
+core). The vision tower first learned what each patch shows, as real towers are pretrained.
+
+What it can do: right answers, every word, greedy decoding, on {pictures} held-out pictures with one question of each kind
+(`--seed {held_out}` of the evaluation's pictures), weights as shipped:
+
+| kind | right |
+| --- | --- |
+{rows}
+| **all** | **{mean:.1f} %** |
+"""
+
+
+def write(trained: Path, target: Path) -> None:
+    """Convert, measure, describe."""
+    facts = json.loads((trained / FACTS).read_text())
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(trained, dtype=torch.float32).eval()
+    model.half().save_pretrained(target)
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(target, dtype=torch.float32).eval()
+    examples: Examples = sample_examples(PICTURES, SEED)
+    right = grade(lambda batch: generate(model, batch), examples, 40).reshape(PICTURES, len(SHARES))
+    rows = "\n".join(f"| {kind} | {100 * share:.1f} % |" for kind, share in zip(SHARES, right.mean(0)))
+    (target / "README.md").write_text(CARD.format(
+        parameters=sum(p.numel() for p in model.parameters()) / 1e6, words=len(build_tokenizer()), rows=rows,
+        mean=100 * right.mean(), pictures=PICTURES, held_out=SEED, seed=facts["seed"], minutes=facts["seconds"] / 60,
+        torch=torch.__version__.split("+")[0],
+        steps=", ".join(f"{count} steps of {name}" for name, count in facts["steps"].items())))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.accuracy.export", description=__doc__)
+    parser.add_argument("trained", type=Path, help="folder that the training wrote")
+    parser.add_argument("--to", type=Path, default=WEIGHTS, help="folder for weights and card")
+    options = parser.parse_args(arguments)
+    write(options.trained, options.to)
+    print(f"Written: {options.to}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
