@@ -28,8 +28,9 @@ What it is for: to measure what dropping visual tokens costs (`python -m bench.a
 (`python -m bench.demo`). It knows the synthetic pictures of `bench/accuracy/scenes.py`, the {words} words of
 `bench/accuracy/questions.py`, and nothing else. It was trained on generated pictures alone: no data of anyone's.
 
-How it was trained: `python -m bench.accuracy.train --seed {seed}` (torch {torch}, {steps}; {minutes:.0f} minutes of one
-core). The vision tower first learned what each patch shows, as real towers are pretrained.
+How it was trained: `python -m bench.accuracy.train --seed {seed}` with torch {torch}, {minutes:.0f} minutes of one core:
+{steps}. The vision tower first learned what each patch shows, as real towers
+are pretrained.
 
 What it can do: right answers, every word, greedy decoding, on {pictures} held-out pictures with one question of each kind
 (`--seed {held_out}` of the evaluation's pictures), weights as shipped:
