@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from parvts_fx.analysis.records import VisualMerge
 from parvts_fx.analysis.values import ancestors, concrete, hint, is_tensor, value
+from parvts_fx.tower import trace_attended
 
 if TYPE_CHECKING:
     from torch.fx import Node
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
     from parvts_fx.passes.editing import Editor
 
 Rule = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+ATTENDED = "attended"
+"""The one rule that is no function of the decoder's input: the attention received inside the vision tower."""
 
 _RULES: dict[str, Rule] = {}
 _READ_TEXT: set[str] = set()
@@ -40,7 +45,7 @@ def register_rule(name: str, reads_text: bool = False) -> Callable[[Rule], Rule]
     """
 
     def register(rule: Rule) -> Rule:
-        if name in _RULES:
+        if name in known_rules():
             raise ValueError(f"parvts_fx: a scoring rule named {name!r} exists already; choose another name")
         _RULES[name] = rule
         if reads_text:
@@ -56,12 +61,13 @@ def reads_text(rule: str | Rule) -> bool:
 
 
 def rule_named(name: str | Rule) -> Rule:
-    """A registered rule; a callable is returned as it is."""
+    """A registered function of the decoder's input; a callable is returned as it is."""
     return _RULES[name] if isinstance(name, str) else name
 
 
 def known_rules() -> tuple[str, ...]:
-    return tuple(_RULES)
+    """The names that ``score`` takes."""
+    return (*_RULES, ATTENDED)
 
 
 @register_rule("norm")
@@ -162,12 +168,18 @@ def _refuse_data_dependent_sizes(nodes: set[Node]) -> None:
             raise TypeError(f"the size of {node.name} depends on data")
 
 
-def trace_rule(editor: Editor, rule: str | Rule, hidden: Node, visual: Node) -> Node:
+def trace_rule(editor: Editor, rule: str | Rule, merge: VisualMerge, visual: Node) -> Node:
     """Write a rule into the graph.
+
+    Args:
+        visual: [batch, seq] bool.
 
     Raises:
         ValueError: the rule cannot be traced, or does not return a [batch, seq] tensor of real numbers.
     """
+    if rule == ATTENDED:
+        return trace_attended(editor, merge, visual)
+    hidden = merge.output
     name = rule if isinstance(rule, str) else getattr(rule, "__name__", type(rule).__name__)
     function = rule_named(rule)
     returned: list[object] = []

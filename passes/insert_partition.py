@@ -97,7 +97,7 @@ class InsertPartition:
 
         with editor.graph.inserting_before(last.next):
             visual = editor.inline(union, *merge.masks)
-            scores = trace_rule(editor, self.options.score, merge.output, visual)
+            scores = trace_rule(editor, self.options.score, merge, visual)
             features = merge.features if merge.count is None else ()
             tensors, subjects, visuals = editor.inline(split, merge.output, scores, visual, *features)
             choices = ("subject", "non_subject", "text", "text_in_subject", "text_in_non_subject")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -10,7 +12,11 @@ from parvts_fx import scores
 from parvts_fx.passes.insert_partition import partition
 from tests import llava
 from tests.comparing import assert_equal_prefill, check, compile_with_parvts, expected, uncompile
+from tests.models.builders import BUILDERS
 from tests.reference import subjects_of
+
+
+PLAIN = tuple(name for name in scores.known_rules() if name != scores.ATTENDED)
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +33,12 @@ def drawn(batch: int = 2, length: int = 14, visual: int = 8, seed: int = 0):
 
 
 @pytest.mark.supports("Options", "every built-in scoring rule")
-@pytest.mark.parametrize("name", scores.known_rules())
+@pytest.mark.parametrize("name", PLAIN)
 def test_rules_run_through_the_backend(model, name):
     check(model, llava.prompt(model, [[3, "image", 6], [2, "image", 3]]), score=name, migration_depth=1, keep_ratio=0.3)
 
 
-@pytest.mark.parametrize("name", scores.known_rules())
+@pytest.mark.parametrize("name", PLAIN)
 def test_rules_look_at_the_samples_visual_tokens_alone(name):
     """Other samples and text rows, padding included, do not matter; nor does a shift of the visual tokens.
 
@@ -78,6 +84,36 @@ def test_question_prefers_what_the_text_behind_names():
     hidden = torch.stack([words[3], words[0], words[1], words[2], words[1]])[None]  # text, three patches, text
     visual = torch.tensor([[False, True, True, True, False]])
     assert scores.question(hidden, visual)[0, 1:4].argmax() == 1
+
+
+@pytest.mark.supports("Options", "the attention received inside the vision tower as a score")
+@pytest.mark.parametrize("rows", [[[3, "image", 6], [2, "image", 3]], [[1, "image", 2, "image", 3]]])
+def test_attended_is_what_the_towers_last_layer_looks_at(model, rows):
+    """Against the weights that the tower's eager attention returns, class token's row included and its column left out."""
+    prompt = llava.prompt(model, rows)
+    tower = copy.deepcopy(model.model.vision_tower)
+    tower.set_attn_implementation("eager")
+    with torch.no_grad():
+        weights = tower(prompt.inputs["pixel_values"], output_attentions=True).attentions[-1]
+    images = [row.count("image") for row in rows]
+    received = iter(weights.mean((1, 2))[:, 1:].split(images))  # the reference scores sample after sample
+
+    def known(hidden, visual):
+        return torch.zeros(visual.shape).masked_scatter(visual, next(received))
+
+    wanted = expected(model, prompt, score=known, migration_depth=1, keep_ratio=0.3)
+    parvts_fx.compile(model, lowering="eager", strict=True, score=scores.ATTENDED, migration_depth=1, keep_ratio=0.3)
+    with torch.no_grad():
+        assert_equal_prefill(model(**prompt.inputs), wanted)
+    uncompile(model)
+
+
+def test_attended_needs_a_tower_in_the_graph(model):
+    """Where patches are pooled in front of the decoder there is no row for every visual token."""
+    pooled = BUILDERS["internvl"]()
+    parvts_fx.compile(pooled.model, lowering="eager", score="attended", migration_depth=1)
+    with torch.no_grad(), pytest.raises(ValueError, match='score="attended"'):
+        pooled.model(**pooled.inputs)
 
 
 def test_norm():
