@@ -57,16 +57,18 @@ class Dispatch:
         self._by_count[None if done.precondition else done.merge.count] = lowered
 
     def __call__(self, *inputs: object) -> object:
-        if self._position is not None and visual_rows(inputs[self._position]) is None:
+        visual = None if self._position is None else visual_rows(inputs[self._position])
+        if self._position is not None and visual is None:
             return self._run_unrewritten(inputs)  # text alone
         tell_merge()
         precondition = self._done.precondition
         if precondition is None:
-            visual = self._visual(inputs)
+            if visual is None:
+                visual = self._done.visual_mask(*inputs)
             count = same_count(visual)
             reason = _DIFFER if count is None else None
         else:
-            visual, count = None, precondition.visual_tokens(inputs)
+            count = precondition.visual_tokens(inputs)
             reason = None
         dropped = 0 if count is None else count - self._options.subject_count(count) if count else 0
         if reason is None and dropped == 0:
@@ -83,7 +85,7 @@ class Dispatch:
             if number in self._by_count:
                 compiled = self._by_count[number]
             else:
-                compiled, reason = self._compile_for(count, inputs)
+                compiled, reason = self._compile_for(count, inputs, visual)
         if compiled is None:
             if reason is not None:
                 self._tell(reason)
@@ -93,22 +95,19 @@ class Dispatch:
         note_short_caches(outputs)
         return outputs
 
-    def _visual(self, inputs: Sequence[object]) -> torch.Tensor:
-        if self._position is None:
-            return self._done.visual_mask(*inputs)
-        return visual_rows(inputs[self._position])
-
     def _padding_behind(self, inputs: Sequence[object], visual: torch.Tensor | None) -> bool:
         if visual is None:
             visual = self._done.visual_mask(*inputs)
         return self._done.padding(visual, *(inputs if self._position is None else (*inputs, visual)))
 
-    def _compile_for(self, count: int, inputs: Sequence[object]) -> tuple[Compiled | None, str | None]:
+    def _compile_for(
+        self, count: int, inputs: Sequence[object], visual: torch.Tensor
+    ) -> tuple[Compiled | None, str | None]:
         """The compiled form for another number of visual tokens, or None and the reason, if it has not been told yet."""
         if len(self._by_count) >= _MOST_COUNTS:
             return None, (f"the number of visual tokens depends on data here, and {_MOST_COUNTS} different numbers have "
                           "been compiled already (generate and sizes that the graph knows have no such limit)")
-        handed = None if self._position is None else MergedInput(self._position, self._visual(inputs))
+        handed = None if self._position is None else MergedInput(self._position, visual)
         done = self._again(self._original, inputs, handed)
         self._by_count[count] = done.module and torch.compile(done.module, backend=_LowerOnly(self._options))
         return self._by_count[count], None

@@ -47,7 +47,7 @@ def compile(model: Model, **options: Any) -> Model:
     parsed = parse_options(options, mode)
     for module in (model, *_generating_parts(model)):
         module.compile(backend=functools.partial(parvts, options=parsed, window_caches_follow=True), **arguments)
-        module._compiled_call_impl = arranged(module._compiled_call_impl, parsed)
+        module._compiled_call_impl = arranged(module._compiled_call_impl, parsed, module)
         if _generating_parts(module) and callable(getattr(type(module), "generate", None)):
             module.generate = NotingGenerate(module, parsed)
     return model
@@ -89,7 +89,7 @@ def explain(model: torch.nn.Module, /, *args: Any, options: Mapping[str, Any] | 
     traced = dataclasses.replace(parsed, lowering="eager", mode=None, lowering_options={})
     backend = functools.partial(parvts, options=traced, window_caches_follow=True, on_rewriting=collect)
     with torch.no_grad():  # static sizes, so that every count is a number
-        arranged(torch.compile(model._call_impl, backend=backend, dynamic=False), parsed)(*args, **inputs)
+        arranged(torch.compile(model._call_impl, backend=backend, dynamic=False), parsed, model)(*args, **inputs)
     return Report(tuple(reports))
 
 

@@ -27,7 +27,7 @@ _SETTINGS: tuple[dict[str, bool], ...] = (
 _RECOMPILE_LIMIT = 128  # Dynamo itself stops at 256 per code object, whatever the limit
 
 
-def arranged(call: Callable[..., Any], options: Options) -> Callable[..., Any]:
+def arranged(call: Callable[..., Any], options: Options, model: torch.nn.Module) -> Callable[..., Any]:
     """Run a compiled call under settings of Dynamo's that keep it in one piece, and keep its cache's count right.
 
     Checks on data (``.item()``, boolean indexing) otherwise break the graph between the merge and the decoder, or
@@ -41,9 +41,12 @@ def arranged(call: Callable[..., Any], options: Options) -> Callable[..., Any]:
 
     @functools.wraps(call)
     def run(*args: Any, **kwargs: Any) -> Any:
+        prompts, has_pictures = _read(args, kwargs)
         while True:
             try:
                 with paused(), frames.capturing(), watch_call() as watch:
+                    if has_pictures:
+                        watch.merged_rows = functools.partial(_rows_of_none_of, model, prompts)
                     output = call(*args, **kwargs)
                 break
             except (TorchDynamoException, GuardOnDataDependentSymNode):
@@ -51,7 +54,7 @@ def arranged(call: Callable[..., Any], options: Options) -> Callable[..., Any]:
                     raise
         for cache in find_caches(output, kwargs) if watch.dropped else []:
             remember_dropped(cache, watch.dropped[-1])
-        if not watch.merged and _has_pictures(args, kwargs):
+        if not watch.merged and has_pictures:
             tell()
         return output
 
@@ -94,17 +97,39 @@ class _Frames:
         return True
 
 
-def _has_pictures(args: Sequence[object], kwargs: Mapping[str, object]) -> bool:
-    """Whether a call is given ids of a prompt, and numbers that are neither a mask nor embeddings nor a cache.
+def _read(args: Sequence[object], kwargs: Mapping[str, object]) -> tuple[list[torch.Tensor], bool]:
+    """What may be the ids of a call, and whether it is given a prompt's ids beside numbers that are neither a mask nor
+    embeddings nor a cache: pictures.
 
     One id a sample is a decode step, whatever else (a mask over the cache, positions as numbers) comes with it.
     """
     given = [held for held in (*args, *kwargs.values()) if not is_cache(held)]
     tensors = [held for held in tree_leaves(given) if isinstance(held, torch.Tensor) and held.dim() > 1]
     prompts = [held for held in tensors if held.dtype == torch.int64 and held.dim() == 2]
-    return bool(prompts) and min(held.shape[1] for held in prompts) > 1 and any(
+    return prompts, bool(prompts) and min(held.shape[1] for held in prompts) > 1 and any(
         held.is_floating_point() and held.shape[:2] != prompts[0].shape and held.shape[-1] != prompts[0].shape[1]
         for held in tensors)
+
+
+@torch.no_grad()
+def _rows_of_none_of(
+    model: torch.nn.Module, prompts: Sequence[torch.Tensor], embeddings: torch.Tensor
+) -> torch.Tensor | None:
+    """[batch, seq] bool: rows of merged embeddings [batch, seq, hidden] that are not the input embeddings of the ids.
+
+    None if there is no such row, or if they cannot be told apart: then no row with content is an id's own.
+    """
+    if embeddings.dim() != 3 or not embeddings.is_floating_point():
+        return None
+    table = getattr(model, "get_input_embeddings", lambda: None)()
+    size = getattr(getattr(table, "weight", None), "shape", (0,))[0]
+    for ids in prompts:
+        if size and ids.shape == embeddings.shape[:2]:
+            known = table(ids.clamp(0, size - 1))
+            same = (known == embeddings).all(-1) if known.shape == embeddings.shape else torch.zeros(())
+            if same.logical_and(embeddings.any(-1)).any() and not same.all():
+                return ~same
+    return None
 
 
 def _teller(options: Options) -> Callable[[], None]:

@@ -31,6 +31,9 @@ class Watch:
     merged: bool = False
     """Whether a graph has merged visual features into embeddings, rewritten or not."""
 
+    merged_rows: Callable[[torch.Tensor], torch.Tensor | None] = lambda embeddings: None
+    """Which rows [batch, seq] of embeddings [batch, seq, hidden] are not those of the call's ids; None if none can be told."""
+
 
 _WATCH: contextvars.ContextVar[Watch | None] = contextvars.ContextVar("parvts_fx_watch", default=None)
 
@@ -58,6 +61,12 @@ def tell_pruning(dropped: int) -> None:
 def is_watched() -> bool:
     """Whether a call is being watched, whose end notices what its graphs have not done."""
     return _WATCH.get() is not None
+
+
+def merged_rows(embeddings: torch.Tensor) -> torch.Tensor | None:
+    """Rows of embeddings that differ from those of the ids that the running call was given (:class:`Watch`)."""
+    watch = _WATCH.get()
+    return None if watch is None or watch.merged else watch.merged_rows(embeddings)
 
 
 def tell_merge() -> None:

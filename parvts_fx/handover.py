@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 from parvts_fx.analysis.calls import attention_nodes
 from parvts_fx.analysis.records import VisualMerge
 from parvts_fx.analysis.values import fake_mode_of, output_node, value
-from parvts_fx.caches import is_watched
+from parvts_fx.caches import is_watched, merged_rows
 from parvts_fx.errors import ParvtsWarning
 
 
@@ -58,12 +58,15 @@ def _held(embeddings: object) -> _Merged | None:
 def visual_rows(embeddings: object, receive: bool = True) -> torch.Tensor | None:
     """The [batch, seq] bool mask of embeddings merged in front of a graph; None for any other object.
 
+    Merged by an earlier graph or by a watched ``generate``; or by code that Dynamo has not captured, in a call whose ids
+    tell what the rows were.
+
     Args:
         receive: note that a decoder's graph has taken them.
     """
     held = _held(embeddings)
     if held is None:
-        return None
+        return merged_rows(embeddings) if receive and isinstance(embeddings, torch.Tensor) else None
     held.received |= receive
     return held.visual
 

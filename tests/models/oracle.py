@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers import cache_utils
 
+from tests.models.registry import stands_for_features
 from tests.reference import subject_count, subjects_of
 
 _TOWERS = ("vision", "visual", "audio", "tower", "perceiver", "vqmodel", "qformer", "image_", "projector")
@@ -57,7 +58,7 @@ class Oracle:
     """Args: ``depth`` counts the entries of the model's own list of layers; ``score(hidden, visual) -> scores``, of the positions alone:
     models differ in what they make of the merged embeddings before the first layer."""
 
-    def __init__(self, model: Any, token: int | None, *, depth: int, keep_ratio: float, score: Callable,
+    def __init__(self, model: Any, token: int | tuple[int, ...] | None, *, depth: int, keep_ratio: float, score: Callable,
                  fusion: str | float = "attention"):
         self.model, self.token, self.depth, self.keep_ratio = model, token, depth, keep_ratio
         self.score, self.fusion = score, fusion
@@ -149,7 +150,7 @@ class Oracle:
         if ids is None:
             return self.visual
         if self.token is not None:
-            return ids == self.token
+            return stands_for_features(ids, self.token)
         if "image_embeds_position_mask" in inputs:
             return inputs["image_embeds_position_mask"] == 1
         return (torch.arange(length) < length - ids.shape[1])[None]  # features stand in front of the text

@@ -142,7 +142,8 @@ def emu3():
         4 * 5, pixel_values=pixels(1, 3, 8, 8), image_sizes=torch.tensor([[8, 8]]))
 
 
-@builder("features as mixtures of visual words; further ids stand for learned ones, where the prompt holds any")
+@builder("features as mixtures of visual words; two more, learned, enclose the image; merged in code that Dynamo skips",
+         token=(IMAGE, 94, 93))
 def ovis2():
     config = hf.Ovis2Config(
         vision_config=vision(image_size=16, patch_size=4, vocab_size=60, hidden_stride=1),

@@ -21,12 +21,17 @@ class Built:
     inputs: dict[str, torch.Tensor]
     trait: str
     """What is peculiar about the architecture, as structure."""
-    token: int | None = IMAGE
-    """The id of the visual tokens in input_ids; None where no id says where the visual features stand."""
+    token: int | tuple[int, ...] | None = IMAGE
+    """The ids of the visual tokens in input_ids; None where no id says where the visual features stand."""
     generates: bool = True
     """Whether ``model.generate(**inputs)`` works."""
     part: str | None = None
     """The part of the model that its ``generate`` hands over to, if it has one."""
+
+
+def stands_for_features(ids: torch.Tensor, token: int | tuple[int, ...]) -> torch.Tensor:
+    """Where ids are placeholders of visual features: a bool tensor of the same shape."""
+    return torch.isin(ids, torch.tensor(token))
 
 
 BUILDERS: dict[str, Callable[[], Built]] = {}
@@ -34,7 +39,7 @@ BUILDERS: dict[str, Callable[[], Built]] = {}
 Build = Callable[[], tuple[Any, dict[str, torch.Tensor]]]
 
 
-def builder(trait: str, *, name: str | None = None, token: int | None = IMAGE, generates: bool = True,
+def builder(trait: str, *, name: str | None = None, token: int | tuple[int, ...] | None = IMAGE, generates: bool = True,
             part: str | None = None, scale: float = 4) -> Callable[[Build], Callable[[], Built]]:
     """Register a function that returns (model, inputs) under its own name or another one."""
 
