@@ -8,6 +8,7 @@ asks for. Elsewhere the pruned cache's rows would be masked by other rows' colum
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,10 +16,15 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from parvts_fx.analysis.attention import KEY, QUERY
+from parvts_fx.analysis.calls import is_fused_attention
 from parvts_fx.analysis.records import Decoder
 from parvts_fx.analysis.tokens import AxisLabels
 from parvts_fx.analysis.values import ancestors, has_target, is_tensor, leaves, needed_for, output_node, value
 from parvts_fx.precondition import size_reader
+
+_FILLS = (torch.masked_fill, torch.ops.aten.masked_fill.Scalar)
+_KEEPS = (torch.where, operator.and_, torch.logical_and)
+"""Operations in which a bool mask is true where a key may be seen."""
 
 _SHAPE_ONLY = (torch.ones_like, torch.zeros_like, torch.full_like, torch.empty_like)
 _SHAPE_ONLY_METHODS = ("size", "new_ones", "new_zeros", "new_full", "new_empty", "dim")
@@ -37,7 +43,7 @@ def padding_check(module: GraphModule, decoder: Decoder, reads_text: bool = Fals
     found = _mask(decoder)
     if found is None:
         return None
-    mask, axes = found
+    mask, axes, forbids = found
     needed, cuts = _needed(module.graph, mask)
     graph, copies = Graph(), {}
     data: list[int] = []
@@ -60,7 +66,7 @@ def padding_check(module: GraphModule, decoder: Decoder, reads_text: bool = Fals
     def padding_behind_visual(visual: torch.Tensor, *inputs: Any) -> bool:
         if all(inputs[position].all() for position in data):
             return False  # nothing is masked, and no word has the id 0
-        padded = _padded(evaluate(*inputs, *(make(inputs) for make in zeros)), axes, visual.shape[0])
+        padded = _padded(evaluate(*inputs, *(make(inputs) for make in zeros)), axes, forbids, visual.shape[0])
         return bool((padded & (visual.cumsum(1) > 0)).any())
 
     return padding_behind_visual
@@ -73,15 +79,21 @@ def _hands_out_keys(module: GraphModule, decoder: Decoder) -> bool:
     return bool(outputs & ancestors(keys))
 
 
-def _mask(decoder: Decoder) -> tuple[Node, dict[str, int]] | None:
-    """The first tensor that an attention call pairs with its keys, and which of its axes run along queries and keys."""
+def _mask(decoder: Decoder) -> tuple[Node, dict[str, int], bool] | None:
+    """The first mask that an attention call pairs with its keys, which of its axes run along queries and keys, and whether
+    its true entries are those that must not be seen."""
     for layer in decoder.layers:
         for attention in layer.attentions:
             for node in attention.nodes:
                 for index, binding in attention.bindings.get(node, {}).items():
                     axes = {label: axis for axis, label in binding.axes} if isinstance(binding, AxisLabels) else {}
-                    if KEY in axes:
-                        return leaves(node)[index], axes
+                    mask = leaves(node)[index]
+                    if KEY not in axes:
+                        continue
+                    if has_target(node, _FILLS, ("masked_fill", "masked_fill_")):
+                        return mask, axes, True
+                    if value(mask).is_floating_point() or is_fused_attention(node) or has_target(node, _KEEPS):
+                        return mask, axes, False
     return None
 
 
@@ -125,9 +137,9 @@ def _zeros_like(module: GraphModule, node: Node) -> Callable[[Iterable[Any]], to
     return lambda inputs: torch.zeros([read(inputs) for read in sizes], dtype=example.dtype, device=example.device)
 
 
-def _padded(mask: torch.Tensor, axes: dict[str, int], batch: int) -> torch.Tensor:
+def _padded(mask: torch.Tensor, axes: dict[str, int], forbids: bool, batch: int) -> torch.Tensor:
     """[batch or 1, seq] bool: which keys even their own rows do not see."""
-    forbidden = ~mask if mask.dtype == torch.bool else mask <= torch.finfo(torch.float16).min / 2
+    forbidden = mask ^ (not forbids) if mask.dtype == torch.bool else mask <= torch.finfo(torch.float16).min / 2
     key = axes[KEY]
     if QUERY in axes:
         forbidden = forbidden.diagonal(dim1=axes[QUERY], dim2=key)

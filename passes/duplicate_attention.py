@@ -13,7 +13,7 @@ from torch.fx import Node
 from parvts_fx.analysis.attention import KEY, QUERY
 from parvts_fx.analysis.calls import fused_arguments
 from parvts_fx.analysis.records import Attention, Operand
-from parvts_fx.analysis.tokens import AxisLabels, Count
+from parvts_fx.analysis.tokens import AtMost, AxisLabels, Count
 from parvts_fx.analysis.values import leaves, value, with_leaves
 from parvts_fx.passes.base import PassResult, State
 from parvts_fx.passes.editing import Rows, batch_of
@@ -82,6 +82,8 @@ def attend(
                 leaf = new[leaf]
             elif isinstance(binding, Count):
                 leaf = editor.times(choice[binding.label].count, binding.multiple)
+            elif isinstance(binding, AtMost):
+                leaf = editor.least(leaf, choice[binding.label].count)
             elif isinstance(binding, AxisLabels):
                 leaf = _side_rows(state, leaf, binding, choice, node, node)
             fresh.append(leaf)

@@ -108,6 +108,12 @@ class Editor:
             return one + sign * other
         return self.call(operator.add if sign > 0 else operator.sub, one, other)
 
+    def least(self, one: Size, other: Size) -> Size:
+        """The smaller of two sizes."""
+        if isinstance(one, int) and isinstance(other, int):
+            return min(one, other)
+        return self.call(torch.sym_min, one, other)
+
     # -- whole functions --------------------------------------------------------------------------------------------
 
     def inline(self, function: Callable, *sources: Node) -> Any:

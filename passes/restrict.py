@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from parvts_fx.analysis.tokens import AxisLabels, Count, Filling
+from parvts_fx.analysis.tokens import AtMost, AxisLabels, Count, Filling
 from parvts_fx.analysis.values import (
     changed_in_place, descendants, is_symbolic_int, is_tensor, leaves, symbols, value, with_leaves,
 )
@@ -56,6 +56,8 @@ def restrict(
                     leaf = new[leaf]
                 elif isinstance(binding, Count):
                     leaf = editor.times(rows.count, binding.multiple)
+                elif isinstance(binding, AtMost):
+                    leaf = editor.least(leaf, rows.count)
                 elif isinstance(binding, Filling):
                     leaf = editor.plus(leaf, editor.plus(editor.size(state.decoder.merge.output, 1), rows.count, -1))
                 elif isinstance(binding, AxisLabels):

@@ -10,7 +10,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from parvts_fx.analysis.merge import CHOICES, is_merge, is_text, is_visual
-from parvts_fx.analysis.values import has_target, is_tensor, storage_of, value
+from parvts_fx.analysis.values import ancestors, has_target, is_tensor, storage_of, value
 from parvts_fx.passes.editing import Editor
 
 _PUTS = (torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default, torch.index_put)
@@ -83,7 +83,7 @@ def _scatter_joint(editor: Editor, node: Node, attentions: set[Node]) -> bool:
         return False
     visual = [part for part in parts if is_visual(part)]
     text = [part for part in parts if part not in visual and is_text(part, attentions)]
-    if not visual or not text or len(visual) + len(text) != len(parts):
+    if not visual or not text or len(visual) + len(text) != len(parts) or _goes_elsewhere(text, node):
         return False
     places = [part in visual for part in parts]
 
@@ -107,6 +107,16 @@ def _scatter_joint(editor: Editor, node: Node, attentions: set[Node]) -> bool:
     node.replace_all_uses_with(merged)
     editor.graph.erase_node(node)
     return True
+
+
+def _goes_elsewhere(text: list[Node], joint: Node) -> bool:
+    """Whether numbers that the text is made of go on beside the joint: then it is keys that are joined with cached ones."""
+    before = ancestors([joint])
+    return any(
+        is_tensor(user) and value(user).is_floating_point() and user not in before
+        and not has_target(user, (torch.zeros_like, torch.ones_like, torch.empty_like), ("new_zeros", "new_ones"))
+        for node in ancestors(text) if node.op.startswith("call") and is_tensor(node) and value(node).is_floating_point()
+        for user in node.users)
 
 
 def _turn_choice(editor: Editor, node: Node, attentions: set[Node]) -> bool:

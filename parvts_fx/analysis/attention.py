@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 
+import torch
 from torch.fx import GraphModule, Node
 
 from parvts_fx.analysis.calls import fused_arguments, is_fused_attention, is_softmax
@@ -29,13 +31,18 @@ def find_attentions(module: GraphModule, nodes: Collection[Node], tokens: TokenM
     """
     found: list[Attention] = []
     taken: set[Node] = set()
+    paired: set[Node] = set()
+    """What is computed from pairs of tokens within an attention: masks, biases, choices of keys."""
     decoder = set(nodes)
     for node in nodes:
         if node in taken:
             continue
         attention = None
+        if len(tokens.axes.get(node, {})) == 2 or not paired.isdisjoint(node.all_input_nodes):
+            paired.add(node)
         if is_fused_attention(node):
-            attention = _fused(node, tokens, decoder)
+            paired.discard(node)
+            attention = _fused(module, node, nodes, tokens, decoder, paired)
         elif is_softmax(node) and len(tokens.axes.get(node, {})) == 2:
             attention = _written_out(module, node, nodes, tokens)
         if attention is not None:
@@ -56,7 +63,9 @@ def _operand(node: Node, tokens: TokenMap, call: Node) -> Operand:
     return Operand(node, axis)
 
 
-def _fused(node: Node, tokens: TokenMap, decoder: set[Node]) -> Attention | None:
+def _fused(
+    module: GraphModule, node: Node, nodes: Collection[Node], tokens: TokenMap, decoder: set[Node], paired: set[Node]
+) -> Attention | None:
     arguments = fused_arguments(node)
     query, key, val, mask = (arguments[name] for name in ("query", "key", "value", "attn_mask"))
     if key not in decoder and val not in decoder:
@@ -66,7 +75,9 @@ def _fused(node: Node, tokens: TokenMap, decoder: set[Node]) -> Attention | None
     if query in decoder and not tokens.axes.get(query) and not is_state(query, tokens.probed, tokens):
         return None  # the prompt's last rows ask by themselves
     if mask is not None and mask in decoder and tokens.axes.get(mask):
-        raise Refusal("the attention mask is computed from the merged embeddings", node)
+        if tokens.axes.get(query):
+            return _with_computed_mask(module, node, mask, nodes, tokens, paired)
+        raise Refusal("the attention mask of the prompt's last rows is computed from the merged embeddings", node)
     queries, keys = (_operand(query, tokens, node),), (_operand(key, tokens, node), _operand(val, tokens, node))
     bindings: dict[int, object] = {}
     kind = "fused causal" if arguments["is_causal"] else "fused"
@@ -83,6 +94,41 @@ def _fused(node: Node, tokens: TokenMap, decoder: set[Node]) -> Attention | None
                 raise Refusal(f"the attention mask has {shape[axis]} entries for {tokens.size} tokens", node)
         bindings[index] = AxisLabels(tuple(axes))
     return Attention((node,), queries, keys, node, tokens.plain_axis(node), kind, {node: bindings})
+
+
+def _with_computed_mask(
+    module: GraphModule, call: Node, mask: Node, nodes: Collection[Node], tokens: TokenMap, paired: set[Node]
+) -> Attention:
+    """A fused call together with all that its mask is computed from pair by pair: a learned bias, an index's choice of keys."""
+    arguments = fused_arguments(call)
+    region, stack = {call}, [mask]
+    while stack:
+        node = stack.pop()
+        if node in paired and node not in region:
+            region.add(node)
+            stack.extend(node.all_input_nodes)
+    ordered = tuple(node for node in nodes if node in region)
+    known = {arguments["query"]: QUERY, arguments["key"]: KEY, arguments["value"]: KEY}
+
+    def explains(found: TokenMap) -> bool:
+        if [kind.label for kind in found.axes.get(call, {}).values()] != [QUERY]:
+            return False
+        if labels(found, mask) != {value(mask).dim() - 2: QUERY, value(mask).dim() - 1: KEY}:
+            return False
+        return all(sorted(labels(found, node).values()) == sorted((QUERY, KEY))
+                   for node in ordered if len(tokens.axes.get(node, {})) == 2)
+
+    def labels(found: TokenMap, node: Node) -> dict[int, str]:
+        return {axis: kind.label for axis, kind in found.axes.get(node, {}).items()}
+
+    attention = _labelled(module, ordered, call, tokens, explains, "written out", known)
+    for node, bindings in attention.bindings.items():
+        for index, binding in bindings.items():
+            paired_axes = isinstance(binding, AxisLabels) and {label for _, label in binding.axes} == {QUERY, KEY}
+            if paired_axes and value(leaves(node)[index]).dtype in (torch.int32, torch.int64):
+                raise Refusal("the attention's bias is chosen by a table of distances, which decode steps would count in the "
+                              "pruned cache", call)
+    return attention
 
 
 def _written_out(module: GraphModule, softmax: Node, nodes: Collection[Node], tokens: TokenMap) -> Attention:
@@ -120,9 +166,13 @@ def _written_out(module: GraphModule, softmax: Node, nodes: Collection[Node], to
 
 def _labelled(
     module: GraphModule, ordered: tuple[Node, ...], output: Node, tokens: TokenMap, explains: Callable[[TokenMap], bool],
-    kind: str,
+    kind: str, known: Mapping[Node, str] = MappingProxyType({}),
 ) -> Attention:
-    """Find out which operands of a region hold queries and which hold keys, by probes with two lengths."""
+    """Find out which operands of a region hold queries and which hold keys, by probes with two lengths.
+
+    Args:
+        known: what is known of some of them.
+    """
     inputs = [
         source for source in dict.fromkeys(s for node in ordered for s in node.all_input_nodes)
         if tokens.axes.get(source) and source not in ordered
@@ -130,7 +180,7 @@ def _labelled(
     operands = [_operand(source, tokens, output) for source in inputs]
     lengths = Probe.lengths_for(module, hint(tokens.size), (QUERY, KEY))
     for labels in itertools.product((QUERY, KEY), repeat=len(operands)):
-        if len(set(labels)) < 2:
+        if len(set(labels)) < 2 or any(known.get(operand.node, own) != own for operand, own in zip(operands, labels)):
             continue
         probe = Probe(module, tokens.size, lengths)
         for operand, label in zip(operands, labels):

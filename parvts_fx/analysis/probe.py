@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from parvts_fx.analysis.memo import Memo
-from parvts_fx.analysis.tokens import Axis, Binding, Count, Filling, TokenMap, readings_of
+from parvts_fx.analysis.tokens import AtMost, Axis, Binding, Count, Filling, TokenMap, readings_of
 from parvts_fx.analysis.values import ancestors, call, concrete, hint, hint_shape, is_tensor, leaves, value, with_leaves
 from parvts_fx.errors import Refusal
 
@@ -174,6 +174,8 @@ class Probe:
             return self.found.probed[leaf]
         if isinstance(binding, Count):
             return binding.multiple * self.lengths[binding.label]
+        if isinstance(binding, AtMost):
+            return min(hint(value(leaf) if isinstance(leaf, Node) else leaf), self.lengths[binding.label])
         if isinstance(binding, Filling):
             return hint(value(leaf) if isinstance(leaf, Node) else leaf) + self.size_hint - self.lengths[binding.label]
         if is_tensor(leaf):

@@ -21,6 +21,7 @@ from parvts_fx.analysis.values import (
 )
 
 _MOST_READINGS = 64
+_TOPKS = (torch.topk, torch.ops.aten.topk.default)
 _PADS = (F.pad, torch._C._nn.pad, torch.ops.aten.pad.default, torch.ops.aten.constant_pad_nd.default)
 
 
@@ -63,7 +64,14 @@ class Filling:
     label: str
 
 
-Binding = Count | AxisLabels | Filling
+@dataclasses.dataclass(frozen=True)
+class AtMost:
+    """An integer leaf that says how many of the tokens to choose: all of them where there are fewer."""
+
+    label: str
+
+
+Binding = Count | AxisLabels | Filling | AtMost
 
 
 @dataclasses.dataclass
@@ -114,6 +122,7 @@ def _variables(node: Node, labels: tuple[str, ...], tokens: TokenMap) -> dict[in
     """For each leaf that might follow the prompt, its readings; None means that it does not."""
     variables: dict[int, list[Binding | None]] = {}
     fillings = _fillings(node, tokens)
+    chosen = _choice(node, tokens)
     of_prompt = symbols(tokens.size)
     for index, leaf in enumerate(leaves(node)):
         if isinstance(leaf, Node) and leaf in tokens.probed:
@@ -122,6 +131,9 @@ def _variables(node: Node, labels: tuple[str, ...], tokens: TokenMap) -> dict[in
             size = concrete(value(leaf) if isinstance(leaf, Node) else leaf)
             follows = bool(of_prompt & symbols(size))
             number = hint(size)
+            if index == chosen[0]:
+                variables[index] = [AtMost(chosen[1])]
+                continue
             if index in fillings:
                 variables[index] = [None, *(Filling(label) for label in labels)]
                 continue
@@ -136,6 +148,19 @@ def _variables(node: Node, labels: tuple[str, ...], tokens: TokenMap) -> dict[in
             if sides:
                 variables[index] = sides
     return variables
+
+
+def _choice(node: Node, tokens: TokenMap) -> tuple[int, str] | tuple[None, None]:
+    """Where among the leaves of a ``topk`` over tokens its k stands, and the label of those tokens."""
+    if not has_target(node, _TOPKS, ("topk",)) or not node.args or not isinstance(node.args[0], Node):
+        return None, None
+    named = {**dict(zip(("input", "k", "dim"), node.args)), **node.kwargs}
+    axis = named.get("dim", -1)
+    kind = tokens.axes.get(node.args[0], {}).get(axis % value(node.args[0]).dim()) if isinstance(axis, int) else None
+    if kind is None or not kind.is_plain:
+        return None, None
+    place = 1 if len(node.args) > 1 else len(node.args) + list(node.kwargs).index("k")
+    return place, kind.label
 
 
 def _fillings(node: Node, tokens: TokenMap) -> set[int]:
