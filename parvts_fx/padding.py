@@ -7,9 +7,10 @@ asks for. Elsewhere the pruned cache's rows would be masked by other rows' colum
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -40,11 +41,8 @@ def padding_check(module: GraphModule, decoder: Decoder, reads_text: bool = Fals
     """
     if not (reads_text or _hands_out_keys(module, decoder)):
         return None
-    found = _mask(decoder)
-    if found is None:
-        return None
-    mask, axes, forbids = found
-    needed, cuts = _needed(module.graph, mask)
+    masks = _masks(decoder)
+    needed, cuts = _needed(module.graph, [mask.node for mask in masks])
     graph, copies = Graph(), {}
     data: list[int] = []
     for position, node in enumerate(n for n in module.graph.nodes if n.op == "placeholder"):
@@ -58,7 +56,7 @@ def padding_check(module: GraphModule, decoder: Decoder, reads_text: bool = Fals
     for node in module.graph.nodes:
         if node in needed and node not in copies:
             copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(copies[mask])
+    graph.output(tuple(copies[mask.node] for mask in masks))
     evaluate = GraphModule(module, graph)
     zeros = [_zeros_like(module, node) for node in cuts]
 
@@ -66,8 +64,9 @@ def padding_check(module: GraphModule, decoder: Decoder, reads_text: bool = Fals
     def padding_behind_visual(visual: torch.Tensor, *inputs: Any) -> bool:
         if all(inputs[position].all() for position in data):
             return False  # nothing is masked, and no word has the id 0
-        padded = _padded(evaluate(*inputs, *(make(inputs) for make in zeros)), axes, forbids, visual.shape[0])
-        return bool((padded & (visual.cumsum(1) > 0)).any())
+        held = evaluate(*inputs, *(make(inputs) for make in zeros))
+        behind = visual.cumsum(1) > 0
+        return any(bool((mask.padded(values, visual.shape[0]) & behind).any()) for mask, values in zip(masks, held))
 
     return padding_behind_visual
 
@@ -79,33 +78,63 @@ def _hands_out_keys(module: GraphModule, decoder: Decoder) -> bool:
     return bool(outputs & ancestors(keys))
 
 
-def _mask(decoder: Decoder) -> tuple[Node, dict[str, int], bool] | None:
-    """The first mask that an attention call pairs with its keys, which of its axes run along queries and keys, and whether
-    its true entries are those that must not be seen."""
+@dataclasses.dataclass(frozen=True)
+class _Mask:
+    """A tensor that an attention call pairs with its keys."""
+
+    node: Node
+    axes: dict[str, int]
+    """Which of its axes run along queries and keys."""
+
+    forbids: bool
+    """Whether its true entries are those that must not be seen."""
+
+    def padded(self, values: torch.Tensor, batch: int) -> torch.Tensor:
+        """[batch or 1, seq] bool: which keys even their own rows do not see."""
+        if values.dtype == torch.bool:
+            forbidden = values ^ (not self.forbids)
+        else:
+            forbidden = values <= torch.finfo(torch.float16).min / 2
+        if QUERY in self.axes:
+            forbidden = forbidden.diagonal(dim1=self.axes[QUERY], dim2=self.axes[KEY])
+        else:
+            forbidden = forbidden.movedim(self.axes[KEY], -1)
+        leading = math.prod(forbidden.shape[:-1])
+        return forbidden.reshape(batch if leading % batch == 0 else 1, -1, forbidden.shape[-1]).all(1)
+
+
+def _masks(decoder: Decoder) -> list[_Mask]:
+    """The masks of the first attention call that has any."""
     for layer in decoder.layers:
         for attention in layer.attentions:
-            for node in attention.nodes:
-                for index, binding in attention.bindings.get(node, {}).items():
-                    axes = {label: axis for axis, label in binding.axes} if isinstance(binding, AxisLabels) else {}
-                    mask = leaves(node)[index]
-                    if KEY not in axes:
-                        continue
-                    if has_target(node, _FILLS, ("masked_fill", "masked_fill_")):
-                        return mask, axes, True
-                    if value(mask).is_floating_point() or is_fused_attention(node) or has_target(node, _KEEPS):
-                        return mask, axes, False
+            found = [mask for node in attention.nodes for index, binding in attention.bindings.get(node, {}).items()
+                     if (mask := _as_mask(node, index, binding)) is not None]
+            if found:
+                return found
+    return []
+
+
+def _as_mask(node: Node, index: int, binding: object) -> _Mask | None:
+    axes = {label: axis for axis, label in binding.axes} if isinstance(binding, AxisLabels) else {}
+    mask = leaves(node)[index]
+    if KEY not in axes:
+        return None
+    if has_target(node, _FILLS, ("masked_fill", "masked_fill_")):
+        return _Mask(mask, axes, True)
+    if value(mask).is_floating_point() or is_fused_attention(node) or has_target(node, _KEEPS):
+        return _Mask(mask, axes, False)
     return None
 
 
-def _needed(graph: Graph, mask: Node) -> tuple[set[Node], list[Node]]:
-    """What the mask is computed from, and the features among it whose content does not matter, for zeros to stand in."""
-    all_needed = needed_for(graph, [mask])
+def _needed(graph: Graph, masks: Sequence[Node]) -> tuple[set[Node], list[Node]]:
+    """What masks are computed from, and the features among it whose content does not matter, for zeros to stand in."""
+    all_needed = needed_for(graph, masks)
     featured: set[Node] = set()
     for node in graph.nodes:
         if node in all_needed and is_tensor(node) and value(node).is_floating_point():
             if node.op in ("placeholder", "get_attr") or any(source in featured for source in node.all_input_nodes):
                 featured.add(node)
-    needed, cuts, stack = set(), {}, [node for node in all_needed if node is mask or not node.users]
+    needed, cuts, stack = set(), {}, [node for node in all_needed if node in masks or not node.users]
     while stack:
         node = stack.pop()
         if node in needed:
@@ -136,14 +165,3 @@ def _zeros_like(module: GraphModule, node: Node) -> Callable[[Iterable[Any]], to
     sizes = [size_reader(module, size) for size in example.shape]
     return lambda inputs: torch.zeros([read(inputs) for read in sizes], dtype=example.dtype, device=example.device)
 
-
-def _padded(mask: torch.Tensor, axes: dict[str, int], forbids: bool, batch: int) -> torch.Tensor:
-    """[batch or 1, seq] bool: which keys even their own rows do not see."""
-    forbidden = mask ^ (not forbids) if mask.dtype == torch.bool else mask <= torch.finfo(torch.float16).min / 2
-    key = axes[KEY]
-    if QUERY in axes:
-        forbidden = forbidden.diagonal(dim1=axes[QUERY], dim2=key)
-    else:
-        forbidden = forbidden.movedim(key, -1)
-    leading = math.prod(forbidden.shape[:-1])
-    return forbidden.reshape(batch if leading % batch == 0 else 1, -1, forbidden.shape[-1]).all(1)

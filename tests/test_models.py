@@ -11,7 +11,7 @@ from tests.models.generating import Comparison, cache_lengths
 GENERATE = (
     "llava", "llava_next", "internvl", "qwen2_vl", "qwen3_vl", "gemma3", "paligemma", "aya_vision", "idefics3", "mistral3",
     "llama4", "qwen3_vl_moe", "qwen3_5", "lfm2_vl", "gemma3n", "gemma4", "granite4_vision", "kimi_k25", "molmo2",
-    "nemotron_h_omni", "exaone4_5", "video_llama_3 (video)",
+    "nemotron_h_omni", "exaone4_5", "video_llama_3 (video)", "dots3_note", "ovis2", "git",
 )
 """One architecture for every structural trait."""
 
