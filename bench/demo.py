@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import parvts_fx
 from bench import answers
-from parvts_fx.scores import diverse
+from parvts_fx.scores import AUTO, rule_named
 from tests import reference
 
 IMAGE, PATCH = 336, 14
@@ -250,7 +250,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not os.environ.get("TORCH_LOGS"):  # Dynamo's page on the graph break in transformers' input check
         torch._logging.set_logs(dynamo=logging.ERROR)
     console = Console()
-    pruning = dict(keep_ratio=options.keep_ratio, migration_depth=options.migration_depth, score=diverse)
+    pruning = dict(keep_ratio=options.keep_ratio, migration_depth=options.migration_depth, score=AUTO)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         with step(progress, "answers of a trained model"):
@@ -261,7 +261,7 @@ def main(arguments: list[str] | None = None) -> int:
         with step(progress, "eager reference"):
             expected = reference.prefill(
                 model, text.layers, lambda hidden: model.lm_head(text.norm(hidden)), prompt.inputs, prompt.visual,
-                depth=options.migration_depth, score=diverse, keep_ratio=options.keep_ratio)[0]
+                depth=options.migration_depth, score=rule_named(AUTO), keep_ratio=options.keep_ratio)[0]
         with step(progress, "count FLOPs"):
             found = parvts_fx.explain(model, options=pruning, **prompt.inputs).prefill
             total, unpruned = count_flops(model, prompt.inputs)

@@ -28,7 +28,7 @@ from bench.methods import DEPTH, LOWERINGS, inductor, methods
 from bench.models import Prefill, Scene, cache_bytes
 from bench.profiling import Breakdown, profile_call
 from bench.tables import mebibytes, milliseconds, open_table
-from parvts_fx.scores import diverse
+from parvts_fx.scores import AUTO, rule_named
 from tests import reference
 
 TOLERANCE = 1e-3
@@ -66,7 +66,7 @@ def run_reference(scene: Scene, kept: int, dtype: torch.dtype) -> reference.Pref
             parameter.data = data.to(dtype)
         return reference.prefill(
             Prefill(model), text.layers, lambda hidden: model.lm_head(text.norm(hidden)), inputs,
-            scene.ids[:1] == model.config.image_token_id, depth=DEPTH, score=diverse, keep_tokens=kept)[0]
+            scene.ids[:1] == model.config.image_token_id, depth=DEPTH, score=rule_named(AUTO), keep_tokens=kept)[0]
     finally:
         for parameter, data in held:
             parameter.data = data

@@ -99,6 +99,13 @@ def diverse(hidden: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
     return _spread_out(centred.norm(dim=-1), centred, visual)
 
 
+@register_rule("balanced")
+def balanced(hidden: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+    """As "diverse", with the root of the distinctness: more weight on being different from what is better."""
+    centred = _centred(hidden, visual)
+    return _spread_out(centred.norm(dim=-1).sqrt(), centred, visual)
+
+
 @register_rule("peaks")
 def peaks(hidden: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
     """Density times the distance to the nearest token in a denser place: the centres of clusters, large ones first.
@@ -140,7 +147,10 @@ def random(hidden: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
     return torch.frac(torch.sin(rank * 12.9898) * 43758.5453)
 
 
-register_rule("auto")(diverse)
+AUTO = "balanced"
+"""The rule behind "auto", chosen by bench/accuracy (docs/accuracy.md)."""
+
+register_rule("auto")(balanced)
 
 
 def _spread_out(relevance: torch.Tensor, vectors: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ GENERATE = (
 )
 """One architecture for every structural trait."""
 
-FORWARD = ("llava", "qwen2_5_vl", "qwen3_vl", "idefics3", "kosmos-2", "git")
+FORWARD = ("llava", "qwen2_5_vl", "qwen3_vl", "idefics3", "kosmos-2", "git", "mistral_large4")
 
 
 @pytest.mark.supports("Architectures", ", ".join(GENERATE) + " (generate, both fusions)")

@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import parvts_fx
@@ -15,9 +16,11 @@ from parvts_fx import scores
 from parvts_fx.analysis.calls import attention_nodes
 from parvts_fx.analysis.merge import is_merge
 from parvts_fx.analysis.values import changed_in_place
+from parvts_fx.arranged import _rows_of_none_of
 from parvts_fx.capture import capture as captured_copy
 from parvts_fx.passes.invert_permutations import InvertPermutations
 from parvts_fx.passes.spread_masked_updates import SpreadMaskedUpdates
+from parvts_fx.passes.unify_merges import UnifyMerges
 from parvts_fx.passes.version_writes import VersionWrites
 from parvts_fx.passes.write_out_sizes import WriteOutSizes
 from tests.comparing import TOLERANCE
@@ -130,6 +133,53 @@ def test_sizes_are_written_out():
     assert tuple(view.args[1]) == (2, 3, 4)
     shaped, middle, whole = module(torch.arange(24))
     assert (shaped.shape, middle, whole) == ((2, 3, 4), 3, (2, 3, 4))
+
+
+def features_in_front(features: torch.Tensor, ids: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor]:
+    return (torch.cat([features * 2, F.embedding(ids, table)], 1).sum(-1),)
+
+
+def cached_keys_in_front(features: torch.Tensor, ids: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    hidden = F.embedding(ids, table)
+    keys = torch.cat([features, hidden * 2], 1)
+    return (hidden + keys.sum(1, keepdim=True), keys)
+
+
+@pytest.mark.parametrize("function, count", [(features_in_front, 1), (cached_keys_in_front, 0)])
+def test_what_is_joined_with_text_is_visual_where_all_goes_on_from_there(function, count):
+    inputs = (torch.randn(1, 4, 6), torch.arange(3)[None], nn.Parameter(torch.randn(9, 6), requires_grad=False))
+    assert rewritten_alike(function, inputs, lambda module: UnifyMerges().run(module, set())) == count
+
+
+@pytest.mark.supports("Left unrewritten", "a learned bias chosen by a table of distances, which decode steps would count anew")
+def test_a_bias_by_a_table_of_distances():
+    built = BUILDERS["inkling_mm_model"]()
+    with Comparison(built) as compared, pytest.raises(parvts_fx.NotRewritten, match="table of distances"):
+        compared.forward(built.inputs)
+
+
+def test_rows_that_the_ids_do_not_explain():
+    """Where Dynamo skips the merge: rows of the decoder's input that are not the ids' embeddings."""
+    class Embedding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(20, 6)
+
+        def get_input_embeddings(self) -> nn.Module:
+            return self.table
+
+    model, ids = Embedding(), torch.tensor([[3, 19, 25, 4], [0, 5, 19, 19]])
+    other = torch.ones(2, 4, dtype=torch.int64)
+    with torch.no_grad():
+        model.table.weight[0] = 0
+        plain = model.table(ids.clamp(max=19))
+        wanted = (ids == 19) | (ids == 25)
+        merged = torch.where(wanted[..., None], torch.randn(2, 4, 6), plain)
+    assert torch.equal(_rows_of_none_of(model, [other, ids], merged), wanted)
+    assert _rows_of_none_of(model, [ids], plain) is None  # nothing is merged
+    assert _rows_of_none_of(model, [ids], 2 * merged) is None  # scaled behind the table: padding alone is alike
+    assert _rows_of_none_of(model, [ids[:, :3]], merged) is None
+    assert _rows_of_none_of(nn.Linear(2, 2), [ids], merged) is None
 
 
 def test_only_writes_are_writes():

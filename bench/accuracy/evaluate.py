@@ -31,7 +31,7 @@ from bench.accuracy.tables import tables
 from bench.accuracy.ways import WEIGHTS, Way, prepare
 from bench.measuring import machine
 from parvts_fx.options import Options
-from parvts_fx.scores import ATTENDED, known_rules
+from parvts_fx.scores import ATTENDED, AUTO, known_rules
 
 RESULTS = Path(__file__).parents[1] / "results"
 KEPT = (48, 32, 16, 8, 4)
@@ -82,7 +82,7 @@ def answer_all(way: Way, weights: Path, pictures: int, seed: int) -> dict[str, A
     prepared = prepare(model, way)
     examples = sample_examples(pictures, seed)
     right = grade(prepared.answer, examples.with_visual(prepared.visual) if prepared.visual else examples, BATCH)
-    flops = prepared.flops() - (0 if way.kind == "FastV" else _tower_flops(model))
+    flops = prepared.flops() - (_tower_flops(model) if prepared.counts_tower else 0)
     return {"name": way.name, "kept": way.kept, "options": way.options, "key": way.key, "decoder_flops": flops / BATCH,
             "right": np.packbits(right).tobytes().hex()}
 
@@ -102,7 +102,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pictures", type=int, default=250, help="held-out pictures, with one question of each kind")
     parser.add_argument("--seed", type=int, default=1000, help="of the held-out pictures")
     parser.add_argument("--depth", type=int, default=DEFAULT.migration_depth, help="migration depth where it is not varied")
-    parser.add_argument("--score", default=DEFAULT.score, help="scoring rule where it is not varied")
+    parser.add_argument("--score", default=AUTO, help="scoring rule where it is not varied")
     parser.add_argument("--fusion", default=DEFAULT.fusion, type=_fusion, help="fusion where it is not varied")
     parser.add_argument("--kept", type=int, nargs="+", default=KEPT, help=f"visual tokens kept of {VISUAL}")
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each")

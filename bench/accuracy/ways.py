@@ -52,7 +52,10 @@ class Prepared:
 
     answer: Answer
     flops: Callable[[], int]
-    """Of the last prefill's decoder, per batch; to be called behind an answer."""
+    """Of a prefill of one batch; to be called behind an answer."""
+
+    counts_tower: bool = False
+    """Whether the vision tower is among them; generate runs it in front of the graph that parvts rewrites."""
 
     visual: int | None = None
     """Image tokens that its prompts must have; None for one a patch."""
@@ -70,7 +73,7 @@ def prepare(model: Any, way: Way) -> Prepared:
     wrapped = Pooled(projector, way.kept) if way.kind == "pooled" else Chosen(projector, way.kept, **way.options)
     model.model.multi_modal_projector = wrapped
     counted = _Counted(model)
-    return Prepared(counted.answer, lambda: counted.flops, way.kept)
+    return Prepared(counted.answer, lambda: counted.flops, counts_tower=True, visual=way.kept)
 
 
 def generate(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
