@@ -101,14 +101,18 @@ def _read(args: Sequence[object], kwargs: Mapping[str, object]) -> tuple[list[to
     """What may be the ids of a call, and whether it is given a prompt's ids beside numbers that are neither a mask nor
     embeddings nor a cache: pictures.
 
-    One id a sample is a decode step, whatever else (a mask over the cache, positions as numbers) comes with it.
+    One id a sample beside a mask is a decode step, whatever else (positions as numbers, say) comes with it.
     """
     given = [held for held in (*args, *kwargs.values()) if not is_cache(held)]
     tensors = [held for held in tree_leaves(given) if isinstance(held, torch.Tensor) and held.dim() > 1]
-    prompts = [held for held in tensors if held.dtype == torch.int64 and held.dim() == 2]
-    return prompts, bool(prompts) and min(held.shape[1] for held in prompts) > 1 and any(
+    ids = [held for held in tensors if held.dtype == torch.int64 and held.dim() == 2]
+    prompts = [held for held in ids if held.shape[1] > 1]
+    pictures = bool(prompts) and any(
         held.is_floating_point() and held.shape[:2] != prompts[0].shape and held.shape[-1] != prompts[0].shape[1]
         for held in tensors)
+    if pictures and len(ids) > len(prompts) == 1 and int(prompts[0].max()) <= 1:
+        pictures = False  # the one long row of integers is a mask over a cache
+    return prompts, pictures
 
 
 @torch.no_grad()
