@@ -121,7 +121,8 @@ def _rows_of_none_of(
 ) -> torch.Tensor | None:
     """[batch, seq] bool: rows of merged embeddings [batch, seq, hidden] that are not the input embeddings of the ids.
 
-    None if there is no such row, or if they cannot be told apart: then no row with content is an id's own.
+    None if there is no such row, or if they cannot be told apart: then no row with content is an id's own, or all others
+    are alike (placeholders that are yet to be filled).
     """
     if embeddings.dim() != 3 or not embeddings.is_floating_point():
         return None
@@ -131,7 +132,10 @@ def _rows_of_none_of(
         if size and ids.shape == embeddings.shape[:2]:
             known = table(ids.clamp(0, size - 1))
             same = (known == embeddings).all(-1) if known.shape == embeddings.shape else torch.zeros(())
-            if same.logical_and(embeddings.any(-1)).any() and not same.all():
+            if not same.logical_and(embeddings.any(-1)).any() or same.all():
+                continue
+            others = embeddings[~same]
+            if len(others) == 1 or not (others == others[0]).all():
                 return ~same
     return None
 

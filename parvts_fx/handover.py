@@ -17,10 +17,13 @@ import torch
 from torch.fx import GraphModule, Node
 
 from parvts_fx.analysis.calls import attention_nodes
+from parvts_fx.analysis.merge import find_merge
 from parvts_fx.analysis.records import VisualMerge
 from parvts_fx.analysis.values import fake_mode_of, output_node, value
 from parvts_fx.caches import is_watched, merged_rows
+from parvts_fx.capture import capture
 from parvts_fx.errors import ParvtsWarning
+from parvts_fx.passes.unify_merges import UnifyMerges
 
 
 @dataclasses.dataclass
@@ -87,11 +90,19 @@ class MergedInput:
 
     @staticmethod
     def find(module: GraphModule, example_inputs: Sequence[object]) -> MergedInput | None:
-        """The merged embeddings among the inputs of a graph with attention."""
+        """The merged embeddings among the inputs of a graph with attention.
+
+        What only the call's ids tell counts where the graph has no merge of its own: else the input is what its features
+        are yet to be merged into.
+        """
+        if not attention_nodes(module.graph):
+            return None
         for position, given in enumerate(example_inputs):
-            visual = visual_rows(given) if attention_nodes(module.graph) else None
-            if visual is not None:
-                return MergedInput(position, visual)
+            held = isinstance(given, torch.Tensor) and given.dim() == 3 and visual_rows(given)
+            if isinstance(held, torch.Tensor):
+                if _held(given) is None and _merges(module, example_inputs):
+                    return None
+                return MergedInput(position, held)
         return None
 
     def receive(self, module: GraphModule) -> VisualMerge:
@@ -104,6 +115,14 @@ class MergedInput:
         with fake_mode_of(module.graph):
             mask.meta["example_value"] = torch.empty(batch, size, dtype=torch.bool, device=self.visual.device)
         return VisualMerge(embeddings, (mask,), (), int(self.visual[0].sum()))
+
+
+def _merges(module: GraphModule, example_inputs: Sequence[object]) -> bool:
+    """Whether visual features are merged in this graph."""
+    work = capture(module, example_inputs)
+    attentions = attention_nodes(work.graph)
+    UnifyMerges().run(work, attentions)
+    return find_merge(work.graph, attentions) is not None
 
 
 def can_hand_on(module: GraphModule, merged: Node) -> bool:

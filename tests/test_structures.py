@@ -177,6 +177,8 @@ def test_rows_that_the_ids_do_not_explain():
         merged = torch.where(wanted[..., None], torch.randn(2, 4, 6), plain)
     assert torch.equal(_rows_of_none_of(model, [other, ids], merged), wanted)
     assert _rows_of_none_of(model, [ids], plain) is None  # nothing is merged
+    unfilled = torch.where(wanted[..., None], model.table.weight[7], plain)
+    assert _rows_of_none_of(model, [ids], unfilled) is None  # another id's embedding stands in until they are
     assert _rows_of_none_of(model, [ids], 2 * merged) is None  # scaled behind the table: padding alone is alike
     assert _rows_of_none_of(model, [ids[:, :3]], merged) is None
     assert _rows_of_none_of(nn.Linear(2, 2), [ids], merged) is None
