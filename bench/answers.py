@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from rich.table import Table
 
 import parvts_fx
@@ -21,7 +20,7 @@ from bench.accuracy.batches import stream
 from bench.accuracy.examples import VISUAL, Examples, lay_out
 from bench.accuracy.questions import END, IMAGE_TOKEN, PAD, SHARES, Question, ask, vocabulary
 from bench.accuracy.scenes import GRID, IMAGE, PATCH, draw, sample_scene
-from bench.accuracy.ways import WEIGHTS, generate
+from bench.accuracy.ways import generate, load
 from bench.plots import pyplot
 from parvts_fx.scores import rule_named
 from tests import reference
@@ -46,12 +45,6 @@ class Shown:
     @property
     def holds(self) -> bool:
         return [answer.split()[:1] for answer in self.pruned] == [word.split()[:1] for word in self.expected]
-
-
-def load() -> Any:
-    """The trained model in float32."""
-    model = transformers.LlavaForConditionalGeneration.from_pretrained(WEIGHTS, dtype=torch.float32)
-    return model.eval().requires_grad_(False)
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from bench import answers
 from bench.accuracy import evaluate
 from bench.accuracy.batches import IDS, IGNORED, pack, question_batch, stream
 from bench.accuracy.examples import VISUAL, grade, sample_examples
@@ -15,7 +14,7 @@ from bench.accuracy.questions import END, IMAGE_TOKEN, PAD, SHARES, ask, vocabul
 from bench.accuracy.scenes import CELL, COLOURS, CORNERS, FONT, GROUNDS, IMAGE, draw, patch_labels, sample_scene
 from bench.accuracy.statistics import ahead, summarise, unpack
 from bench.accuracy.train import Stage, Training
-from bench.accuracy.ways import Way, generate, prepare
+from bench.accuracy.ways import Way, generate, load, prepare
 
 NUMBERS = {"zero": 0, "one": 1, "two": 2, "three": 3, "four": 4}
 
@@ -144,7 +143,7 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_been(tmp_path, stop):
 
 @pytest.fixture(scope="module")
 def trained():
-    return answers.load()
+    return load()
 
 
 @pytest.fixture(scope="module")

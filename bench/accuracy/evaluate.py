@@ -28,7 +28,7 @@ from bench.accuracy.examples import VISUAL, grade, sample_examples
 from bench.accuracy.plots import plot_depth, plot_methods, plot_rules
 from bench.accuracy.statistics import summarise
 from bench.accuracy.tables import tables
-from bench.accuracy.ways import WEIGHTS, Way, prepare
+from bench.accuracy.ways import WEIGHTS, Way, load, prepare
 from bench.measuring import machine
 from parvts_fx.options import Options
 from parvts_fx.scores import ATTENDED, AUTO, known_rules
@@ -77,8 +77,7 @@ def answer_all(way: Way, weights: Path, pictures: int, seed: int) -> dict[str, A
     logging.disable(logging.WARNING)
     transformers.logging.set_verbosity_error()
     torch._dynamo.reset()
-    model = transformers.LlavaForConditionalGeneration.from_pretrained(weights, dtype=torch.float32).eval()
-    model.requires_grad_(False)
+    model = load(weights)
     prepared = prepare(model, way)
     examples = sample_examples(pictures, seed)
     right = grade(prepared.answer, examples.with_visual(prepared.visual) if prepared.visual else examples, BATCH)

@@ -7,13 +7,12 @@ import json
 from pathlib import Path
 
 import torch
-import transformers
 
 from bench.accuracy.examples import Examples, grade, sample_examples
 from bench.accuracy.model import build_tokenizer
 from bench.accuracy.questions import SHARES
 from bench.accuracy.train import FACTS
-from bench.accuracy.ways import WEIGHTS, generate
+from bench.accuracy.ways import WEIGHTS, generate, load
 
 PICTURES, SEED = 250, 999
 
@@ -45,9 +44,8 @@ What it can do: right answers, every word, greedy decoding, on {pictures} held-o
 def write(trained: Path, target: Path) -> None:
     """Convert, measure, describe."""
     facts = json.loads((trained / FACTS).read_text())
-    model = transformers.LlavaForConditionalGeneration.from_pretrained(trained, dtype=torch.float32).eval()
-    model.half().save_pretrained(target)
-    model = transformers.LlavaForConditionalGeneration.from_pretrained(target, dtype=torch.float32).eval()
+    load(trained).half().save_pretrained(target)
+    model = load(target)
     examples: Examples = sample_examples(PICTURES, SEED)
     right = grade(lambda batch: generate(model, batch), examples, 40).reshape(PICTURES, len(SHARES))
     rows = "\n".join(f"| {kind} | {100 * share:.1f} % |" for kind, share in zip(SHARES, right.mean(0)))

@@ -20,6 +20,7 @@ import parvts_fx
 from bench.accuracy.examples import LONGEST_ANSWER, Answer
 from bench.accuracy.questions import END, IMAGE_TOKEN, PAD
 from bench.accuracy.scenes import GRID
+from bench.models import rectangle
 from parvts_fx.scores import rule_named
 
 FASTV_LAYERS = 2
@@ -61,6 +62,12 @@ class Prepared:
     """Image tokens that its prompts must have; None for one a patch."""
 
 
+def load(weights: Path = WEIGHTS) -> transformers.LlavaForConditionalGeneration:
+    """A trained model in float32, for inference."""
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(weights, dtype=torch.float32)
+    return model.eval().requires_grad_(False)
+
+
 def prepare(model: Any, way: Way) -> Prepared:
     """A copy of the model that answers in one way; what it costs without the vision tower."""
     model = copy.deepcopy(model)
@@ -83,7 +90,7 @@ def generate(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def _compiled(model: Any, way: Way) -> Prepared:
-    """Through parvts_fx.compile; a depth as a share of the layers is written as such in the options."""
+    """Through parvts_fx.compile."""
     counts: list[int] = []
 
     def lowering(module: GraphModule, example_inputs: list[object]) -> Callable[..., Any]:
@@ -115,7 +122,7 @@ class Pooled(nn.Module):
     def __init__(self, projector: nn.Module, kept: int):
         super().__init__()
         self.projector = projector
-        self.shape = next((side, kept // side) for side in range(int(kept**0.5), 0, -1) if kept % side == 0)
+        self.shape = rectangle(kept)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         grid = self.projector(features).transpose(1, 2).unflatten(2, (GRID, GRID))
