@@ -62,20 +62,21 @@ class Dispatch:
             return self._run_unrewritten(inputs)  # text alone
         tell_merge()
         precondition = self._done.precondition
-        if precondition is None:
-            if visual is None:
-                visual = self._done.visual_mask(*inputs)
-            count = same_count(visual)
-            reason = _DIFFER if count is None else None
-        else:
+        if precondition is not None:
             count = precondition.visual_tokens(inputs)
-            reason = None
-        dropped = 0 if count is None else count - self._options.subject_count(count) if count else 0
-        if reason is None and dropped == 0:
-            return self._run_unrewritten(inputs)
-        if precondition is not None and not precondition(*inputs):
+            if self._dropped(count) == 0:
+                return self._run_unrewritten(inputs)
+        if visual is None:
+            visual = self._done.visual_mask(*inputs)
+        if precondition is None:
+            count = same_count(visual)
+            if count is not None and self._dropped(count) == 0:
+                return self._run_unrewritten(inputs)
+        reason = None
+        if count is None or precondition is not None and not precondition.holds(visual, inputs):
             reason = _DIFFER
-        elif self._done.padding is not None and self._padding_behind(inputs, visual):
+        elif self._done.padding is not None and self._done.padding(
+                visual, *(inputs if self._position is None else (*inputs, visual))):
             reason = _PADDING
         elif _has_labels():
             reason = "labels are given, and a loss needs the logits of every position"
@@ -91,14 +92,12 @@ class Dispatch:
                 self._tell(reason)
             return self._run_unrewritten(inputs)
         outputs = compiled(*inputs) if self._position is None else compiled(*inputs, visual)
-        tell_pruning(dropped)
+        tell_pruning(self._dropped(count))
         note_short_caches(outputs)
         return outputs
 
-    def _padding_behind(self, inputs: Sequence[object], visual: torch.Tensor | None) -> bool:
-        if visual is None:
-            visual = self._done.visual_mask(*inputs)
-        return self._done.padding(visual, *(inputs if self._position is None else (*inputs, visual)))
+    def _dropped(self, count: int) -> int:
+        return count - self._options.subject_count(count) if count else 0
 
     def _compile_for(
         self, count: int, inputs: Sequence[object], visual: torch.Tensor

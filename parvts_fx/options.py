@@ -65,6 +65,10 @@ class Options:
     """Compute only the rows that something reads, in the last migration layer and in the model's last layer: the same
     result for less work."""
 
+    share_prefix: bool = True
+    """With constant weights, compute the text in front of the first visual token once for both paths, where masks keep it
+    from looking ahead: the same result for less work."""
+
     extra_passes: tuple[Any, ...] = ()
     """Passes of your own (objects with a ``name`` and ``run(state)``), run when ours have rewritten the graph."""
 
@@ -99,7 +103,7 @@ class Options:
                   "With joint paths there is one copy of the text rows and nothing to weigh.")
         if self.linear_kernels not in ("auto", "inductor"):
             _fail("linear_kernels", self.linear_kernels, '"auto" or "inductor"', 'Use "auto" for the quicker kernel.')
-        for name in ("strict", "skip_dead_rows"):
+        for name in ("strict", "skip_dead_rows", "share_prefix"):
             if not isinstance(getattr(self, name), bool):
                 _fail(name, getattr(self, name), "True or False", "")
         if self.mode is not None and self.mode not in MODES:

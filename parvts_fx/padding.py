@@ -7,25 +7,17 @@ asks for. Elsewhere the pruned cache's rows would be masked by other rows' colum
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from parvts_fx.analysis.attention import KEY, QUERY
-from parvts_fx.analysis.calls import is_fused_attention
+from parvts_fx.analysis.masks import Mask, masks_of
 from parvts_fx.analysis.records import Decoder
-from parvts_fx.analysis.tokens import AxisLabels
-from parvts_fx.analysis.values import ancestors, has_target, is_tensor, leaves, needed_for, output_node, value
+from parvts_fx.analysis.values import ancestors, has_target, is_tensor, needed_for, output_node, value
 from parvts_fx.precondition import size_reader
-
-_FILLS = (torch.masked_fill, torch.ops.aten.masked_fill.Scalar)
-_KEEPS = (torch.where, operator.and_, torch.logical_and)
-"""Operations in which a bool mask is true where a key may be seen."""
 
 _SHAPE_ONLY = (torch.ones_like, torch.zeros_like, torch.full_like, torch.empty_like)
 _SHAPE_ONLY_METHODS = ("size", "new_ones", "new_zeros", "new_full", "new_empty", "dim")
@@ -66,7 +58,7 @@ def padding_check(module: GraphModule, decoder: Decoder, reads_text: bool = Fals
             return False  # nothing is masked, and no word has the id 0
         held = evaluate(*inputs, *(make(inputs) for make in zeros))
         behind = visual.cumsum(1) > 0
-        return any(bool((mask.padded(values, visual.shape[0]) & behind).any()) for mask, values in zip(masks, held))
+        return any(bool((_padded(mask, values, visual.shape[0]) & behind).any()) for mask, values in zip(masks, held))
 
     return padding_behind_visual
 
@@ -78,52 +70,17 @@ def _hands_out_keys(module: GraphModule, decoder: Decoder) -> bool:
     return bool(outputs & ancestors(keys))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Mask:
-    """A tensor that an attention call pairs with its keys."""
-
-    node: Node
-    axes: dict[str, int]
-    """Which of its axes run along queries and keys."""
-
-    forbids: bool
-    """Whether its true entries are those that must not be seen."""
-
-    def padded(self, values: torch.Tensor, batch: int) -> torch.Tensor:
-        """[batch or 1, seq] bool: which keys even their own rows do not see."""
-        if values.dtype == torch.bool:
-            forbidden = values ^ (not self.forbids)
-        else:
-            forbidden = values <= torch.finfo(torch.float16).min / 2
-        if QUERY in self.axes:
-            forbidden = forbidden.diagonal(dim1=self.axes[QUERY], dim2=self.axes[KEY])
-        else:
-            forbidden = forbidden.movedim(self.axes[KEY], -1)
-        leading = math.prod(forbidden.shape[:-1])
-        return forbidden.reshape(batch if leading % batch == 0 else 1, -1, forbidden.shape[-1]).all(1)
-
-
-def _masks(decoder: Decoder) -> list[_Mask]:
+def _masks(decoder: Decoder) -> list[Mask]:
     """The masks of the first attention call that has any."""
-    for layer in decoder.layers:
-        for attention in layer.attentions:
-            found = [mask for node in attention.nodes for index, binding in attention.bindings.get(node, {}).items()
-                     if (mask := _as_mask(node, index, binding)) is not None]
-            if found:
-                return found
-    return []
+    calls = (attention for layer in decoder.layers for attention in layer.attentions)
+    return next((masks for attention in calls if (masks := masks_of(attention))), [])
 
 
-def _as_mask(node: Node, index: int, binding: object) -> _Mask | None:
-    axes = {label: axis for axis, label in binding.axes} if isinstance(binding, AxisLabels) else {}
-    mask = leaves(node)[index]
-    if KEY not in axes:
-        return None
-    if has_target(node, _FILLS, ("masked_fill", "masked_fill_")):
-        return _Mask(mask, axes, True)
-    if value(mask).is_floating_point() or is_fused_attention(node) or has_target(node, _KEEPS):
-        return _Mask(mask, axes, False)
-    return None
+def _padded(mask: Mask, values: torch.Tensor, batch: int) -> torch.Tensor:
+    """[batch or 1, seq] bool: which keys not even their own rows see."""
+    forbidden = mask.forbidden_to_themselves(values)
+    leading = math.prod(forbidden.shape[:-1])
+    return forbidden.reshape(batch if leading % batch == 0 else 1, -1, forbidden.shape[-1]).all(1)
 
 
 def _needed(graph: Graph, masks: Sequence[Node]) -> tuple[set[Node], list[Node]]:

@@ -21,14 +21,17 @@ from parvts_fx.passes.insert_partition import flatten_mask
 class Precondition:
     """Callable on the graph's inputs: does every row hold the number of visual tokens that the graph assumes?"""
 
-    def __init__(self, module: GraphModule, merge: VisualMerge):
-        self._masks = visual_mask(module, merge)
+    def __init__(self, module: GraphModule, merge: VisualMerge, visual: Callable[..., torch.Tensor]):
+        self._visual = visual
         self.visual_tokens: Callable[[Sequence[object]], int] = size_reader(module, merge.visual_tokens)
         """Visual tokens per sample, read from the sizes of actual inputs."""
 
-    @torch.no_grad()
     def __call__(self, *inputs: object) -> bool:
-        return bool((self._masks(*inputs).sum(1) == self.visual_tokens(inputs)).all())
+        return self.holds(self._visual(*inputs), inputs)
+
+    def holds(self, visual: torch.Tensor, inputs: Sequence[object]) -> bool:
+        """The same, given the inputs' [batch, seq] bool mask of visual tokens."""
+        return bool((visual.sum(1) == self.visual_tokens(inputs)).all())
 
 
 def visual_mask(module: GraphModule, merge: VisualMerge) -> Callable[..., torch.Tensor]:

@@ -97,8 +97,9 @@ def rewrite_graph(
         return Rewriting(GraphReport("untouched", "all visual tokens are kept", **facts))
     if hint(visuals) == 0:
         raise Refusal("there are fewer visual tokens than samples", merge.output)
-    precondition = Precondition(work, merge) if merge.count is None else None
-    mask, padding = visual_mask(work, merge), padding_check(work, decoder, reads_text(options.score))
+    mask = visual_mask(work, merge)
+    precondition = Precondition(work, merge, mask) if merge.count is None else None
+    padding = padding_check(work, decoder, reads_text(options.score))
     state = State(work, decoder, options)
     hooks = [verifier(checks), log_hook, dump_hook(work, merge, hint(visuals))]
     records = run_pipeline(build_pipeline(options) if passes is None else passes, state, hooks)

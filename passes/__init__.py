@@ -10,6 +10,7 @@ from parvts_fx.passes.insert_partition import InsertPartition
 from parvts_fx.passes.keep_last_rows import KeepLastRows
 from parvts_fx.passes.prune_branch import PruneBranch
 from parvts_fx.passes.remove_dead_code import RemoveDeadCode
+from parvts_fx.passes.share_prefix import SharePrefix
 from parvts_fx.passes.skip_dead_rows import SkipDeadRows
 
 
@@ -19,6 +20,8 @@ def build_pipeline(options: Options) -> tuple[Pass, ...]:
     attention = options.fusion == "attention"
     early = options.skip_dead_rows and attention and options.migration_depth > 0
     if options.migration_depth > 0 and options.paths == "parallel":
+        if options.share_prefix and not attention:
+            passes.append(SharePrefix())
         passes.append(DuplicateAttention(leave_last=early) if attention else DuplicateLayers(options.skip_dead_rows))
     if early:
         passes.append(SkipDeadRows(options.paths))
@@ -31,5 +34,5 @@ def build_pipeline(options: Options) -> tuple[Pass, ...]:
 
 __all__ = [
     "DuplicateAttention", "DuplicateLayers", "InsertPartition", "KeepLastRows", "Pass", "PassRecord", "PassResult",
-    "PruneBranch", "RemoveDeadCode", "SkipDeadRows", "State", "build_pipeline", "run_pipeline",
+    "PruneBranch", "RemoveDeadCode", "SharePrefix", "SkipDeadRows", "State", "build_pipeline", "run_pipeline",
 ]

@@ -54,6 +54,23 @@ class Partition:
     subject_count: Size
 
 
+@dataclasses.dataclass(frozen=True)
+class Prefix:
+    """With constant weights: the rows behind a text that both paths share, under the names of :class:`Partition`."""
+
+    count: Node
+    """int: how many leading positions both paths share; known when the graph runs."""
+
+    non_subject: Rows
+    text: Rows
+    text_in_non_subject: Rows
+    """Where these text rows stand among the rows of path B behind the prefix."""
+
+    is_text: Node
+    partners: Node
+    text_partners: Node
+
+
 @dataclasses.dataclass
 class State:
     """What the passes of one pipeline work on."""
@@ -63,6 +80,12 @@ class State:
     options: Options
     editor: Editor = dataclasses.field(init=False)
     partition: Partition | None = None
+    prefix: Prefix | None = None
+    """With constant weights: what path B leaves to path A."""
+
+    lent: dict[Node, Node] = dataclasses.field(default_factory=dict)
+    """With it: nodes that read path A's rows, and what they read, written on all rows until the pruning restricts it."""
+
     non_subject_link: Node | None = None
     """With constant weights: path B's residual stream at the input of the layer where it ends."""
 
@@ -82,7 +105,7 @@ class State:
     """The residual stream after pruning: path A's rows alone."""
 
     side_nodes: frozenset[Node] = dataclasses.field(init=False)
-    """What stood in the graph outside the decoder."""
+    """What stood in the graph outside the decoder, and what checks something there."""
 
     original_inputs: list[str] = dataclasses.field(init=False)
     original_outputs: list[object] = dataclasses.field(init=False)
@@ -99,6 +122,10 @@ class State:
         self.original_outputs = [value(out) if isinstance(out, Node) else out for out in flat]
         inside, axes = set(self.decoder.nodes), self.decoder.tokens.axes
         self.last_rows = {position for position, out in enumerate(flat) if out in inside and not axes.get(out)}
+
+    def keep(self, node: Node) -> None:
+        """Leave a node in the graph though nothing reads it."""
+        self.side_nodes |= {node}
 
     @property
     def depth(self) -> int:

@@ -114,6 +114,11 @@ class Editor:
             return min(one, other)
         return self.call(torch.sym_min, one, other)
 
+    def check(self, condition: Node) -> Node:
+        """Assume a comparison of sizes to be true: ``torch._check``, for sizes that depend on data."""
+        torch._check(value(condition))
+        return self.graph.call_function(torch._check, (condition,))
+
     # -- whole functions --------------------------------------------------------------------------------------------
 
     def inline(self, function: Callable, *sources: Node) -> Any:

@@ -48,6 +48,8 @@ class PruneBranch:
         if not fused:
             state.prune_node = copies[state.cut]
         state.copies = copies
+        for reader, node in state.lent.items():
+            reader.replace_input_with(node, copies[node])
         output = output_node(graph)
         for node in output.all_input_nodes:
             if node in copies:
@@ -61,8 +63,9 @@ class PruneBranch:
         return PassResult(len(region))
 
     def _fuse(self, state: State, subject: Node) -> Node:
-        """Merge the text rows of both paths; the subject rows stay. Both have their rows along one axis."""
-        weight, parts, other = self.fusion, state.partition, state.non_subject_link
+        """Merge the text rows of both paths; the subject rows, and text that path A computes for both, stay. Both paths have
+        their rows along one axis."""
+        weight, rows, other = self.fusion, state.prefix or state.partition, state.non_subject_link
         axis = state.decoder.tokens.plain_axis(state.cut)
         view = rows_along(state.cut, axis, state.batch)
 
@@ -70,6 +73,6 @@ class PruneBranch:
             partner = b.gather(axis, partners[view].expand(a.shape))
             return torch.where(is_text[view], weight * a + (1 - weight) * partner, a)
 
-        partners = parts.text_partners if state.non_subject_rows is parts.text else parts.partners
+        partners = rows.text_partners if state.non_subject_rows is rows.text else rows.partners
         with state.editor.graph.inserting_before(max(subject, other).next):
-            return state.editor.inline(fuse, subject, other, parts.is_text, partners)
+            return state.editor.inline(fuse, subject, other, rows.is_text, partners)

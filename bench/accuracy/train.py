@@ -25,7 +25,7 @@ from rich.progress import (
 )
 
 from bench.accuracy.batches import IGNORED, Batch, question_batch, stream, vision_batch
-from bench.accuracy.model import build_model
+from bench.accuracy.model import LAYERS, build_model
 from bench.accuracy.questions import SHARES
 from bench.accuracy.scenes import EVERYWHERE, LABELS
 
@@ -59,9 +59,9 @@ class Stage:
 class Trainee(torch.nn.Module):
     """The model, and linear heads that say what its vision tower has seen."""
 
-    def __init__(self, compiled: bool = False) -> None:
+    def __init__(self, compiled: bool = False, layers: int = LAYERS) -> None:
         super().__init__()
-        self.model = build_model()
+        self.model = build_model(layers)
         self.model.set_attn_implementation("eager")  # a third of the time of SDPA's backward on CPU
         self.heads = torch.nn.Linear(self.model.config.vision_config.hidden_size, sum(LABELS.values()))
         self._features: torch.Tensor | None = None
@@ -109,6 +109,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.accuracy.train", description=__doc__.splitlines()[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="of weights and pictures")
+    parser.add_argument("--layers", type=int, default=LAYERS, help="of the decoder")
     parser.add_argument("--vision-steps", type=int, default=1000, help="steps on the vision tower alone")
     parser.add_argument("--steps", type=int, default=5000, help="most steps on questions, ended where every kind is "
                         f"right to {100 * TARGET:.0f} %%")
@@ -117,11 +118,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--questions", type=int, default=16, help="questions to a picture")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="highest learning rate on questions")
     parser.add_argument("--validate", type=int, default=250, help="steps between validations and checkpoints")
-    parser.add_argument("--out", type=Path, default=None, help="folder for checkpoint and weights [accuracy_out/seed<N>]")
+    parser.add_argument("--out", type=Path, default=None, help="folder for checkpoint and weights [accuracy_out/seed<N>, and the number of layers if it is not the default]")
     parser.add_argument("--no-compile", action="store_true", help="train eagerly: slower steps, no minute of compiling")
     parser.add_argument("--fresh", action="store_true", help="start anew even if there is a checkpoint")
     options = parser.parse_args(arguments)
-    options.out = options.out or Path("accuracy_out") / f"seed{options.seed}"
+    depth = "" if options.layers == LAYERS else f"-{options.layers}layers"
+    options.out = options.out or Path("accuracy_out") / f"seed{options.seed}{depth}"
     return options
 
 
@@ -162,10 +164,11 @@ def describe(counts: dict[str, tuple[int, int]]) -> str:
 class Training:
     """A model on its way through the stages; everything that a checkpoint holds."""
 
-    def __init__(self, stages: tuple[Stage, ...], seed: int, path: Path, questions: int, compiled: bool = False):
+    def __init__(self, stages: tuple[Stage, ...], seed: int, path: Path, questions: int, compiled: bool = False,
+                 layers: int = LAYERS):
         self.stages, self.seed, self.path, self.questions = stages, seed, path, questions
         torch.manual_seed(seed)
-        self.trainee = Trainee(compiled)
+        self.trainee = Trainee(compiled, layers)
         self.stage = self.step = 0
         self.done: list[int] = []
         """Steps of each finished stage."""
@@ -226,7 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
               Stage("questions", options.steps, options.pictures, options.rate),
               Stage("cooling", options.cooling, options.pictures, options.rate / 2, warmup=20))
     training = Training(stages, options.seed, options.out / CHECKPOINT, options.questions,
-                        compiled=not options.no_compile)
+                        compiled=not options.no_compile, layers=options.layers)
     if training.path.exists() and not options.fresh:
         training.load()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
@@ -251,7 +254,7 @@ def main(arguments: list[str] | None = None) -> int:
             training.finish_stage()
             training.save()
     training.trainee.model.save_pretrained(options.out)
-    facts = {"seed": options.seed, "steps": dict(zip((stage.name for stage in stages), training.done)),
+    facts = {"seed": options.seed, "layers": options.layers, "steps": dict(zip((stage.name for stage in stages), training.done)),
              "seconds": training.seconds}
     (options.out / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
     console.print(f"Written: {options.out}")

@@ -1,0 +1,114 @@
+"""Find the text in front of every image, which both paths would compute alike (constant fusion weights)."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch.fx import Node
+
+from parvts_fx.analysis.masks import Mask, masks_of
+from parvts_fx.analysis.values import ancestors, changed_in_place, hint, is_tensor, needed_for, value
+from parvts_fx.passes.base import PassResult, Prefix, State
+from parvts_fx.passes.editing import Rows
+
+
+@dataclasses.dataclass(frozen=True)
+class SharePrefix:
+    """Count the leading rows whose results the non-subject path may read from the subject path.
+
+    ``layers(h0[A])``, ``layers(h0[B])``  ==>  the second on B's rows behind the prefix alone, with A's keys in front
+
+    These are the positions in front of the first visual token of any sample, if none of them sees a later one. Both are
+    data, so the count is read from the tensors at each call: zero where a mask lets the prefix look ahead, or where it
+    hides a prefix row from itself (padding, whose rows may attend to anything). Leaves a graph alone that may not hold
+    numbers that depend on data (torch._dynamo.config.capture_scalar_outputs, which parvts_fx.compile switches on), or in
+    whose migration layers tokens meet other than by masked attention.
+    """
+
+    name: ClassVar[str] = "share_prefix"
+
+    def run(self, state: State) -> PassResult:
+        graph, parts, shapes = state.module.graph, state.partition, state.editor.mode.shape_env
+        if shapes is None or not shapes.allow_scalar_outputs:
+            return PassResult(0, "the graph may not hold numbers that depend on data")
+        needed = needed_for(graph, [state.cut])
+        merge = state.decoder.merge.output
+        region = [node for node in state.decoder.nodes if node in needed and node is not merge and is_tensor(node)]
+        if not region or hint(_as_value(parts.text.count)) < 2 or any(map(changed_in_place, region)):
+            return PassResult(0)
+        calls = [self._masks(mixer.attention, region[0], set(state.decoder.nodes)) for mixer in state.migration_mixers]
+        if not calls or any(masks is None for masks in calls) or region[0] < parts.text.ready:
+            return PassResult(0, "not all of these layers are masked attention")
+        calls = list(dict.fromkeys(map(tuple, calls)))
+        with graph.inserting_before(region[0]):
+            state.prefix = self._measure(state, calls)
+        return PassResult(1)
+
+    def _masks(self, attention: object, first: Node, inside: set[Node]) -> list[Mask] | None:
+        """What forbids a call's rows to look ahead; None where that is not known in front of the first layer."""
+        masks = [] if attention is None else masks_of(attention)
+        if attention is None or not (masks or attention.is_causal):
+            return None
+        early = all(mask.node < first for mask in masks)
+        return masks if early and not inside & ancestors(mask.node for mask in masks) else None
+
+    def _measure(self, state: State, calls: Sequence[Sequence[Mask]]) -> Prefix:
+        parts, editor = state.partition, state.editor
+        masks = list(dict.fromkeys(mask for call in calls for mask in call))
+
+        def measure(text: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
+            held = dict(zip(masks, values))
+            in_front = text[:, :-1] == torch.arange(text.shape[1] - 1, device=text.device)  # one row of text stays behind
+            count = in_front.all(0).sum()
+            apart = torch.ones((), dtype=torch.bool, device=text.device)
+            for call in calls:
+                if call:
+                    front = torch.arange(held[call[0]].shape[call[0].key_axis], device=text.device) < count
+                    apart = apart & _see_themselves_alone([(mask, held[mask]) for mask in call], front)
+            return torch.where(apart, count, 0)
+
+        def behind(
+            count: torch.Tensor, is_text: torch.Tensor, partners: torch.Tensor, text_partners: torch.Tensor
+        ) -> tuple[torch.Tensor, ...]:
+            return (is_text & (text_partners >= count), (partners - count).clamp(min=0), (text_partners - count).clamp(min=0))
+
+        leading = editor.inline(measure, parts.text.index, *(mask.node for mask in masks))
+        is_text, partners, text_partners = editor.inline(behind, leading, parts.is_text, parts.partners, parts.text_partners)
+        with state.editor.mode.shape_env.ignore_fresh_unbacked_symbols():  # the lowering's own tracing binds its own
+            count = editor.method("item", leading)
+        state.keep(editor.check(editor.call(operator.ge, count, 0)))
+
+        def skip(rows: Rows, name: str, shift: bool = False) -> Rows:
+            size = editor.plus(rows.count, count, -1)
+            state.keep(editor.check(editor.call(operator.ge, size, 1)))
+            index = editor.call(torch.narrow, rows.index, 1, count, size)
+            return Rows(name, editor.call(operator.sub, index, leading) if shift else index, size)
+
+        return Prefix(
+            count=count, non_subject=skip(parts.non_subject, "non_subject_behind"), text=skip(parts.text, "text_behind"),
+            text_in_non_subject=skip(parts.text_in_non_subject, "text_in_non_subject_behind", shift=True),
+            is_text=is_text, partners=partners, text_partners=text_partners)
+
+
+def _as_value(count: int | Node) -> int | torch.SymInt:
+    return count if isinstance(count, int) else value(count)
+
+
+def _see_themselves_alone(masks: Sequence[tuple[Mask, torch.Tensor]], front: torch.Tensor) -> torch.Tensor:
+    """Whether no row in front sees a key behind, and every one sees its own. ``front``: [seq] bool."""
+    ahead = front[:, None] & ~front
+    hidden = torch.zeros_like(front)
+    for mask, values in masks:
+        forbidden = mask.forbidden(values)
+        if mask.query_axis is None:
+            forbidden = forbidden.movedim(mask.key_axis, -1).unsqueeze(-2)
+        else:
+            forbidden = forbidden.movedim((mask.query_axis, mask.key_axis), (-2, -1))
+        ahead = ahead & ~forbidden.reshape(-1, *forbidden.shape[-2:]).all(0)
+        own = mask.forbidden_to_themselves(values)
+        hidden = hidden | own.reshape(-1, own.shape[-1]).any(0)
+    return ~ahead.any() & ~(hidden & front).any()
