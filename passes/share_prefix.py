@@ -62,8 +62,7 @@ class SharePrefix:
 
         def measure(text: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
             held = dict(zip(masks, values))
-            in_front = text[:, :-1] == torch.arange(text.shape[1] - 1, device=text.device)  # one row of text stays behind
-            count = in_front.all(0).sum()
+            count = _leading(text)
             apart = torch.ones((), dtype=torch.bool, device=text.device)
             for call in calls:
                 if call:
@@ -84,7 +83,8 @@ class SharePrefix:
 
         def skip(rows: Rows, name: str, shift: bool = False) -> Rows:
             size = editor.plus(rows.count, count, -1)
-            state.keep(editor.check(editor.call(operator.ge, size, 1)))
+            for comparison, bound in ((operator.ge, 1), (operator.ne, 0)):  # the first does not tell that of every size
+                state.keep(editor.check(editor.call(comparison, size, bound)))
             index = editor.call(torch.narrow, rows.index, 1, count, size)
             return Rows(name, editor.call(operator.sub, index, leading) if shift else index, size)
 
@@ -96,6 +96,12 @@ class SharePrefix:
 
 def _as_value(count: int | Node) -> int | torch.SymInt:
     return count if isinstance(count, int) else value(count)
+
+
+def _leading(text: torch.Tensor) -> torch.Tensor:
+    """[] int64: how many positions are text in every sample before any is not; at least one text row stays behind.
+    ``text``: [batch, texts] positions, ascending."""
+    return (text[:, :-1] == torch.arange(text.shape[1] - 1, device=text.device)).all(0).sum()
 
 
 def _see_themselves_alone(masks: Sequence[tuple[Mask, torch.Tensor]], front: torch.Tensor) -> torch.Tensor:

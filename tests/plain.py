@@ -42,7 +42,8 @@ class Specification:
     """"causal" (fused, no mask: padding is seen), "masked" (fused, bool mask), "written" (softmax, float mask) or
     "relative" (written out, with a bias by distance added to the scores)."""
     span: str = "causal"
-    """With a mask: "causal", "window" (of 5 tokens) or "images" (visual tokens see each other in both directions)."""
+    """With a mask: "causal", "window" (of 5 tokens), "images" (visual tokens see each other in both directions) or
+    "all" (so do all tokens)."""
     reads_padding: bool = True
     """False: one mask for all samples, in which padding is seen."""
     scale: float | None = None
@@ -283,6 +284,8 @@ class Plain(nn.Module):
         if self.spec.span == "images":
             visual = ids == IMAGE_TOKEN
             allowed = allowed | (visual[:, :, None] & visual[:, None, :])
+        if self.spec.span == "all":
+            allowed = torch.ones_like(allowed)
         if self.spec.reads_padding:
             allowed = allowed & mask.bool()[:, None, :] | (query == key)
         return allowed[:, None] if allowed.dim() == 3 else allowed[None, None]

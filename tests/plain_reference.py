@@ -38,7 +38,7 @@ class _Sample:
                     sees = sees and (self.spec.span != "window" or query - key < 5)
                     both = bool(self.is_visual[query] and self.is_visual[key])
                     real = bool(mask[key]) or not self.spec.reads_padding
-                    sees = (sees or self.spec.span == "images" and both) and real or query == key
+                    sees = (sees or self.spec.span == "images" and both or self.spec.span == "all") and real or query == key
                 self.allowed[query, key] = sees
 
     def start(self) -> Tensor:

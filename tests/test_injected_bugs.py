@@ -17,8 +17,8 @@ from torch import Tensor
 
 from parvts_fx import scores
 from parvts_fx.analysis.values import ancestors, value
-from parvts_fx.passes import PruneBranch, State, duplicate_attention, insert_partition, keep_last_rows
-from parvts_fx.passes import prune_branch, skip_dead_rows
+from parvts_fx.passes import DuplicateLayers, PruneBranch, State, duplicate_attention, insert_partition, keep_last_rows
+from parvts_fx.passes import prune_branch, share_prefix, skip_dead_rows
 from parvts_fx.passes.editing import Editor
 from tests.plain import Plain, Row, Specification, prompt
 from tests.plain_reference import largest_error, reference
@@ -53,7 +53,7 @@ class Comparison:
         torch._dynamo.reset()
         model = Plain(self.spec)
         compiled = torch.compile(model, backend="parvts", options={**options, **ours})
-        with torch.no_grad():
+        with torch.no_grad(), torch._dynamo.config.patch(capture_scalar_outputs=True):
             return largest_error(compiled(*given.arguments), reference(model, given, self.score, **options))
 
 
@@ -151,12 +151,25 @@ def mask_by_slot(original: Callable, self: Editor, queries: Any, keys: Any, like
         return self.inline(lambda mask: torch.ones_like(mask).tril(), node)
 
 
+def keys_of_its_own(original: Callable, self: DuplicateLayers, state: State, attention: Any, ready: Any) -> Any:
+    """In front of path B's keys its own first ones, in place of path A's."""
+    full = original(self, state, attention, ready)
+    for reader, node in list(state.lent.items()):
+        if node in ready and reader in full[node].all_input_nodes:
+            reader.replace_input_with(node, ready[node])
+            del state.lent[reader]
+    return full
+
+
 def weight_on_the_other_path(original: Callable, self: PruneBranch, *args: Any) -> Any:
     return original(dataclasses.replace(self, fusion=1 - self.fusion), *args)
 
 
 WEIGHT, DEAD = Comparison(fusion=0.25), Comparison(migration_depth=2, skip_dead_rows=True)
 LEAN_WEIGHT = Comparison(fusion=0.25, skip_dead_rows=True)
+FRONT = Comparison(dataclasses.replace(MASKED, rows=(Row(before=3), Row(before=4, between=2))), migration_depth=2,
+                   fusion=0.25, skip_dead_rows=True)
+AHEAD = dataclasses.replace(FRONT, spec=dataclasses.replace(FRONT.spec, span="all"))
 LAST = Comparison(dataclasses.replace(MASKED, last_only=True), migration_depth=3, skip_dead_rows=True)
 LAST_VISUAL = Comparison(dataclasses.replace(MASKED, last_only=True, scale=0.1, length=9, rows=(Row(before=4),)),
                          migration_depth=3, skip_dead_rows=True)
@@ -192,6 +205,10 @@ BUGS: dict[str, tuple[Patch, Comparison]] = {
     "weight on the other path": (wrap(PruneBranch, "_fuse", weight_on_the_other_path), WEIGHT),
     "fused with the next token, without dead rows": (
         partitioning("text_partners", one_more_within("text")), LEAN_WEIGHT),
+    "prefix one row too long": (wrap(share_prefix, "_leading", lambda original, text: original(text) + 1), FRONT),
+    "prefix shared though it looks ahead": (
+        wrap(share_prefix, "_see_themselves_alone", lambda original, masks, front: original(masks, front) | True), AHEAD),
+    "prefix keys of the other path": (wrap(DuplicateLayers, "_lend", keys_of_its_own), FRONT),
     "queries of other rows, weights": (
         partitioning("text_in_non_subject", one_more_within("non_subject")), LEAN_WEIGHT),
     "last text row sees the subject group alone": (

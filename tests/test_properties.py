@@ -48,6 +48,8 @@ class Choice:
     fusion: str | float = "attention"
     paths: str = "parallel"
     rule: str = "diverse"
+    data_in_sizes: bool = True
+    """Whether graphs may hold numbers that depend on data, as under parvts_fx.compile: then weights share the prefix."""
 
     @property
     def semantic(self) -> dict[str, Any]:
@@ -83,7 +85,7 @@ def specifications(draw: st.DrawFn, attention: str) -> Specification:
     spec = Specification(
         layers=draw(st.integers(1, 4)), heads=heads, groups=groups, head_dim=draw(st.sampled_from([4, 6])),
         norm=draw(st.sampled_from(["rms", "layer"])), place=draw(st.sampled_from(["pre", "post"])),
-        attention=attention, span=draw(st.sampled_from(["causal", "window", "images"])),
+        attention=attention, span=draw(st.sampled_from(["causal", "window", "images", "all"])),
         reads_padding=draw(st.booleans()), scale=draw(st.sampled_from([None, 0.6])),
         positions=draw(st.sampled_from(["rotary", "learned"])), numbering=draw(st.sampled_from(["index", "mask"])),
         fused_qkv=draw(st.booleans()), parallel=draw(st.booleans()), flat=draw(st.booleans()),
@@ -102,6 +104,7 @@ def choices(draw: st.DrawFn, layers: int) -> Choice:
         keep=draw(st.one_of(st.integers(1, 4), st.sampled_from([0.05, 1 / 9, 0.25, 0.5, 0.8, 1.0]))),
         fusion=draw(st.sampled_from([0.0, 0.25, 0.7, 1.0])) if kind == "weight" else "attention",
         paths="joint" if kind == "joint" else "parallel", rule=draw(st.sampled_from(list(RULES))),
+        data_in_sizes=draw(st.booleans()),
     )
 
 
@@ -125,7 +128,7 @@ def sequences(draw: st.DrawFn) -> tuple[tuple[Specification, ...], Choice]:
 def check(compiled: Callable[..., Any], model: Plain, spec: Specification, choice: Choice, seed: int = 1) -> None:
     """One call of the compiled model: lengths, then numbers."""
     prompted = prompt(spec, seed)
-    with torch.no_grad():
+    with torch.no_grad(), torch._dynamo.config.patch(capture_scalar_outputs=choice.data_in_sizes):
         logits, caches = compiled(*prompted.arguments)
         unpruned, _ = model(*prompted.arguments)
         expected = reference(model, prompted, RULES[choice.rule], **choice.semantic)
@@ -137,6 +140,7 @@ def check(compiled: Callable[..., Any], model: Plain, spec: Specification, choic
         assert relative_error(logits, unpruned) < TOLERANCE
 
 
+FRONTS = (Row(before=4, between=1), Row(before=2, between=2))
 TWO_ROWS = (Row(padding=0, before=1, between=2), Row(padding=3, before=2))
 CORNERS: dict[str, tuple[Specification, Choice]] = {
     "one token of one layer": (Specification(layers=1), Choice(keep=1)),
@@ -174,6 +178,20 @@ CORNERS: dict[str, tuple[Specification, Choice]] = {
     "scores undefined": (Specification(rows=TWO_ROWS), Choice(rule="partly undefined", keep=3)),
     "weight, all of three layers": (Specification(layers=3, rows=TWO_ROWS), Choice(depth=3, fusion=0.3)),
     "weight, all of two layers": (Specification(layers=2), Choice(depth=2, fusion=0.5)),
+    "weight, text in front": (
+        Specification(layers=3, length=13, rows=FRONTS, attention="masked", caches=False), Choice(depth=2, fusion=0.3)),
+    "weight, text in front, causal": (
+        Specification(layers=3, length=13, rows=FRONTS, positions="learned", fused_qkv=True), Choice(depth=2, fusion=0.3)),
+    "weight, text in front, all of three layers": (
+        Specification(layers=3, length=13, rows=FRONTS, attention="relative", last_only=True), Choice(depth=3, fusion=0.3)),
+    "weight, text in front, one flat function": (
+        Specification(layers=3, length=13, rows=FRONTS, attention="written", flat=True), Choice(depth=2, fusion=0.3)),
+    "weight, text in front, window": (
+        Specification(layers=3, length=13, rows=FRONTS, attention="written", span="window"), Choice(depth=2, fusion=0.3)),
+    "weight, text in front, images see each other": (
+        Specification(layers=3, length=13, rows=FRONTS, attention="masked", span="images"), Choice(depth=2, fusion=0.3)),
+    "weight, text in front, all see all": (
+        Specification(layers=3, length=13, rows=FRONTS, attention="written", span="all"), Choice(depth=2, fusion=0.3)),
     "bidirectional images": (
         Specification(rows=TWO_ROWS, attention="masked", span="images"), Choice(depth=2, paths="joint")),
     "one bias for all samples": (Specification(attention="relative", rows=TWO_ROWS), Choice()),
@@ -211,6 +229,9 @@ def sized(**sizes: list[int]) -> tuple[Specification, ...]:
 
 SEQUENCES: dict[str, tuple[tuple[Specification, ...], Choice]] = {
     "length is hidden size at first": (sized(length=[12, 13, 16]), Choice()),
+    "text in front of three lengths": (
+        tuple(dataclasses.replace(Specification(attention="masked"), length=length, rows=(Row(before=before),) * batch)
+              for length, before, batch in ((11, 3, 1), (13, 0, 1), (16, 7, 2))), Choice(fusion=0.3)),
     "length is hidden size later": (sized(length=[9, 12, 9], visual=[5, 7, 5]), Choice(fusion=0.5, keep=0.3)),
     "the last one keeps all": (sized(length=[16, 14, 11], visual=[8, 6, 4]), Choice(keep=4)),
     "the last one keeps all, weight": (sized(length=[16, 14, 11], visual=[8, 6, 4]), Choice(fusion=0.3, keep=4)),
