@@ -8,12 +8,13 @@ its positions go on where the picture ends, so that its logits are those it has 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 
 from bench.accuracy.model import MEAN, STD
-from bench.accuracy.questions import BEGIN, END, IMAGE_TOKEN, PAD, Question, ask_many, vocabulary
+from bench.accuracy.questions import BEGIN, END, IMAGE_TOKEN, PAD, SHARES, Question, ask_many, vocabulary
 from bench.accuracy.scenes import GRID, Scene, draw, patch_labels, sample_scene
 
 IDS = {word: index for index, word in enumerate(vocabulary())}
@@ -66,10 +67,12 @@ def vision_batch(rng: np.random.Generator, size: int) -> tuple[torch.Tensor, tor
             torch.from_numpy(np.stack([patch_labels(scene) for scene in scenes])))
 
 
-def question_batch(rng: np.random.Generator, size: int, questions: int) -> Batch:
-    """Random pictures with ``questions`` questions each."""
+def question_batch(
+    rng: np.random.Generator, size: int, questions: int, shares: Mapping[str, float] = SHARES
+) -> Batch:
+    """Random pictures with ``questions`` questions each, of kinds drawn in proportion to their shares."""
     scenes = [sample_scene(rng) for _ in range(size)]
-    return pack(scenes, [ask_many(scene, questions, rng) for scene in scenes])
+    return pack(scenes, [ask_many(scene, questions, rng, shares) for scene in scenes])
 
 
 def pack(scenes: list[Scene], questions: list[list[Question]]) -> Batch:

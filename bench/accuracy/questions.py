@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import Counter
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -34,10 +35,12 @@ def ask(scene: Scene, kind: str, rng: np.random.Generator) -> Question:
     return Question(kind, *_ASKERS[kind](scene, rng))
 
 
-def ask_many(scene: Scene, count: int, rng: np.random.Generator) -> list[Question]:
-    """Random questions with kinds drawn by ``SHARES``."""
-    shares = np.array(list(SHARES.values())) / sum(SHARES.values())
-    return [ask(scene, str(kind), rng) for kind in rng.choice(list(SHARES), size=count, p=shares)]
+def ask_many(
+    scene: Scene, count: int, rng: np.random.Generator, shares: Mapping[str, float] = SHARES
+) -> list[Question]:
+    """Random questions, each kind drawn in proportion to its share."""
+    weights = np.array(list(shares.values()), dtype=float)
+    return [ask(scene, str(kind), rng) for kind in rng.choice(list(shares), size=count, p=weights / weights.sum())]
 
 
 def _subject(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:

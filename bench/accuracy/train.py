@@ -1,8 +1,9 @@
 """Train the model of one seed: ``python -m bench.accuracy.train --seed 0``.
 
 First the vision tower learns what each patch shows (real towers are pretrained too), then the whole model answers
-questions, many to a picture (batches.py), until it is good at every kind, and cools down at a falling rate. A batch is a function of the seed and the step, so a training that was
-stopped goes on from its checkpoint as if it had not been. Matrix products run in bfloat16, weights stay in float32.
+questions, many to a picture (batches.py), until it is good at every kind, and cools down at a falling rate. Kinds that it
+still gets wrong are asked more often. A batch is a function of the seed, the step and the last validation, so a training
+that was stopped goes on from its checkpoint as if it had not been. Matrix products run in bfloat16, weights stay in float32.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ VALIDATION_PICTURES = 64
 CHECKPOINT, FACTS = "checkpoint.pt", "training.json"
 TARGET = 0.95
 """Share of right answers on every kind of question behind which the model cools down."""
+
+KNOWN_SHARE = 0.05
+"""A kind that is always right keeps this part of its share of the questions."""
 
 SEEN_SHARE = 0.1
 """Weight of the vision tower's own loss while the whole model learns questions."""
@@ -173,12 +177,14 @@ class Training:
         self.done: list[int] = []
         """Steps of each finished stage."""
         self.seconds = 0.0
+        self.shares: dict[str, float] = dict(SHARES)
+        """How often each kind of question is asked."""
         self.optimisers = build_optimisers(self.trainee, stages[0])
 
     def load(self) -> None:
         saved = torch.load(self.path)
         self.stage, self.step, self.seconds = saved["place"]
-        self.done = saved["done"]
+        self.done, self.shares = saved["done"], saved["shares"]
         self.trainee.load_state_dict(saved["weights"])
         if self.stage < len(self.stages):
             self.optimisers = build_optimisers(self.trainee, self.stages[self.stage])
@@ -186,7 +192,7 @@ class Training:
                 optimiser.load_state_dict(content)
 
     def save(self) -> None:
-        content = {"place": (self.stage, self.step, self.seconds), "done": self.done, "weights": self.trainee.state_dict(),
+        content = {"place": (self.stage, self.step, self.seconds), "done": self.done, "shares": self.shares, "weights": self.trainee.state_dict(),
                    "optimisers": [optimiser.state_dict() for optimiser in self.optimisers]}
         torch.save(content, self.path.with_suffix(".tmp"))
         os.replace(self.path.with_suffix(".tmp"), self.path)  # a run that is stopped here loses nothing
@@ -201,7 +207,8 @@ class Training:
             if stage.name == "vision":
                 loss = self.trainee.vision_loss(*vision_batch(stream(self.seed, "vision", self.step), stage.pictures))
             else:
-                batch = question_batch(stream(self.seed, "train", self.step), stage.pictures, self.questions)
+                batch = question_batch(stream(self.seed, "train", self.step), stage.pictures, self.questions,
+                                       self.shares)
                 loss = self.trainee.answer_loss(batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trainee.parameters(), 1.0)
@@ -212,8 +219,14 @@ class Training:
         self.seconds += time.perf_counter() - start
         return loss.item()
 
+    def ask_what_is_wrong(self, counts: dict[str, tuple[int, int]]) -> None:
+        """Ask each kind of question in proportion to what a validation found wrong of it."""
+        self.shares = {kind: SHARES[kind] * (KNOWN_SHARE + 1 - right / max(1, total))
+                       for kind, (right, total) in counts.items()}
+
     def finish_stage(self) -> None:
         self.done.append(self.step)
+        self.shares = dict(SHARES)
         self.stage, self.step = self.stage + 1, 0
         if self.stage < len(self.stages):
             self.optimisers = build_optimisers(self.trainee, self.stages[self.stage])
@@ -247,6 +260,8 @@ def main(arguments: list[str] | None = None) -> int:
                     if stage.name != "vision":
                         counts = validate(training.trainee, options.questions, options.seed)
                         text += ", " + describe(counts)
+                        if stage.name == "questions":
+                            training.ask_what_is_wrong(counts)
                         ended = stage.name == "questions" and min(r / max(1, n) for r, n in counts.values()) >= TARGET
                     console.print(text)
                     if not ended:  # then the stage's end is kept, at once
