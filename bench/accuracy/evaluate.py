@@ -31,7 +31,7 @@ from bench.accuracy.tables import tables
 from bench.accuracy.ways import WEIGHTS, Way, load, prepare
 from bench.measuring import machine
 from parvts_fx.options import Options
-from parvts_fx.scores import ATTENDED, AUTO, known_rules
+from parvts_fx.scores import AUTO, known_rules
 
 RESULTS = Path(__file__).parents[1] / "results"
 KEPT = (48, 32, 16, 8, 4)
@@ -50,8 +50,7 @@ def ways(study: str, depth: int, score: str, fusion: str | float, counts: Sequen
     chosen = {"migration_depth": depth, "score": score, "fusion": fusion}
     full = [Way("full", VISUAL, kind="chosen")]
     if study == "rules":
-        # generate runs the vision tower on its own, so that its attention is in no graph with the decoder
-        rules = [rule for rule in known_rules() if rule not in ("auto", ATTENDED)]
+        rules = [rule for rule in known_rules() if rule != "auto"]
         return full + [Way("parvts", kept, chosen | {"score": rule}) for kept in counts[::2] for rule in rules]
     if study == "depth":
         return full + [Way("parvts", kept, chosen | {"migration_depth": layers, "fusion": fused})
