@@ -31,6 +31,7 @@ from bench.plots import plot_kept, plot_lengths
 from bench.tables import table_of_kept, table_of_lengths, tables_of_methods
 
 RESULTS = Path(__file__).parent / "results"
+STUDIES = ("methods", "kept", "lengths")
 KNOWN = tuple(method.name for method in methods())
 
 
@@ -85,9 +86,11 @@ SHORT = Settings(layers=6, width=512, batch=(1,), sweep=(64, 192), lengths=(144,
                  lengthened=("inductor", "parvts"), repeats=3, tokens=8, fresh=False)
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[Settings, Path]:
-    """The command line: what to measure, and where results go."""
+def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[tuple[str, ...], Settings, Path]:
+    """The command line: which studies, what to measure, and where results go."""
     parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__.splitlines()[0])
+    parser.add_argument("studies", nargs="*", default=STUDIES, metavar="study",
+                        help=f"{', '.join(STUDIES)}; the results of the others stay in the JSON")
     parser.add_argument("--short", action="store_true", help="a small model, one batch, few points: under five minutes")
     for name in ("layers", "width", "visual", "depth", "kept", "repeats", "tokens"):
         help = f"{getattr(Settings, name)}, with --short {getattr(SHORT, name)}"
@@ -100,7 +103,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[Settings, P
     parser.add_argument("--lowering", choices=LOWERINGS, help="eager: nothing is compiled, to try the benchmark itself")
     parser.add_argument("--out", type=Path, help="folder for JSON and plots: bench/results, with --short demo_out")
     given = vars(parser.parse_args(arguments))
-    short, out = given.pop("short"), given.pop("out")
+    short, out, studies = given.pop("short"), given.pop("out"), tuple(given.pop("studies"))
+    if unknown := set(studies) - set(STUDIES):
+        parser.error(f"unknown study {sorted(unknown)[0]!r}: choose from {', '.join(STUDIES)}")
     chosen = {name: tuple(held) if isinstance(held, list) else held for name, held in given.items() if held is not None}
     try:
         settings = dataclasses.replace(SHORT if short else Settings(), **chosen)
@@ -108,7 +113,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[Settings, P
         parser.error(str(error))
     out = out or (Path("demo_out") if short else RESULTS)
     out.mkdir(parents=True, exist_ok=True)
-    return settings, out
+    return studies, settings, out
 
 
 class Study:
@@ -119,8 +124,15 @@ class Study:
         self._backend = LOWERINGS[settings.lowering]
         self._methods = {method.name: method for method in methods(settings.depth)}
 
-    def all_methods(self, batch: int) -> list[dict[str, Any]]:
-        """Every method with every column."""
+    def all_methods(self) -> list[dict[str, Any]]:
+        """Every method with every column, for every batch size."""
+        rows = []
+        for batch in self.settings.batch:
+            rows += self._all_methods(batch)
+            torch._dynamo.reset()
+        return rows
+
+    def _all_methods(self, batch: int) -> list[dict[str, Any]]:
         settings, names = self.settings, self.settings.methods
         advance = self._begin(f"all methods, batch {batch}", len(names) + 1 + settings.repeats)
         scene, company = build_scene(self.model, settings.visual, batch), Company(self._backend)
@@ -179,7 +191,7 @@ class Study:
     def _measure(self, built: Sequence[Built], tokens: int, advance: Callable[..., None]) -> list[dict[str, Any]]:
         whole = next(one for one in built if one.method.name == "inductor")
         weights = decoder_weights(self.model)
-        floors = [Floor(one.graph or whole.graph, weights, one.method.quicker_products) for one in built]
+        floors = [Floor(one.graph or whole.graph, weights, one.method.quicker_products, one.scene.first_visual) for one in built]
         device = weights[0].device
 
         def measure(one: Built, floor: Floor) -> tuple[Times, float]:
@@ -215,36 +227,36 @@ def bound(times: Sequence[float], plain: Sequence[float], flops: int, plain_flop
 
 @torch.no_grad()
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the studies; prints tables, writes compare.json and two plots, and returns what the JSON holds."""
-    settings, out = parse_arguments(arguments)
+    """Run studies; prints tables, writes compare.json and plots, and returns what the JSON holds."""
+    studies, settings, out = parse_arguments(arguments)
     transformers.logging.set_verbosity_error()
     if not os.environ.get("TORCH_LOGS"):
         torch._logging.set_logs(dynamo=logging.ERROR)
     console = Console()
     model = build_model(settings.layers, settings.width)
-    found: dict[str, Any] = {"machine": machine(model.device), "settings": dataclasses.asdict(settings), "methods": []}
-
-    def keep() -> None:
-        (out / "compare.json").write_text(json.dumps(found, indent=1) + "\n")
-
+    path = out / "compare.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
                TimeElapsedColumn())
     with Progress(*columns, console=console) as progress, many_compiles():
         study = Study(settings, model, progress)
-        for batch in settings.batch:
-            found["methods"] += study.all_methods(batch)
-            keep()
+        measures = {"methods": study.all_methods, "kept": study.by_kept, "lengths": study.by_length}
+        for name in studies:
+            rows = measures[name]()
+            found[name] = {"machine": machine(model.device), "settings": dataclasses.asdict(settings), "rows": rows}
+            path.write_text(json.dumps(found, indent=1) + "\n")
             torch._dynamo.reset()
-        for name, measure in (("kept", study.by_kept), ("lengths", study.by_length)):
-            found[name] = measure()
-            keep()
-            torch._dynamo.reset()
-    for table in (*tables_of_methods(found["methods"]), table_of_kept(found["kept"]),
-                  table_of_lengths(found["lengths"])):
-        console.print(table)
-    plots = [plot_kept(found["kept"], out / "prefill_by_kept.png"),
-             plot_lengths(found["lengths"], out / "by_length.png")]
-    console.print("Written:", *map(str, (out / "compare.json", *plots)))
+    held = {name: found[name]["rows"] for name in studies}
+    written = [path]
+    if "methods" in held:
+        console.print(*tables_of_methods(held["methods"]))
+    if "kept" in held:
+        console.print(table_of_kept(held["kept"]))
+        written.append(plot_kept(held["kept"], out / "prefill_by_kept.png"))
+    if "lengths" in held:
+        console.print(table_of_lengths(held["lengths"]))
+        written.append(plot_lengths(held["lengths"], out / "by_length.png"))
+    console.print("Written:", *map(str, written))
     return found
 
 

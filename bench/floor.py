@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from parvts_fx.analysis.values import fake_mode_of, value
 from parvts_fx.backends.linear import prefers_onednn
+from parvts_fx.capture import WithPrefix
 
 aten = torch.ops.aten
 _PRODUCTS = {aten.mm.default: torch.mm, aten.addmm.default: torch.addmm, aten.bmm.default: torch.bmm,
@@ -84,11 +85,15 @@ def _call(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, A
                 Layout.of(result))
 
 
-def list_calls(graph: GraphModule) -> list[Call]:
-    """All matrix products and attention calls of a captured graph, in order; nothing is computed."""
+def list_calls(graph: GraphModule, shared_prefix: int = 0) -> list[Call]:
+    """All matrix products and attention calls of a captured graph, in order; nothing is computed.
+
+    Args:
+        shared_prefix: with constant weights, how many leading positions both paths share.
+    """
     calls: list[Call] = []
 
-    class Reader(Interpreter):
+    class Reader(WithPrefix):
         def run_node(self, node: Node) -> Any:
             is_attention = node.target is F.scaled_dot_product_attention
             with contextlib.nullcontext() if is_attention else _Products(calls):
@@ -100,7 +105,7 @@ def list_calls(graph: GraphModule) -> list[Call]:
 
     inputs = [value(node) for node in graph.graph.nodes if node.op == "placeholder"]
     with fake_mode_of(graph.graph), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        Reader(graph).run(*inputs)
+        Reader(graph, shared_prefix).run(*inputs)
     return calls
 
 
@@ -111,9 +116,10 @@ class Floor:
     reads other memory, as in the model. Activations of one layout share a buffer, as they do in what Inductor writes.
     """
 
-    def __init__(self, graph: GraphModule, weights: Sequence[torch.Tensor], quicker_products: bool = False):
+    def __init__(self, graph: GraphModule, weights: Sequence[torch.Tensor], quicker_products: bool = False,
+                 shared_prefix: int = 0):
         self._quicker_products = quicker_products
-        self.calls = list_calls(graph)
+        self.calls = list_calls(graph, shared_prefix)
         self._device = weights[0].device
         self._weights: dict[Layout, list[torch.Tensor]] = defaultdict(list)
         for weight in weights:

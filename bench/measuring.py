@@ -42,7 +42,7 @@ class Built:
 
     @property
     def flops(self) -> int | None:
-        return None if self.graph is None else count_flops(self.graph)
+        return None if self.graph is None else count_flops(self.graph, self.scene.first_visual)
 
     def run_prefill(self) -> tuple[torch.Tensor, Any]:
         """Logits and cache, from the scene's own features."""

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from parvts_fx.analysis.values import fake_mode_of, value
 from parvts_fx.arranged import arranged
 from parvts_fx.backends.parvts import parvts
-from parvts_fx.capture import capture
+from parvts_fx.capture import WithPrefix, capture
 from parvts_fx.noting import NotingGenerate
 from parvts_fx.options import parse_options
 from parvts_fx.report import GraphReport, Report
@@ -93,10 +93,14 @@ def explain(model: torch.nn.Module, /, *args: Any, options: Mapping[str, Any] | 
     return Report(tuple(reports))
 
 
-def count_flops(module: GraphModule) -> int:
+def count_flops(module: GraphModule, shared_prefix: int = 0) -> int:
     """Floating-point operations of a captured graph, by torch's FlopCounterMode on its fake example values.
 
     Attention is counted as its two matrix products over all pairs, causal or not.
+
+    Args:
+        shared_prefix: with constant weights, how many leading positions both paths share. The graph finds that out when
+            it runs; 0 gives the most that it may take.
     """
     inputs = [value(node) for node in module.graph.nodes if node.op == "placeholder"]
     with (
@@ -104,5 +108,5 @@ def count_flops(module: GraphModule) -> int:
         sdpa_kernel(SDPBackend.MATH),  # the counter knows bmm on every device, but not the CPU's fused attention
         FlopCounterMode(display=False) as counter,
     ):
-        torch.fx.Interpreter(module).run(*inputs)
+        WithPrefix(module, shared_prefix).run(*inputs)
     return counter.get_total_flops()

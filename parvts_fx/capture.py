@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 
-from parvts_fx.analysis.values import fake_mode_of, value
+from parvts_fx.analysis.values import fake_mode_of, hint, value
 
 
 def copy_graph_module(module: GraphModule) -> GraphModule:
@@ -57,3 +57,21 @@ def capture(module: GraphModule, example_inputs: Sequence[object]) -> GraphModul
     with mode, torch.no_grad():
         Fill(copy).run(*fakes)
     return copy
+
+
+class WithPrefix(Interpreter):
+    """Evaluates a rewritten graph as if its paths shared a given number of leading positions.
+
+    With constant weights the graph reads that number from its tensors (:class:`~parvts_fx.passes.SharePrefix`), which
+    fake ones do not tell.
+    """
+
+    def __init__(self, module: GraphModule, shared_prefix: int):
+        super().__init__(module)
+        self._shared_prefix = shared_prefix
+
+    def run_node(self, node: Node) -> object:
+        made = value(node)
+        if node.target == "item" and isinstance(made, torch.SymInt) and hint(made) is None:
+            return self._shared_prefix
+        return super().run_node(node)

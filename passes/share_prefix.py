@@ -46,7 +46,7 @@ class SharePrefix:
         calls = list(dict.fromkeys(map(tuple, calls)))
         with graph.inserting_before(region[0]):
             state.prefix = self._measure(state, calls)
-        return PassResult(1)
+        return PassResult(1, "how many rows is read at each call")
 
     def _masks(self, attention: object, first: Node, inside: set[Node]) -> list[Mask] | None:
         """What forbids a call's rows to look ahead; None where that is not known in front of the first layer."""

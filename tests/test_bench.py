@@ -169,7 +169,8 @@ TINY = ["--short", "--lowering", "eager", "--layers", "3", "--width", "128", "--
 def test_a_whole_run_writes_every_column(tmp_path):
     compare.main([*TINY, "--out", str(tmp_path)])
     written = json.loads((tmp_path / "compare.json").read_text())
-    assert {"processor", "threads", "torch", "transformers"} <= set(written["machine"])
+    assert {"processor", "threads", "torch", "transformers"} <= set(written["methods"]["machine"])
+    written = {name: held["rows"] for name, held in written.items()}
     assert [row["method"] for row in written["methods"]] == ["eager", "inductor", "parvts"]
     for row in written["methods"]:
         missing = [name for name, held in row.items() if held is None]
@@ -180,6 +181,8 @@ def test_a_whole_run_writes_every_column(tmp_path):
     assert [(row["visual"], row["method"]) for row in written["lengths"]] == [(9, "inductor"), (9, "parvts")]
     assert all(row["step"]["median"] > 0 for row in written["lengths"])
     assert {path.name for path in tmp_path.iterdir()} == {"compare.json", "prefill_by_kept.png", "by_length.png"}
+    again = compare.main(["kept", *TINY, "--out", str(tmp_path), "--sweep", "5"])  # the others stay
+    assert [row["asked"] for row in again["kept"]["rows"]] == [5, 5] and again["methods"]["rows"] == written["methods"]
 
 
 @pytest.mark.parametrize(["arguments", "complaint"], [
