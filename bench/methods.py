@@ -124,7 +124,7 @@ def methods(depth: int = DEPTH) -> tuple[Method, ...]:
         ours("parvts"),
         *(ours(f"parvts {name}", **switch) for name, switch in SAVINGS.items()),
         ours("parvts fusion 0.5", fusion=0.5),
-        ours("fusion 0.5, prefix twice", fusion=0.5, share_prefix=False),
+        ours("parvts fusion 0.5, prefix twice", fusion=0.5, share_prefix=False),
         dataclasses.replace(ours(f"parvts {QUICKER}"), quicker_products=True),
     )
 
