@@ -24,16 +24,17 @@ class SharePrefix:
 
     These are the positions in front of the first visual token of any sample, if none of them sees a later one. Both are
     data, so the count is read from the tensors at each call: zero where a mask lets the prefix look ahead, or where it
-    hides a prefix row from itself (padding, whose rows may attend to anything). Leaves a graph alone that may not hold
-    numbers that depend on data (torch._dynamo.config.capture_scalar_outputs, which parvts_fx.compile switches on), or in
-    whose migration layers tokens meet other than by masked attention.
+    hides a prefix row from itself (padding, whose rows may attend to anything). Leaves a graph alone in whose migration
+    layers tokens meet other than by masked attention, or that may not hold numbers that depend on data: where
+    torch._dynamo.config.capture_scalar_outputs is off (parvts_fx.compile switches it on), where CUDA graphs are asked for,
+    and where the lowering is not known to take them.
     """
 
     name: ClassVar[str] = "share_prefix"
 
     def run(self, state: State) -> PassResult:
-        graph, parts, shapes = state.module.graph, state.partition, state.editor.mode.shape_env
-        if shapes is None or not shapes.allow_scalar_outputs:
+        graph, parts = state.module.graph, state.partition
+        if not _may_hold_data(state):
             return PassResult(0, "the graph may not hold numbers that depend on data")
         needed = needed_for(graph, [state.cut])
         merge = state.decoder.merge.output
@@ -92,6 +93,13 @@ class SharePrefix:
             count=count, non_subject=skip(parts.non_subject, "non_subject_behind"), text=skip(parts.text, "text_behind"),
             text_in_non_subject=skip(parts.text_in_non_subject, "text_in_non_subject_behind", shift=True),
             is_text=is_text, partners=partners, text_partners=text_partners)
+
+
+def _may_hold_data(state: State) -> bool:
+    shapes, options = state.editor.mode.shape_env, state.options
+    captured = value(state.decoder.merge.output).device.type == "cuda" and options.mode in ("reduce-overhead", "max-autotune")
+    known = callable(options.lowering) or options.lowering in ("inductor", "eager", "aot_eager")
+    return shapes is not None and shapes.allow_scalar_outputs and known and not captured
 
 
 def _as_value(count: int | Node) -> int | torch.SymInt:

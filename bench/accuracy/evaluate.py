@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.accuracy.examples import VISUAL, grade, sample_examples
+from bench.accuracy.model import LAYERS
 from bench.accuracy.plots import plot_depth, plot_methods, plot_rules
 from bench.accuracy.statistics import summarise
 from bench.accuracy.tables import tables
@@ -37,14 +38,18 @@ RESULTS = Path(__file__).parents[1] / "results"
 KEPT = (48, 32, 16, 8, 4)
 """Of 144: 1/3, 2/9, 1/9, 1/18, 1/36."""
 
+DEPTHS = (0, 1, 2, 3, 4, 6, 8)
 BATCH = 40
 DEFAULT = Options()
 
 
-def ways(study: str, depth: int, score: str, fusion: str | float, counts: Sequence[int] = KEPT) -> list[Way]:
+def ways(
+    study: str, depth: int, score: str, fusion: str | float, counts: Sequence[int] = KEPT, layers: int = LAYERS
+) -> list[Way]:
     """What one study compares. The full model is among all of them.
 
     Args:
+        layers: of the model's decoder.
         counts: visual tokens kept, for rules every second of them.
     """
     chosen = {"migration_depth": depth, "score": score, "fusion": fusion}
@@ -53,8 +58,8 @@ def ways(study: str, depth: int, score: str, fusion: str | float, counts: Sequen
         rules = [rule for rule in known_rules() if rule != "auto"]
         return full + [Way("parvts", kept, chosen | {"score": rule}) for kept in counts[::2] for rule in rules]
     if study == "depth":
-        return full + [Way("parvts", kept, chosen | {"migration_depth": layers, "fusion": fused})
-                       for kept in counts[1:3] for fused in ("attention", 0.5) for layers in (0, 1, 2, 3, 4, 6, 8)]
+        return full + [Way("parvts", kept, chosen | {"migration_depth": depth, "fusion": fused})
+                       for kept in counts[1:3] for fused in ("attention", 0.5) for depth in DEPTHS if depth <= layers]
     before = {"migration_depth": 0, "fusion": "attention"}
     return full + [way for kept in counts for way in (
         Way("parvts", kept, chosen),
@@ -130,7 +135,8 @@ def main(arguments: list[str] | None = None) -> int:
     if path.exists() and not options.fresh:
         held = json.loads(path.read_text())
         kept = held["ways"] if held["settings"] == settings else {}
-    asked = {study: ways(study, options.depth, options.score, options.fusion, options.kept)
+    layers = load(options.weights).config.text_config.num_hidden_layers
+    asked = {study: ways(study, options.depth, options.score, options.fusion, options.kept, layers)
              for study in options.studies}
     todo = {way.key: way for study in asked.values() for way in study if way.key not in kept}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
