@@ -39,8 +39,9 @@ class Options:
     keep_tokens: int | None = None
     """A count of visual tokens per sample in place of a share; more than the sample has keeps them all."""
 
-    migration_depth: int = 3
-    """Decoder layers in which both groups run (K of the paper), 0 to the number of layers."""
+    migration_depth: int | float = 3
+    """Decoder layers in which both groups run (K of the paper), 0 to the number of layers; or, as a float between 0 and 1,
+    a share of the layers (rounded half up)."""
 
     fusion: str | float = "attention"
     """How text rows take in both groups: "attention", or the constant weight of the subject path in [0, 1]."""
@@ -89,9 +90,10 @@ class Options:
                   "1/9 keeps 64 of 576 visual tokens; 1 keeps all.")
         if self.keep_tokens is not None and not (_is_count(self.keep_tokens) and self.keep_tokens >= 1):
             _fail("keep_tokens", self.keep_tokens, "a positive integer", "At least one visual token must be kept.")
-        if not (_is_count(self.migration_depth) and self.migration_depth >= 0):
-            _fail("migration_depth", self.migration_depth, "an integer from 0 to the model's number of decoder layers",
-                  "0 prunes before the first layer.")
+        depth = self.migration_depth
+        if not (_is_count(depth) and depth >= 0 or isinstance(depth, float) and 0 < depth < 1):
+            _fail("migration_depth", depth, "an integer from 0 to the model's number of decoder layers, or a share of them "
+                  "as a float between 0 and 1", "0 prunes before the first layer; 0.5 migrates in half of the layers.")
         if not (self.fusion == "attention" if isinstance(self.fusion, str)
                 else _is_number(self.fusion) and 0 <= self.fusion <= 1):
             _fail("fusion", self.fusion, '"attention" or a number in [0, 1] (the subject path\'s weight)',
@@ -141,6 +143,12 @@ class Options:
             return max(1, math.floor(ratio * visual + 0.5))
         share = ratio * torch.sym_float(visual) + 0.5  # the same arithmetic; sym_int rounds towards zero
         return torch.sym_max(1, torch.sym_int(share))
+
+    def for_layers(self, count: int) -> Options:
+        """The options for a decoder of ``count`` layers: the migration depth as a number of layers."""
+        if not isinstance(self.migration_depth, float):
+            return self
+        return dataclasses.replace(self, migration_depth=math.floor(self.migration_depth * count + 0.5))
 
     @property
     def keeps_all(self) -> bool:

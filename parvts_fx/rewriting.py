@@ -82,6 +82,7 @@ def rewrite_graph(
     if decoder is None:
         return Rewriting(GraphReport("untouched", "no visual features are merged into embeddings", nodes))
     analysis = 1e3 * (time.perf_counter() - start)
+    options = options.for_layers(len(decoder.layers))
     _check_fit(options, decoder, example_inputs, module)
     batch, size, _ = value(merge.output).shape
     if merge.visual_tokens is None or hint(merge.visual_tokens) is None:  # it depends on data: rewrite for the prompt at hand

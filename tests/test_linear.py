@@ -99,3 +99,15 @@ def test_option(quicker, monkeypatch):
     assert seen == [2, 0]
     with pytest.raises(ValueError, match="linear_kernels='mkl'"):
         parvts_fx.Options(linear_kernels="mkl")
+
+
+@torch.no_grad()
+def test_inductors_settings_on_cpu_give_way_to_the_users(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch._TorchCompileInductorWrapper, "__call__",
+                        lambda self, module, inputs: seen.append(dict(self.config)) or module.forward)
+    for given in ({}, {"realize_reads_threshold": 4}, {"epilogue_fusion": False}):
+        torch._dynamo.reset()
+        torch.compile(Two(), backend="parvts", options={"linear_kernels": "inductor", **given})(torch.randn(2, LARGE))
+    assert [settings["realize_reads_threshold"] for settings in seen] == [1, 4, 1]
+    assert seen[2]["epilogue_fusion"] is False

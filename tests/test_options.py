@@ -59,6 +59,17 @@ def test_bad_options_through_torch_compile(model, given, named):
     assert type(error.value) is ValueError and named in str(error.value)
 
 
+@pytest.mark.supports("Options", "migration depth as a share of the layers")
+@pytest.mark.parametrize("share, layers", [(0.5, 1), (0.9, 2), (0.2, 0)])
+def test_migration_depth_as_a_share(model, share, layers):
+    with torch.no_grad():
+        model(**llava.prompt(model, [[1, "image", 2]]).inputs)  # transformers' hooks would break the first graph
+    report = parvts_fx.explain(model, **llava.prompt(model, [[1, "image", 2]]).inputs, options={"migration_depth": share})
+    assert report.prefill.migration_depth == layers
+    assert [set(layer.rows) != {"kept"} for layer in report.prefill.layers] == [True] * layers + [False] * (2 - layers)
+    assert parvts_fx.Options(migration_depth=share).for_layers(32).migration_depth == round(32 * share)
+
+
 def test_migration_depth_beyond_the_layers(model):
     model.compile(backend="parvts", options={"migration_depth": 3, "lowering": "eager"})
     with torch.no_grad(), pytest.raises(ValueError, match="migration_depth=3.*2 decoder layers"):
