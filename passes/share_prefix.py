@@ -39,9 +39,10 @@ class SharePrefix:
         needed = needed_for(graph, [state.cut])
         merge = state.decoder.merge.output
         region = [node for node in state.decoder.nodes if node in needed and node is not merge and is_tensor(node)]
-        if not region or hint(_as_value(parts.text.count)) < 2 or any(map(changed_in_place, region)):
+        if not region or hint(value(parts.text.index).shape[1]) < 2 or any(map(changed_in_place, region)):
             return PassResult(0)
-        calls = [self._masks(mixer.attention, region[0], set(state.decoder.nodes)) for mixer in state.migration_mixers]
+        inside = set(state.decoder.nodes)
+        calls = [self._masks(mixer.attention, region[0], inside) for mixer in state.migration_mixers]
         if not calls or any(masks is None for masks in calls) or region[0] < parts.text.ready:
             return PassResult(0, "not all of these layers are masked attention")
         calls = list(dict.fromkeys(map(tuple, calls)))
@@ -100,10 +101,6 @@ def _may_hold_data(state: State) -> bool:
     captured = value(state.decoder.merge.output).device.type == "cuda" and options.mode in ("reduce-overhead", "max-autotune")
     known = callable(options.lowering) or options.lowering in ("inductor", "eager", "aot_eager")
     return shapes is not None and shapes.allow_scalar_outputs and known and not captured
-
-
-def _as_value(count: int | Node) -> int | torch.SymInt:
-    return count if isinstance(count, int) else value(count)
 
 
 def _leading(text: torch.Tensor) -> torch.Tensor:

@@ -39,6 +39,8 @@ KEPT = (48, 32, 16, 8, 4)
 """Of 144: 1/3, 2/9, 1/9, 1/18, 1/36."""
 
 DEPTHS = (0, 1, 2, 3, 4, 6, 8)
+"""Migration depths that are compared, as far as the model has so many layers."""
+
 BATCH = 40
 DEFAULT = Options()
 
@@ -58,8 +60,8 @@ def ways(
         rules = [rule for rule in known_rules() if rule != "auto"]
         return full + [Way("parvts", kept, chosen | {"score": rule}) for kept in counts[::2] for rule in rules]
     if study == "depth":
-        return full + [Way("parvts", kept, chosen | {"migration_depth": depth, "fusion": fused})
-                       for kept in counts[1:3] for fused in ("attention", 0.5) for depth in DEPTHS if depth <= layers]
+        return full + [Way("parvts", kept, chosen | {"migration_depth": tried, "fusion": fused})
+                       for kept in counts[1:3] for fused in ("attention", 0.5) for tried in DEPTHS if tried <= layers]
     before = {"migration_depth": 0, "fusion": "attention"}
     return full + [way for kept in counts for way in (
         Way("parvts", kept, chosen),
@@ -135,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
     if path.exists() and not options.fresh:
         held = json.loads(path.read_text())
         kept = held["ways"] if held["settings"] == settings else {}
-    layers = load(options.weights).config.text_config.num_hidden_layers
+    layers = transformers.AutoConfig.from_pretrained(options.weights).text_config.num_hidden_layers
     asked = {study: ways(study, options.depth, options.score, options.fusion, options.kept, layers)
              for study in options.studies}
     todo = {way.key: way for study in asked.values() for way in study if way.key not in kept}

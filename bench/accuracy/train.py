@@ -122,7 +122,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--questions", type=int, default=16, help="questions to a picture")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="highest learning rate on questions")
     parser.add_argument("--validate", type=int, default=250, help="steps between validations and checkpoints")
-    parser.add_argument("--out", type=Path, default=None, help="folder for checkpoint and weights [accuracy_out/seed<N>, and the number of layers if it is not the default]")
+    parser.add_argument("--out", type=Path, default=None, help="folder for checkpoint and weights [accuracy_out/seed<N>, "
+                        "and the number of layers if it is not the default]")
     parser.add_argument("--no-compile", action="store_true", help="train eagerly: slower steps, no minute of compiling")
     parser.add_argument("--fresh", action="store_true", help="start anew even if there is a checkpoint")
     options = parser.parse_args(arguments)
@@ -192,7 +193,8 @@ class Training:
                 optimiser.load_state_dict(content)
 
     def save(self) -> None:
-        content = {"place": (self.stage, self.step, self.seconds), "done": self.done, "shares": self.shares, "weights": self.trainee.state_dict(),
+        content = {"place": (self.stage, self.step, self.seconds), "done": self.done, "shares": self.shares,
+                   "weights": self.trainee.state_dict(),
                    "optimisers": [optimiser.state_dict() for optimiser in self.optimisers]}
         torch.save(content, self.path.with_suffix(".tmp"))
         os.replace(self.path.with_suffix(".tmp"), self.path)  # a run that is stopped here loses nothing
