@@ -97,8 +97,8 @@ def _sizes(node: Node) -> tuple[int, int, int, bool, int] | None:
 def prefers_onednn(rows: int, columns: int, inner: int, bias: bool, threads: int) -> bool:
     """Whether oneDNN is clearly quicker for [rows, inner] times [columns, inner] transposed, measured once a process."""
     with torch.no_grad(), _disable_current_modes():
-        x, weight = torch.rand(rows, inner), torch.rand(columns, inner)
-        added = torch.rand(columns) if bias else None
+        x, weight = torch.ones(rows, inner), torch.ones(columns, inner)
+        added = torch.ones(columns) if bias else None
         usual, other = (_seconds(kernel, x, weight, added) for kernel in (F.linear, _onednn))
     return usual > _LEAST_GAIN * other
 

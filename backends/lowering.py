@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,9 +29,30 @@ def inductor(module: GraphModule, example_inputs: Sequence[object], options: Opt
     if options.linear_kernels == "auto":
         module = pick_kernels(module)
     on_cpu = all(given.device.type == "cpu" for given in example_inputs if isinstance(given, torch.Tensor))
+    if on_cpu:
+        probe_processor()
     settings = {**(_ON_CPU if on_cpu else {}), **options.lowering_options}
     wrapper = torch._TorchCompileInductorWrapper(options.mode, settings, None)
     return wrapper(module, list(example_inputs))
+
+
+@functools.cache
+def probe_processor() -> threading.Thread:
+    """Let Inductor find out beside us which vector instructions its kernels may use; once a process.
+
+    Where its cache is empty it compiles and loads a test program for each kind, about ten seconds in which nothing else
+    happens, and which it needs only behind its own graph passes. What is found stays in Inductor's cache; a lock in it lets
+    Inductor wait for us instead of compiling the same again.
+    """
+    def probe() -> None:
+        with contextlib.suppress(Exception):  # Inductor meets it again, and tells
+            from torch._inductor.cpu_vec_isa import valid_vec_isa_list
+
+            valid_vec_isa_list()
+
+    thread = threading.Thread(target=probe, name="parvts_fx probe", daemon=True)
+    thread.start()
+    return thread
 
 
 def eager(module: GraphModule, example_inputs: Sequence[object], options: Options) -> Compiled:

@@ -9,13 +9,16 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 import types
 from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor import cpu_vec_isa
 
 import parvts_fx
+from parvts_fx.backends import lowering
 from parvts_fx.backends.parvts import parvts
 from parvts_fx.passes import PassResult
 from tests import llava
@@ -72,6 +75,30 @@ def test_importing_changes_nothing():
 @pytest.mark.parametrize("lowering", ["eager", "aot_eager", "aot_eager_decomp_partition"])
 def test_lowerings_by_name(model, prompt, lowering):
     check(model, prompt, lowering=lowering, migration_depth=1)
+
+
+def test_inductor_probes_the_processor_beside_us(monkeypatch):
+    where, died = [], []
+
+    def fail():
+        where.append(threading.current_thread())
+        raise OSError("no compiler")
+
+    monkeypatch.setattr(cpu_vec_isa, "valid_vec_isa_list", fail)
+    monkeypatch.setattr(threading, "excepthook", died.append)
+    lowering.probe_processor.__wrapped__().join(10)
+    assert len(where) == 1 and where[0] is not threading.current_thread() and not died
+
+
+def test_the_processor_is_probed_for_inductor_alone(model, prompt, monkeypatch):
+    probed = []
+    monkeypatch.setattr(lowering, "probe_processor", lambda: probed.append(1))
+    monkeypatch.setattr(torch, "_TorchCompileInductorWrapper", lambda *settings: lambda module, inputs: module.forward)
+    check(model, prompt, lowering="eager", migration_depth=1)
+    assert not probed
+    uncompile(model)
+    check(model, prompt, lowering="inductor", migration_depth=1)
+    assert probed
 
 
 @pytest.mark.supports("Lowerings", "any callable")
