@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from parvts_fx.analysis.last_rows import takes_last_rows
 from parvts_fx.analysis.records import Attention
-from parvts_fx.analysis.values import ancestors, descendants, hint, needed_for, output_node, value
+from parvts_fx.analysis.values import descendants, hint, needed_for, output_node, value
 from parvts_fx.passes.base import PassResult, State
 from parvts_fx.passes.duplicate_attention import attend
 from parvts_fx.passes.editing import Rows, rows_along
@@ -88,4 +88,8 @@ class KeepLastRows:
         """The decoder's nodes whose copies leave the graph by another way than through the last rows."""
         leaving = set(output_node(state.module.graph).all_input_nodes)
         results = [node for node in state.decoder.nodes if node in leaving or state.copies.get(node) in leaving]
-        return [node for node in results if take not in ancestors([node])]
+        behind = {take}
+        for node in state.module.graph.nodes:
+            if not behind.isdisjoint(node.all_input_nodes):
+                behind.add(node)
+        return [node for node in results if node not in behind]

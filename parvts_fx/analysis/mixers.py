@@ -25,8 +25,9 @@ def find_mixers(graph: Graph, nodes: Sequence[Node], attentions: Sequence[Attent
     A mixer that is no attention shows by an axis that has more or fewer entries than tokens (the padding of a
     convolution), by a padding up to a fixed size (a scan in blocks), or by an operation along the token axis.
     """
+    candidates = [node for node in nodes if _mixes(node, tokens)]
     within_attention: set[Node] = set()
-    for attention in attentions:
+    for attention in attentions if candidates else ():
         before = ancestors([attention.output])
         queries = [operand.node for operand in attention.queries]
         within_attention |= {node for node in descendants(graph, queries) if node in before}
@@ -36,7 +37,7 @@ def find_mixers(graph: Graph, nodes: Sequence[Node], attentions: Sequence[Attent
     ]
     mixers += [
         Mixer(tuple(node.all_input_nodes), node, None)
-        for node in nodes if node not in within_attention and _mixes(node, tokens)
+        for node in candidates if node not in within_attention
     ]
     return sorted(mixers, key=lambda mixer: mixer.output)
 
