@@ -6,6 +6,7 @@ import dataclasses
 import subprocess
 import sys
 
+from bench.figures import fill
 from parvts_fx import Options
 from tests.models.page import counts, load
 from tests.supported import MODELS, ROOT, replaced
@@ -27,6 +28,11 @@ def test_the_counts_of_models_are_those_of_the_matrix():
     assert len(found) > 90
     assert not [name for name, entry in found.items() if entry.verdict == "wrong"]
     assert replaced(text, counts(found), *MODELS) == text, "run `python -m tests.supported`"
+
+
+def test_the_figures_are_those_that_were_measured():
+    text = (ROOT / "README.md").read_text()
+    assert fill(text) == text, "run `python -m bench.figures`"
 
 
 def test_every_option_is_described():

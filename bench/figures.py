@@ -1,0 +1,140 @@
+"""The README's tables of figures, written from what has been measured: ``python -m bench.figures``.
+
+Reads ``compare.json``, ``compile_time.json`` and ``flops.json`` in ``bench/results/``; a test fails when the README
+differs from them.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parents[1] / "README.md"
+Row = dict[str, Any]
+
+TITLES = {
+    "eager": "eager", "inductor": "Inductor", "inductor + kernels": "Inductor + kernels",
+    "downsampled image": "image downsampled to as many tokens", "random": "random choice before layer 0",
+    "FastV": "FastV-style, K = 2", "joint": "joint: all tokens together, then pruned", "parvts": "**parvts**",
+    "parvts with dead rows": "parvts without `skip_dead_rows`", "parvts fusion 0.5": "parvts, `fusion=0.5`",
+    "parvts fusion 0.5, prefix twice": "parvts, `fusion=0.5` without `share_prefix`",
+    "parvts + kernels": "**parvts + kernels (default)**",
+}
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Lines of Markdown."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(line)} |".replace("  ", " ") for line in lines)
+
+
+def seconds(spread: dict[str, float] | None) -> str:
+    return "" if spread is None else f"{spread['median']:.3f} s"
+
+
+def milliseconds(spread: dict[str, float]) -> str:
+    return f"{1e3 * spread['median']:.0f} ms"
+
+
+def ratio(row: Row) -> str:
+    return "" if row["method"] == "inductor" else f"{row['bound']['reached']:.2f}x"
+
+
+def mebibytes(count: int) -> str:
+    return f"{count / 2**20:.0f} MiB"
+
+
+def methods(results: dict[str, Any]) -> str:
+    """All methods, a table for each batch size."""
+    tables = []
+    for batch in results["settings"]["batch"]:
+        rows = [row for row in results["rows"] if row["batch"] == batch]
+        tokens = rows[0]["tokens"]
+        headings = [f"batch {batch}", "prefill", "ratio", "FLOPs allow", "products alone", "first token",
+                    f"{tokens} tokens", "decode step", "peak memory", "KV cache", "first call"]
+        tables.append(table(headings, [[
+            TITLES[row["method"]], seconds(row["prefill"]), ratio(row),
+            f"{row['bound']['allowed']:.2f}x" if row["bound"]["allowed"] != 1 else "", seconds(row["floor"]),
+            seconds(row["first_token"]), seconds(row["whole"]), milliseconds(row["step"]), mebibytes(row["peak_memory"]),
+            mebibytes(row["cache_bytes"]), f"{row['compile_seconds']:.0f} s" if row["compile_seconds"] else "",
+        ] for row in rows]))
+    return "\n\n".join(tables)
+
+
+def kept(results: dict[str, Any]) -> str:
+    """Prefill by visual tokens kept; in brackets what the FLOPs allow."""
+    points = list(dict.fromkeys(row["asked"] for row in results["rows"]))
+    named = list(dict.fromkeys(row["method"] for row in results["rows"]))
+    of = {(row["method"], row["asked"]): row for row in results["rows"]}
+    return table([f"kept of {results['rows'][0]['visual']}", *(TITLES[name] for name in named)],
+                 [[str(point), *(_prefill(of[name, point]) for name in named)] for point in points])
+
+
+def lengths(results: dict[str, Any]) -> str:
+    """Prefill, decode step and memory by visual tokens of the prompt."""
+    named = list(dict.fromkeys(row["method"] for row in results["rows"]))
+    of = {(row["method"], row["visual"]): row for row in results["rows"]}
+    columns: dict[str, Callable[[Row], str]] = {
+        "prefill": _prefill, "decode step": lambda row: milliseconds(row["step"]),
+        "peak memory of the prefill": lambda row: mebibytes(row["peak_memory"]),
+        "KV cache": lambda row: mebibytes(row["cache_bytes"]),
+    }
+    rows = [[f"{visual} visual tokens: {what}", *(show(of[name, visual]) for name in named)]
+            for visual in dict.fromkeys(row["visual"] for row in results["rows"]) for what, show in columns.items()]
+    return table(["", *(TITLES[name] for name in named)], rows)
+
+
+def _prefill(row: Row) -> str:
+    if row["method"] == "inductor":
+        return seconds(row["prefill"])
+    return f"{seconds(row['prefill'])}, {ratio(row)} ({row['bound']['allowed']:.2f}x)"
+
+
+def compile_time(results: dict[str, Any]) -> str:
+    """Rewriting alone, and whole first calls, by layers."""
+    whole = {entry["layers"]: entry["seconds"] for entry in results["whole"]}
+    rows = []
+    for entry in results["rewriting"]:
+        plain, ours = (statistics.median(whole[entry["layers"]][kind]) if entry["layers"] in whole else None
+                       for kind in ("inductor", "parvts"))
+        calls = [f"{plain:.1f} s", f"{ours:.1f} s", f"{ours / plain:.2f}x"] if plain else ["", "", ""]
+        rows.append([str(entry["layers"]), f"{entry['seconds']:.2f} s", *calls])
+    return table(["layers", "analysis, passes, checks", "first call, Inductor", "parvts", "ratio"], rows)
+
+
+def flops(results: dict[str, Any]) -> str:
+    """FLOPs that are left of the full prompt's, by configuration and tokens kept."""
+    rows = results["results"]
+    points = list(dict.fromkeys(row["kept"] for row in rows))
+    names = list(dict.fromkeys((row["model"], row["visual"]) for row in rows))
+    of = {(row["model"], row["kept"]): row for row in rows}
+    return table(["decoder", "visual tokens", *(f"{point} kept" for point in points)], [
+        [name, str(visual), *(f"{of[name, point]['flops_after'] / of[name, point]['flops_before']:.1%}".replace("%", " %") for point in points)]
+        for name, visual in names])
+
+
+def tables() -> dict[str, str]:
+    """The README's tables by the name in their markers."""
+    compared = json.loads((RESULTS / "compare.json").read_text())
+    return {
+        "methods": methods(compared["methods"]), "kept": kept(compared["kept"]), "lengths": lengths(compared["lengths"]),
+        "compile time": compile_time(json.loads((RESULTS / "compile_time.json").read_text())),
+        "flops": flops(json.loads((RESULTS / "flops.json").read_text())),
+    }
+
+
+def fill(text: str) -> str:
+    """The README's text with its tables as they have been measured."""
+    for name, lines in tables().items():
+        head, rest = text.split(f"<!-- {name}:begin -->")
+        _, tail = rest.split(f"<!-- {name}:end -->")
+        text = f"{head}<!-- {name}:begin -->\n{lines}\n<!-- {name}:end -->{tail}"
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(fill(README.read_text()))
