@@ -126,6 +126,7 @@ class Study:
 
     def all_methods(self) -> list[dict[str, Any]]:
         """Every method with every column, for every batch size."""
+        torch.compile(torch.sin, backend=self._backend)(torch.ones(16, device=self.model.device))  # what a process pays once
         rows = []
         for batch in self.settings.batch:
             rows += self._all_methods(batch)
