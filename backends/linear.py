@@ -2,7 +2,7 @@
 
 PyTorch hands float32 products to the BLAS that it was built with. MKL takes its AVX2 kernels on AMD processors, oneDNN
 takes AVX-512 ones where the processor has them: twice as fast there, equal elsewhere. Which of the two is quicker is
-measured when a graph is compiled, for the very sizes of the graph.
+measured when a graph is compiled, for the sizes in the graph.
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ _LEAST_FLOPS = 1 << 24
 _LEAST_GAIN = 1.15
 """Clearly quicker, so that the choice does not change from run to run (and compile caches hit)."""
 
-_REPEATS, _ENOUGH = 5, 0.05
-"""Most repeats of a measurement, and the seconds behind which two will do."""
+_LEAST_TURNS, _MOST_TURNS, _ENOUGH = 4, 12, 0.15
+"""Turns of a measurement, and the seconds behind which the least number will do."""
+
+_ROWS, _MULTIPLICATIONS = 128, 1 << 30
+"""Of more rows than the first only so many are measured as make up the second: the choice does not hang on the others."""
 
 _LIBRARY = torch.library.Library("parvts_fx", "DEF")
 _LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
@@ -96,18 +99,20 @@ def _sizes(node: Node) -> tuple[int, int, int, bool, int] | None:
 @functools.lru_cache(maxsize=None)
 def prefers_onednn(rows: int, columns: int, inner: int, bias: bool, threads: int) -> bool:
     """Whether oneDNN is clearly quicker for [rows, inner] times [columns, inner] transposed, measured once a process."""
+    rows = min(rows, max(_ROWS, _MULTIPLICATIONS // (columns * inner)))
+    kernels = (F.linear, _onednn)
+    taken: list[tuple[float, ...]] = []
     with torch.no_grad(), _disable_current_modes():
-        x, weight = torch.ones(rows, inner), torch.ones(columns, inner)
-        added = torch.ones(columns) if bias else None
-        usual, other = (_seconds(kernel, x, weight, added) for kernel in (F.linear, _onednn))
+        given = (torch.ones(rows, inner), torch.ones(columns, inner), torch.ones(columns) if bias else None)
+        for kernel in kernels:
+            kernel(*given)
+        while len(taken) < _LEAST_TURNS or len(taken) < _MOST_TURNS and sum(map(sum, taken)) < _ENOUGH:
+            taken.append(tuple(_seconds(kernel, *given) for kernel in kernels))  # in turns: others may use the processor
+    usual, other = map(min, zip(*taken))
     return usual > _LEAST_GAIN * other
 
 
 def _seconds(kernel: Callable[..., torch.Tensor], *given: torch.Tensor | None) -> float:
+    start = time.perf_counter()
     kernel(*given)
-    measured: list[float] = []
-    while len(measured) < 2 or len(measured) < _REPEATS and sum(measured) < _ENOUGH:
-        start = time.perf_counter()
-        kernel(*given)
-        measured.append(time.perf_counter() - start)
-    return min(measured)
+    return time.perf_counter() - start

@@ -77,6 +77,25 @@ def test_takes_what_is_clearly_quicker(monkeypatch):
     assert not linear.prefers_onednn.__wrapped__(*sizes)
 
 
+@pytest.mark.parametrize("quick", [torch.nn.functional.linear, linear._onednn])
+def test_a_disturbance_does_not_choose(monkeypatch, quick):
+    disturbed = iter([True, True, False])
+
+    def seconds(kernel, *given):
+        return (9.0 if next(disturbed, False) else 1.0) if kernel is quick else 2.0
+
+    monkeypatch.setattr(linear, "_seconds", seconds)
+    assert linear.prefers_onednn.__wrapped__(64, 64, 64, False, 1) == (quick is linear._onednn)
+
+
+def test_of_many_rows_some_are_measured(monkeypatch):
+    rows = []
+    monkeypatch.setattr(linear, "_seconds", lambda kernel, x, *others: rows.append(len(x)) or 1.0)
+    for given in (64, 4096):
+        linear.prefers_onednn.__wrapped__(given, 1 << 10, 1 << 10, False, 1)
+    assert set(rows) == {64, 1 << 10}
+
+
 @pytest.mark.parametrize("why", ["small", "half precision", "gradients", "autocast"])
 def test_leaves_alone(quicker, why):
     size = 8 if why == "small" else LARGE
