@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.methods import QUICKER
+
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
 Row = dict[str, Any]
@@ -40,8 +42,12 @@ def milliseconds(spread: dict[str, float]) -> str:
     return f"{1e3 * spread['median']:.0f} ms"
 
 
-def ratio(row: Row) -> str:
-    return "" if row["method"] == "inductor" else f"{row['bound']['reached']:.2f}x"
+def ratio(row: Row, equal: Row | None = None) -> str:
+    """How much faster than Inductor; in brackets than Inductor with the same kernels, where these are others."""
+    if row["method"] == "inductor":
+        return ""
+    same = "" if equal is None else f" ({equal['prefill']['median'] / row['prefill']['median']:.2f}x)"
+    return f"{row['bound']['reached']:.2f}x{same}"
 
 
 def mebibytes(count: int) -> str:
@@ -53,11 +59,12 @@ def methods(results: dict[str, Any]) -> str:
     tables = []
     for batch in results["settings"]["batch"]:
         rows = [row for row in results["rows"] if row["batch"] == batch]
-        tokens = rows[0]["tokens"]
+        tokens, named = rows[0]["tokens"], {row["method"]: row for row in rows}
+        equal = {f"parvts {QUICKER}": named[f"inductor {QUICKER}"]}
         headings = [f"batch {batch}", "prefill", "ratio", "FLOPs allow", "products alone", "first token",
                     f"{tokens} tokens", "decode step", "peak memory", "KV cache", "first call"]
         tables.append(table(headings, [[
-            TITLES[row["method"]], seconds(row["prefill"]), ratio(row),
+            TITLES[row["method"]], seconds(row["prefill"]), ratio(row, equal.get(row["method"])),
             f"{row['bound']['allowed']:.2f}x" if row["bound"]["allowed"] != 1 else "", seconds(row["floor"]),
             seconds(row["first_token"]), seconds(row["whole"]), milliseconds(row["step"]), mebibytes(row["peak_memory"]),
             mebibytes(row["cache_bytes"]), f"{row['compile_seconds']:.0f} s" if row["compile_seconds"] else "",

@@ -130,3 +130,4 @@ def test_inductors_settings_on_cpu_give_way_to_the_users(monkeypatch):
         torch.compile(Two(), backend="parvts", options={"linear_kernels": "inductor", **given})(torch.randn(2, LARGE))
     assert [settings["realize_reads_threshold"] for settings in seen] == [1, 4, 1]
     assert seen[2]["epilogue_fusion"] is False
+    assert not any(settings["aot_inductor.enable_line_tables"] for settings in seen)
