@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +52,20 @@ class Rewriting:
     """Of that mask and the rewritten graph's inputs: whether padding stands behind a visual token, where that matters."""
 
 
+@contextlib.contextmanager
+def no_collections() -> Iterator[None]:
+    """Without Python's search for cyclic garbage: beside a captured model one takes half a second, and it would run every
+    few thousand nodes."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@no_collections()
 def rewrite_graph(
     module: GraphModule,
     example_inputs: Sequence[object],

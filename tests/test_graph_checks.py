@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ from torch.fx import Node
 import parvts_fx
 from parvts_fx.analysis.values import output_node, value
 from parvts_fx.passes import Pass, PassResult, PruneBranch, State, build_pipeline
-from parvts_fx.rewriting import rewrite_graph
+from parvts_fx.rewriting import no_collections, rewrite_graph
 from parvts_fx.verify import ALL_CHECKS, VerificationError, drops_branch
 from tests.plain_graphs import CHOICES, SPECIFICATIONS, Call, captured, options
 
@@ -150,3 +151,15 @@ def test_no_check_objects_to_what_the_passes_do(choice: dict[str, Any]) -> None:
     module, inputs = captured(SPECIFICATIONS["masked"])
     given = parvts_fx.Options(keep_tokens=2, **choice)
     assert rewrite_graph(module, inputs, given, checks=ALL_CHECKS).report.status == "rewritten"
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_garbage_collection_comes_back_as_it_was(enabled: bool) -> None:
+    (gc.enable if enabled else gc.disable)()
+    try:
+        with pytest.raises(RuntimeError, match="a pass failed"), no_collections():
+            assert not gc.isenabled()
+            raise RuntimeError("a pass failed")
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable()
