@@ -82,8 +82,10 @@ class Settings:
             raise ValueError("--tokens: at least 2, for a decode step to be measured")
 
 
-SHORT = Settings(layers=6, width=512, batch=(1,), sweep=(64, 192), lengths=(144, 576), swept=("inductor", "parvts"),
-                 lengthened=("inductor", "parvts"), repeats=3, tokens=8, fresh=False)
+SHORT = Settings(layers=4, width=512, batch=(1,), sweep=(64, 192), lengths=(144, 576),
+                 methods=("eager", "inductor", "downsampled image", "random", "FastV", "joint", "parvts"),
+                 swept=("inductor", "parvts"), lengthened=("inductor", "parvts"), repeats=3, tokens=8, fresh=False)
+"""As few compilations as show every kind of method: they are what takes minutes."""
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[tuple[str, ...], Settings, Path]:
