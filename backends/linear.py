@@ -96,10 +96,13 @@ def _sizes(node: Node) -> tuple[int, int, int, bool, int] | None:
     return rows, columns, inner, len(operands) == 3, torch.get_num_threads()
 
 
-@functools.lru_cache(maxsize=None)
 def prefers_onednn(rows: int, columns: int, inner: int, bias: bool, threads: int) -> bool:
     """Whether oneDNN is clearly quicker for [rows, inner] times [columns, inner] transposed, measured once a process."""
-    rows = min(rows, max(_ROWS, _MULTIPLICATIONS // (columns * inner)))
+    return _is_quicker(min(rows, max(_ROWS, _MULTIPLICATIONS // (columns * inner))), columns, inner, bias, threads)
+
+
+@functools.lru_cache(maxsize=None)
+def _is_quicker(rows: int, columns: int, inner: int, bias: bool, threads: int) -> bool:
     kernels = (F.linear, _onednn)
     taken: list[tuple[float, ...]] = []
     with torch.no_grad(), _disable_current_modes():

@@ -46,8 +46,9 @@ def probe_processor() -> threading.Thread:
     happens, and which it needs only behind its own graph passes. What is found stays in Inductor's cache; a lock in it lets
     Inductor wait for us instead of compiling the same again.
     """
-    for name in ("cpu_vec_isa", "codecache", "cpp_builder"):  # here, for two threads must not import what imports each other
-        importlib.import_module(f"torch._inductor.{name}")
+    with contextlib.suppress(ImportError):  # another torch may keep these elsewhere
+        for name in ("cpu_vec_isa", "codecache", "cpp_builder"):  # here: threads must not import what imports each other
+            importlib.import_module(f"torch._inductor.{name}")
 
     def probe() -> None:
         with contextlib.suppress(Exception):  # Inductor meets it again, and tells

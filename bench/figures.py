@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.methods import QUICKER
+from tests.supported import replaced
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
@@ -137,9 +138,7 @@ def tables() -> dict[str, str]:
 def fill(text: str) -> str:
     """The README's text with its tables as they have been measured."""
     for name, lines in tables().items():
-        head, rest = text.split(f"<!-- {name}:begin -->")
-        _, tail = rest.split(f"<!-- {name}:end -->")
-        text = f"{head}<!-- {name}:begin -->\n{lines}\n<!-- {name}:end -->{tail}"
+        text = replaced(text, lines, f"<!-- {name}:begin -->", f"<!-- {name}:end -->")
     return text
 
 

@@ -54,8 +54,7 @@ class Rewriting:
 
 @contextlib.contextmanager
 def no_collections() -> Iterator[None]:
-    """Without Python's search for cyclic garbage: beside a captured model one takes half a second, and it would run every
-    few thousand nodes."""
+    """Without Python's search for cyclic garbage: beside a captured model of 32 layers one takes half a second."""
     enabled = gc.isenabled()
     gc.disable()
     try:

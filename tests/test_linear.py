@@ -72,9 +72,9 @@ def test_takes_what_is_clearly_quicker(monkeypatch):
     seconds = {torch.nn.functional.linear: 1.0, linear._onednn: 0.5}
     monkeypatch.setattr(linear, "_seconds", lambda kernel, *given: seconds[kernel])
     sizes = (64, 64, 64, False, 1)
-    assert linear.prefers_onednn.__wrapped__(*sizes)
+    assert linear._is_quicker.__wrapped__(*sizes)
     seconds[linear._onednn] = 0.95
-    assert not linear.prefers_onednn.__wrapped__(*sizes)
+    assert not linear._is_quicker.__wrapped__(*sizes)
 
 
 @pytest.mark.parametrize("quick", [torch.nn.functional.linear, linear._onednn])
@@ -85,15 +85,20 @@ def test_a_disturbance_does_not_choose(monkeypatch, quick):
         return (9.0 if next(disturbed, False) else 1.0) if kernel is quick else 2.0
 
     monkeypatch.setattr(linear, "_seconds", seconds)
-    assert linear.prefers_onednn.__wrapped__(64, 64, 64, False, 1) == (quick is linear._onednn)
+    assert linear._is_quicker.__wrapped__(64, 64, 64, False, 1) == (quick is linear._onednn)
 
 
 def test_of_many_rows_some_are_measured(monkeypatch):
     rows = []
+    linear._is_quicker.cache_clear()
     monkeypatch.setattr(linear, "_seconds", lambda kernel, x, *others: rows.append(len(x)) or 1.0)
     for given in (64, 4096):
-        linear.prefers_onednn.__wrapped__(given, 1 << 10, 1 << 10, False, 1)
+        linear.prefers_onednn(given, 1 << 10, 1 << 10, False, 1)
     assert set(rows) == {64, 1 << 10}
+    measured = len(rows)
+    assert not linear.prefers_onednn(2048, 1 << 10, 1 << 10, False, 1)
+    assert len(rows) == measured, "as many rows are measured as of 4096: once is enough"
+    linear._is_quicker.cache_clear()
 
 
 @pytest.mark.parametrize("why", ["small", "half precision", "gradients", "autocast"])
