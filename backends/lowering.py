@@ -6,7 +6,7 @@ import contextlib
 import functools
 import importlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ Lowering = Callable[[GraphModule, Sequence[object], Options], Compiled]
 
 
 _ON_CPU = {"realize_reads_threshold": 1, "aot_inductor.enable_line_tables": False}
-"""Inductor's settings for graphs on CPU, both for shorter compiling. A value that several kernels read is written down,
+"""Inductor's settings for graphs on CPU, where it has them; both for shorter compiling. A value that several kernels read is written down,
 once, instead of computed again in each: then all layers share their kernels (residual sums, rotary tables), a third less
 time. And the compiler writes no line tables for debuggers (the setting's name tells who asked for it first), a fifth less of
 its time."""
@@ -33,9 +33,15 @@ def inductor(module: GraphModule, example_inputs: Sequence[object], options: Opt
     on_cpu = all(given.device.type == "cpu" for given in example_inputs if isinstance(given, torch.Tensor))
     if on_cpu:
         probe_processor()
-    settings = {**(_ON_CPU if on_cpu else {}), **options.lowering_options}
+    settings = {**(_known(_ON_CPU) if on_cpu else {}), **options.lowering_options}
     wrapper = torch._TorchCompileInductorWrapper(options.mode, settings, None)
     return wrapper(module, list(example_inputs))
+
+
+def _known(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that the installed Inductor has: any other is an error to it."""
+    listed = torch._inductor.list_options()
+    return {name: value for name, value in settings.items() if name in listed}
 
 
 @functools.cache

@@ -20,6 +20,7 @@ from torch._inductor import cpu_vec_isa
 import parvts_fx
 from parvts_fx.backends import lowering
 from parvts_fx.backends.parvts import parvts
+from parvts_fx.options import Options
 from parvts_fx.passes import PassResult
 from tests import llava
 from tests.comparing import TOLERANCE, assert_equal_prefill, check, compile_with_parvts, expected, rule, uncompile
@@ -99,6 +100,23 @@ def test_the_processor_is_probed_for_inductor_alone(model, prompt, monkeypatch):
     uncompile(model)
     check(model, prompt, lowering="inductor", migration_depth=1)
     assert probed
+
+
+@pytest.mark.parametrize("listed, wanted", [
+    (["realize_reads_threshold", "other"], {"realize_reads_threshold": 1}), (["other"], {}),
+], ids=["an old torch", "none"])
+def test_settings_that_inductor_lacks_are_left_out(monkeypatch, listed, wanted):
+    """torch 2.11 and 2.12 have no ``aot_inductor.enable_line_tables``; an unknown name is an error to Inductor."""
+    received = []
+
+    def wrapper(mode, settings, dynamic):
+        received.append(settings)
+        return lambda module, inputs: module.forward
+
+    monkeypatch.setattr(torch._inductor, "list_options", lambda: listed)
+    monkeypatch.setattr(torch, "_TorchCompileInductorWrapper", wrapper)
+    lowering.lower(torch.fx.symbolic_trace(torch.nn.ReLU()), [torch.ones(2)], Options())
+    assert received == [wanted]
 
 
 @pytest.mark.supports("Lowerings", "any callable")
