@@ -17,6 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 from parvts_fx.analysis.masks import Mask, masks_of
 from parvts_fx.analysis.records import Decoder
 from parvts_fx.analysis.values import ancestors, has_target, is_tensor, needed_for, output_node, value
+from parvts_fx.errors import Refusal
 from parvts_fx.precondition import size_reader
 
 _SHAPE_ONLY = (torch.ones_like, torch.zeros_like, torch.full_like, torch.empty_like)
@@ -34,7 +35,7 @@ def padding_check(module: GraphModule, decoder: Decoder, reads_text: bool = Fals
     if not (reads_text or _hands_out_keys(module, decoder)):
         return None
     masks = _masks(decoder)
-    needed, cuts = _needed(module.graph, [mask.node for mask in masks])
+    needed, cuts = _needed(module, [mask.node for mask in masks])
     graph, copies = Graph(), {}
     data: list[int] = []
     for position, node in enumerate(n for n in module.graph.nodes if n.op == "placeholder"):
@@ -83,8 +84,12 @@ def _padded(mask: Mask, values: torch.Tensor, batch: int) -> torch.Tensor:
     return forbidden.reshape(batch if leading % batch == 0 else 1, -1, forbidden.shape[-1]).all(1)
 
 
-def _needed(graph: Graph, masks: Sequence[Node]) -> tuple[set[Node], list[Node]]:
-    """What masks are computed from, and the features among it whose content does not matter, for zeros to stand in."""
+def _needed(module: GraphModule, masks: Sequence[Node]) -> tuple[set[Node], list[Node]]:
+    """What masks are computed from, and the features among it whose content does not matter, for zeros to stand in.
+
+    Features whose size is data are computed after all: no zeros could be made in that size.
+    """
+    graph = module.graph
     all_needed = needed_for(graph, masks)
     featured: set[Node] = set()
     for node in graph.nodes:
@@ -101,7 +106,8 @@ def _needed(graph: Graph, masks: Sequence[Node]) -> tuple[set[Node], list[Node]]
         for source in node.all_input_nodes:
             tensors = [given for given in source.all_input_nodes if is_tensor(given)]
             feature = source in featured and source.op not in ("placeholder", "get_attr")
-            if feature and (shape_only or all(given in featured for given in tensors)):
+            unread = feature and (shape_only or all(given in featured for given in tensors))
+            if unread and _has_known_size(module, source):
                 cuts[source] = None
             else:
                 stack.append(source)
@@ -115,6 +121,14 @@ def _needed(graph: Graph, masks: Sequence[Node]) -> tuple[set[Node], list[Node]]
 def _enters_or_leaves_vmap(node: Node) -> bool:
     return (node.op == "call_function" and not any(map(is_tensor, node.all_input_nodes))
             and "functorch" in str(getattr(node.target, "__module__", "")))
+
+
+def _has_known_size(module: GraphModule, node: Node) -> bool:
+    try:
+        _zeros_like(module, node)
+    except Refusal:
+        return False
+    return True
 
 
 def _zeros_like(module: GraphModule, node: Node) -> Callable[[Iterable[Any]], torch.Tensor]:

@@ -15,6 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from parvts_fx.analysis.records import VisualMerge
 from parvts_fx.analysis.values import ancestors, value
+from parvts_fx.errors import Refusal
 from parvts_fx.passes.insert_partition import flatten_mask
 
 
@@ -59,7 +60,11 @@ def same_count(visual: torch.Tensor) -> int | None:
 
 
 def size_reader(module: GraphModule, size: int | torch.SymInt) -> Callable[[Sequence[object]], int]:
-    """A function that computes a traced size from the graph's actual inputs."""
+    """A function that computes a traced size from the graph's actual inputs.
+
+    Raises:
+        Refusal: no input tells it. Said here, where the prefill can still run as it came, and not in a call of the user's.
+    """
     if isinstance(size, int):
         return lambda inputs: size
     wanted = size.node.expr
@@ -69,6 +74,10 @@ def size_reader(module: GraphModule, size: int | torch.SymInt) -> Callable[[Sequ
         for axis, entry in _sizes(node):
             if isinstance(entry, torch.SymInt) and isinstance(entry.node.expr, sympy.Symbol):
                 sources.setdefault(entry.node.expr, (position, axis))
+    missing = sorted(map(str, wanted.free_symbols - sources.keys()))
+    if missing:
+        raise Refusal(f"each call needs a size, {wanted}, that the sizes of the graph's inputs do not tell "
+                      f"(nothing says what {', '.join(missing)} is: it depends on data)")
 
     def read(inputs: Sequence[object]) -> int:
         known = {}

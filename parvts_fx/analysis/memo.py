@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import tree_leaves
 
 
@@ -14,7 +15,8 @@ class Memo:
     """Results (and failures) of operations by their arguments' sizes, strides and types, within one fake mode.
 
     A result that has no memory of its own (a view, a tensor changed in place) is evaluated each time, and so is anything
-    with arguments that cannot be compared.
+    with arguments that cannot be compared, and a result whose size is data: two calls of ``nonzero`` on tensors alike
+    find different numbers of entries, and one symbol for both would say that they are equal.
     """
 
     def __init__(self) -> None:
@@ -40,7 +42,7 @@ class Memo:
         except Exception as error:
             self._results[key] = error
             raise
-        if type(result) is FakeTensor and not result.requires_grad and _has_own_memory(result, (args, kwargs)):
+        if _may_stand_for_others(result, (args, kwargs)):
             self._results[key] = result
         return result
 
@@ -71,6 +73,15 @@ def _sizes(sizes: Sequence[int | torch.SymInt]) -> tuple[Hashable, ...]:
 
 def _size(size: torch.SymInt) -> Hashable:
     return (torch.SymInt, size.node.expr)
+
+
+def _may_stand_for_others(result: Any, given: Any) -> bool:
+    """Whether an equal operation comes to a tensor like this one, with nothing that is this result's alone."""
+    if type(result) is not FakeTensor or result.requires_grad or not _has_own_memory(result, given):
+        return False
+    found = free_unbacked_symbols(result)
+    return not found or found <= free_unbacked_symbols(
+        [leaf for leaf in tree_leaves(given) if isinstance(leaf, (torch.Tensor, torch.SymInt))])
 
 
 def _has_own_memory(result: torch.Tensor, given: Any) -> bool:
