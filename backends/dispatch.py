@@ -57,8 +57,8 @@ class Dispatch:
         self._by_count[None if done.precondition else done.merge.count] = lowered
 
     def __call__(self, *inputs: object) -> object:
-        visual = None if self._position is None else visual_rows(inputs[self._position])
-        if self._position is not None and visual is None:
+        given = self._with_handed_mask(inputs)
+        if given is None:
             return self._run_unrewritten(inputs)  # text alone
         tell_merge()
         precondition = self._done.precondition
@@ -66,8 +66,7 @@ class Dispatch:
             count = precondition.visual_tokens(inputs)
             if self._dropped(count) == 0:
                 return self._run_unrewritten(inputs)
-        if visual is None:
-            visual = self._done.visual_mask(*inputs)
+        visual = self._done.visual_mask(*given)
         if precondition is None:
             count = same_count(visual)
             if count is not None and self._dropped(count) == 0:
@@ -75,8 +74,7 @@ class Dispatch:
         reason = None
         if count is None or precondition is not None and not precondition.holds(visual, inputs):
             reason = _DIFFER
-        elif self._done.padding is not None and self._done.padding(
-                visual, *(inputs if self._position is None else (*inputs, visual))):
+        elif self._done.padding is not None and self._done.padding(visual, *given):
             reason = _PADDING
         elif _has_labels():
             reason = "labels are given, and a loss needs the logits of every position"
@@ -86,27 +84,38 @@ class Dispatch:
             if number in self._by_count:
                 compiled = self._by_count[number]
             else:
-                compiled, reason = self._compile_for(count, inputs, visual)
+                compiled, reason = self._compile_for(count, inputs, given[-1])
         if compiled is None:
             if reason is not None:
                 self._tell(reason)
             return self._run_unrewritten(inputs)
-        outputs = compiled(*inputs) if self._position is None else compiled(*inputs, visual)
+        outputs = compiled(*given)
         tell_pruning(self._dropped(count))
         note_short_caches(outputs)
         return outputs
+
+    def _with_handed_mask(self, inputs: tuple[object, ...]) -> tuple[object, ...] | None:
+        """The inputs, and the mask of what earlier graphs have merged if one was handed over; None where nothing is merged."""
+        if self._position is None:
+            return inputs
+        visual = visual_rows(inputs[self._position])
+        if visual is None:
+            if len(self._done.merge.merges) == 1:
+                return None
+            visual = torch.zeros(inputs[self._position].shape[:2], dtype=torch.bool, device=inputs[self._position].device)
+        return *inputs, visual
 
     def _dropped(self, count: int) -> int:
         return count - self._options.subject_count(count) if count else 0
 
     def _compile_for(
-        self, count: int, inputs: Sequence[object], visual: torch.Tensor
+        self, count: int, inputs: Sequence[object], handed_mask: object
     ) -> tuple[Compiled | None, str | None]:
         """The compiled form for another number of visual tokens, or None and the reason, if it has not been told yet."""
         if len(self._by_count) >= _MOST_COUNTS:
             return None, (f"the number of visual tokens depends on data here, and {_MOST_COUNTS} different numbers have "
                           "been compiled already (generate and sizes that the graph knows have no such limit)")
-        handed = None if self._position is None else MergedInput(self._position, visual)
+        handed = None if self._position is None else MergedInput(self._position, handed_mask)
         done = self._again(self._original, inputs, handed)
         self._by_count[count] = done.module and torch.compile(done.module, backend=_LowerOnly(self._options))
         return self._by_count[count], None

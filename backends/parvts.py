@@ -17,9 +17,10 @@ from parvts_fx.caches import tell_merge, watch_short_caches
 from parvts_fx.errors import NotRewritten, ParvtsWarning, Refusal
 from parvts_fx.handover import MergedInput, can_hand_on, hand_on
 from parvts_fx.options import Options, parse_options
-from parvts_fx.precondition import visual_mask
+from parvts_fx.origins import noting_origins
+from parvts_fx.precondition import merged_mask, visual_mask
 from parvts_fx.report import GraphReport
-from parvts_fx.rewriting import Rewriting, rewrite_graph
+from parvts_fx.rewriting import Rewriting, report_merges, rewrite_graph
 
 
 def parvts(
@@ -55,9 +56,9 @@ def parvts(
             lowered = lower(done.module, example_inputs, parsed) if handed is None else None
             return Dispatch(done, lowered, module, parsed, handed and handed.position, attempt)
         if done.merge is not None:
-            return hand_on(module, done.merge.output, done.visual_mask, lambda copy: lower(copy, example_inputs, parsed))
-        lowered = lower(module, example_inputs, parsed)
-        if done.report.status == "unrewritten" or done.report.visual_tokens:
+            return hand_on(module, done, lambda copy: lower(copy, example_inputs, parsed), handed, example_inputs)
+        lowered = noting_origins(module, example_inputs, lower(module, example_inputs, parsed))
+        if done.report.status == "unrewritten" or done.report.visual_tokens or done.report.merges:
             return _telling_merge(lowered)
         return watch_short_caches(lowered) if _may_decode(module, window_caches_follow) else lowered
     except (ValueError, NotRewritten) as error:
@@ -87,9 +88,11 @@ def _attempt(
     except NoDecoder as refusal:
         reason = str(refusal)
         if can_hand_on(module, refusal.merge.output):
+            found = refusal.module, refusal.merge
             report = GraphReport("untouched", "visual features are merged here, for a decoder in another graph",
-                                 len(module.graph.nodes))
-            return Rewriting(report, None, None, refusal.merge, visual_mask(refusal.module, refusal.merge))
+                                 len(module.graph.nodes), merges=report_merges(*found, example_inputs, handed))
+            return Rewriting(
+                report, None, None, refusal.merge, visual_mask(*found), merged_mask=merged_mask(*found))
         if options.strict:
             raise NotRewritten(f"parvts_fx: this multimodal prefill cannot be rewritten: {reason}") from refusal
     except Refusal as refusal:

@@ -1,8 +1,9 @@
 """Hands a merge on to the decoder where a graph break stands between them.
 
-Some models compute positions from data between the merge of visual features and the decoder, so that Dynamo hands over
-two graphs. The first one then also returns where the visual tokens stand, which is remembered by the identity of the
-merged embeddings; the second one is recognised by that very tensor among its inputs.
+Some models compute positions from data between the merge of visual features and the decoder, or merge pictures in one
+graph and videos or sound in the next. Every graph but the last then also tells where the tokens stand that have been merged
+so far, which is remembered by the identity of the merged embeddings; the next one is recognised by that very tensor among
+its inputs.
 """
 
 from __future__ import annotations
@@ -11,46 +12,57 @@ import dataclasses
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import GraphModule, Node
 
 from parvts_fx.analysis.calls import attention_nodes
 from parvts_fx.analysis.merge import find_merge
-from parvts_fx.analysis.records import VisualMerge
+from parvts_fx.analysis.modality import Origin
+from parvts_fx.analysis.records import Merge
 from parvts_fx.analysis.values import fake_mode_of, output_node, value
 from parvts_fx.caches import is_watched, merged_rows
 from parvts_fx.capture import capture
 from parvts_fx.errors import ParvtsWarning
+from parvts_fx.origins import noting_origins
 from parvts_fx.passes.unify_merges import UnifyMerges
+
+if TYPE_CHECKING:
+    from parvts_fx.rewriting import Rewriting
 
 
 @dataclasses.dataclass
 class _Merged:
     reference: weakref.ref[torch.Tensor]
     visual: torch.Tensor
+    merged: torch.Tensor
     received: bool = False
     """Whether a decoder's graph has taken it."""
 
 
 _MERGED: dict[int, _Merged] = {}
-"""By identity of merged embeddings that are alive: which of their rows are visual tokens."""
+"""By identity of merged embeddings that are alive: which of their rows are visual tokens, and which are merged at all."""
 
 
-def hand_over(embeddings: torch.Tensor, visual: torch.Tensor, unreceived: Callable[[], None] | None = None) -> None:
+def hand_over(
+    embeddings: torch.Tensor, visual: torch.Tensor, unreceived: Callable[[], None] | None = None,
+    merged: torch.Tensor | None = None,
+) -> None:
     """``embeddings`` [batch, seq, hidden] have visual features where ``visual`` [batch, seq] is true.
 
-    ``unreceived`` is called if they are forgotten before any graph has taken them.
+    Args:
+        unreceived: called if they are forgotten before any graph has taken them, and if any is visual.
+        merged: where features of any modality stand, sound as well; None if they are all visual.
     """
     key = id(embeddings)
 
     def forget(_: object) -> None:
         held = _MERGED.pop(key, None)
-        if held is not None and not held.received and unreceived is not None:
+        if held is not None and not held.received and unreceived is not None and held.visual.any():
             unreceived()
 
-    _MERGED[key] = _Merged(weakref.ref(embeddings, forget), visual)
+    _MERGED[key] = _Merged(weakref.ref(embeddings, forget), visual, visual if merged is None else merged)
 
 
 def _held(embeddings: object) -> _Merged | None:
@@ -82,30 +94,32 @@ def received(embeddings: torch.Tensor) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class MergedInput:
-    """One of a graph's inputs, with visual features merged in."""
+    """One of a graph's inputs, with features merged in."""
 
     position: int
     visual: torch.Tensor
-    """[batch, seq] bool, as many true entries in every row."""
+    """[batch, seq] bool: visual tokens; none where only sound has been merged."""
 
     @staticmethod
     def find(module: GraphModule, example_inputs: Sequence[object]) -> MergedInput | None:
-        """The merged embeddings among the inputs of a graph with attention.
+        """The merged embeddings among the inputs of a graph that has attention, or that merges more into them.
 
         What only the call's ids tell counts where the graph has no merge of its own: else the input is what its features
         are yet to be merged into.
         """
-        if not attention_nodes(module.graph):
-            return None
+        has_attention = bool(attention_nodes(module.graph))
         for position, given in enumerate(example_inputs):
-            held = isinstance(given, torch.Tensor) and given.dim() == 3 and visual_rows(given)
-            if isinstance(held, torch.Tensor):
-                if _held(given) is None and _merges(module, example_inputs):
-                    return None
-                return MergedInput(position, held)
+            if not isinstance(given, torch.Tensor) or given.dim() != 3:
+                continue
+            held = _held(given)
+            if held is not None and (has_attention or _merges(module, example_inputs, position)):
+                held.received = True
+                return MergedInput(position, held.visual)
+            if held is None and has_attention and (rows := merged_rows(given)) is not None:
+                return None if _merges(module, example_inputs) else MergedInput(position, rows)
         return None
 
-    def receive(self, module: GraphModule) -> VisualMerge:
+    def receive(self, module: GraphModule) -> Merge:
         """Give a graph the mask as one more input, and say where it stands."""
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
         embeddings = placeholders[self.position]
@@ -114,15 +128,26 @@ class MergedInput:
             mask = module.graph.placeholder("visual_tokens")
         with fake_mode_of(module.graph):
             mask.meta["example_value"] = torch.empty(batch, size, dtype=torch.bool, device=self.visual.device)
-        return VisualMerge(embeddings, (mask,), (), int(self.visual[0].sum()))
+        return Merge(embeddings, mask, None, Origin(), True)
 
 
-def _merges(module: GraphModule, example_inputs: Sequence[object]) -> bool:
-    """Whether visual features are merged in this graph."""
+def _merges(module: GraphModule, example_inputs: Sequence[object], position: int | None = None) -> bool:
+    """Whether features are merged in this graph; given a position, into that input."""
     work = capture(module, example_inputs)
     attentions = attention_nodes(work.graph)
-    UnifyMerges().run(work, attentions)
-    return find_merge(work.graph, attentions) is not None
+    into = None if position is None else [node for node in work.graph.nodes if node.op == "placeholder"][position]
+    UnifyMerges().run(work, attentions, into)
+    handed = None if into is None else Merge(into, into, None, Origin())
+    merge = find_merge(work.graph, attentions, handed=handed, prunes=lambda modality: True)
+    return merge is not None and merge.output is not into
+
+
+def merged_in_front(example_inputs: Sequence[object], position: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Of embeddings that a graph merges into: rows [batch, seq] that earlier graphs have merged, and those that are not
+    the embeddings of the call's ids. None where nothing tells."""
+    given = example_inputs[position]
+    held = _held(given)
+    return held and held.merged, merged_rows(given) if isinstance(given, torch.Tensor) else None
 
 
 def can_hand_on(module: GraphModule, merged: Node) -> bool:
@@ -136,24 +161,41 @@ def _place(module: GraphModule, merged: Node) -> int | None:
 
 
 def hand_on(
-    module: GraphModule, merged: Node, visual: Callable[..., torch.Tensor], lower: Callable[[GraphModule], Callable]
+    module: GraphModule, done: Rewriting, lower: Callable[[GraphModule], Callable], handed: MergedInput | None = None,
+    example_inputs: Sequence[object] = (),
 ) -> Callable[..., Any]:
-    """Lower a graph that ends between the merge and the decoder, such that the decoder's graph finds the merge.
+    """Lower a graph that ends between the merge and the decoder, such that the next graph finds the merge.
 
     Args:
-        merged: the merge's result, by name in ``module``.
-        visual: of the graph's inputs: [batch, seq] bool.
+        done: with ``merge``, whose result has the same name in ``module``, and the masks as functions of the inputs.
+        handed: the input into which an earlier graph has merged, if there is one; what it had merged is handed on too.
     """
-    position = _place(module, merged)
-    lowered = lower(module)
+    merged = done.merge.output.name
+    position = _place(module, done.merge.output)
+    lowered = noting_origins(module, example_inputs, lower(module), merged)
 
     def announcing(*inputs: object) -> Any:
         outputs = lowered(*inputs)
+        visual, everything = _masks(done, inputs, handed)
         watched = is_watched()  # then a caller notices if no graph takes it
-        hand_over(outputs[position], visual(*inputs), None if watched else _tell_unreceived)
+        hand_over(outputs[position], visual, None if watched else _tell_unreceived, everything)
         return outputs
 
     return announcing
+
+
+def _masks(
+    done: Rewriting, inputs: Sequence[object], handed: MergedInput | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[batch, seq] bool: visual tokens, and all merged ones."""
+    if handed is None:
+        return done.visual_mask(*inputs), done.merged_mask(*inputs)
+    held = _held(inputs[handed.position])
+    nothing = torch.zeros_like(handed.visual[:1, :1]).expand(inputs[handed.position].shape[:2])
+    if held is not None:
+        held.received = True
+    visual = done.visual_mask(*inputs, nothing if held is None else held.visual)
+    return visual, done.merged_mask(*inputs, nothing if held is None else held.merged)
 
 
 def _tell_unreceived() -> None:

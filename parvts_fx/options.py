@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from parvts_fx.analysis.modality import MODALITIES, VISUAL
+
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -51,6 +53,10 @@ class Options:
 
     score: str | Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = "auto"
     """A scoring rule's name, or a callable ``score(hidden, visual) -> scores``; see :mod:`parvts_fx.scores`."""
+
+    prune: str | tuple[str, ...] = "visual"
+    """Whose tokens count as visual: "visual" (images, videos, and features about which nothing tells what they are), "all"
+    (sound as well), or names out of "image", "video", "audio" and "unknown". All others are like text: they stay."""
 
     lowering: str | Callable[..., Any] = "inductor"
     """Who compiles the rewritten graph: "inductor", "eager", "aot_eager", "tensorrt", any backend's name, a callable."""
@@ -103,6 +109,13 @@ class Options:
         if self.paths == "joint" and self.fusion != "attention":
             _fail("fusion", self.fusion, '"attention" together with paths="joint"',
                   "With joint paths there is one copy of the text rows and nothing to weigh.")
+        known = ("visual", "all", *MODALITIES)
+        for name in _names(self.prune):
+            if name not in (known if isinstance(self.prune, str) else MODALITIES):
+                _fail("prune", self.prune, f"\"visual\", \"all\", or names out of {', '.join(MODALITIES)}",
+                      _closest(name, known))
+        if not _names(self.prune):
+            _fail("prune", self.prune, "at least one modality", "Use keep_ratio=1 to keep all tokens.")
         if self.linear_kernels not in ("auto", "inductor"):
             _fail("linear_kernels", self.linear_kernels, '"auto" or "inductor"', 'Use "auto" for the quicker kernel.')
         for name in ("strict", "skip_dead_rows", "share_prefix"):
@@ -131,6 +144,10 @@ class Options:
             elif not callable(value):
                 _fail(name, value, f"a callable or one of {', '.join(sorted(known()))}", "")
 
+    def prunes(self, modality: str) -> bool:
+        """Whether tokens of a modality (one of :data:`parvts_fx.analysis.modality.MODALITIES`) may be dropped."""
+        return self.prune == "all" or modality in (VISUAL if self.prune == "visual" else _names(self.prune))
+
     def subject_count(self, visual: int) -> int:
         """Number of subject tokens among ``visual`` visual tokens (round half up, at least one).
 
@@ -155,8 +172,12 @@ class Options:
         return self.keep_ratio == 1
 
 
+def _names(given: object) -> tuple[object, ...]:
+    return tuple(given) if isinstance(given, (tuple, list)) else (given,)
+
+
 def _closest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
+    close = difflib.get_close_matches(str(name), list(known), n=1)
     return f'Did you mean "{close[0]}"?' if close else ""
 
 

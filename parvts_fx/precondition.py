@@ -37,20 +37,31 @@ class Precondition:
 
 def visual_mask(module: GraphModule, merge: VisualMerge) -> Callable[..., torch.Tensor]:
     """A function of the graph's inputs: [batch, seq] bool, true where a visual token stands."""
-    needed = ancestors(merge.masks)
+    if merge.masks:
+        return _union(module, merge.masks)
+    merged = merged_mask(module, merge)
+    return lambda *inputs: torch.zeros_like(merged(*inputs))  # sound alone
+
+
+def merged_mask(module: GraphModule, merge: VisualMerge) -> Callable[..., torch.Tensor]:
+    """The same, true where a feature of any modality stands."""
+    return _union(module, tuple(held.mask for held in merge.merges) or merge.masks)
+
+
+def _union(module: GraphModule, wanted: Sequence[Node]) -> Callable[..., torch.Tensor]:
+    needed = ancestors(wanted)
     graph, copies = Graph(), {}
     for node in module.graph.nodes:
         if node.op == "placeholder" or node in needed:
             copies[node] = graph.node_copy(node, lambda source: copies[source])
-    graph.output(tuple(copies[mask] for mask in merge.masks))
+    graph.output(tuple(copies[mask] for mask in wanted))
     masks = GraphModule(module, graph)
 
     @torch.no_grad()
-    def visual(*inputs: object) -> torch.Tensor:
-        first, *others = (flatten_mask(mask) for mask in masks(*inputs))
-        return functools.reduce(torch.logical_or, others, first)
+    def union(*inputs: object) -> torch.Tensor:
+        return functools.reduce(torch.logical_or, (flatten_mask(mask) for mask in masks(*inputs)))
 
-    return visual
+    return union
 
 
 def same_count(visual: torch.Tensor) -> int | None:

@@ -22,6 +22,22 @@ class LayerReport:
 
 
 @dataclasses.dataclass(frozen=True)
+class MergeReport:
+    """One merge of features into the prompt's embeddings."""
+
+    modality: str
+    """"image", "video", "audio", several of them, or "unknown"."""
+
+    tokens: int | None
+    """Per sample; None where samples differ, or where a graph without data was given."""
+
+    evidence: str
+    """The inputs that tell what the features are; empty where nothing tells."""
+
+    prunable: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class GraphReport:
     """One graph that the backend received."""
 
@@ -37,6 +53,9 @@ class GraphReport:
     migration_depth: int = 0
     layers: tuple[LayerReport, ...] = ()
     passes: tuple[PassRecord, ...] = ()
+    merges: tuple[MergeReport, ...] = ()
+    """Everything that this graph merges into a prompt's embeddings, visual or not; what earlier graphs merged is theirs."""
+
     analysis_milliseconds: float = 0.0
     flops_before: int | None = None
     """Floating-point operations of this graph as it came, by torch's FlopCounterMode; only in explain()."""
@@ -64,6 +83,11 @@ class Report:
                     return graph
         return None
 
+    @property
+    def merges(self) -> tuple[MergeReport, ...]:
+        """Everything that is merged into the prompt, in the order of the graphs."""
+        return tuple(merge for graph in self.graphs for merge in graph.merges)
+
     def __str__(self) -> str:
         console = Console(width=110, no_color=True)
         with console.capture() as capture:
@@ -75,6 +99,8 @@ class Report:
         prefill = self.prefill
         untouched = sum(graph.status == "untouched" for graph in self.graphs)
         parts.append(Text(f"{len(self.graphs)} graphs, of which {untouched} have nothing to prune"))
+        if self.merges:
+            parts.append(_merges(self.merges))
         if prefill is None:
             parts.append(Text("No graph merges visual features into a decoder's prompt."))
         elif prefill.status == "unrewritten":
@@ -82,6 +108,17 @@ class Report:
         else:
             parts += _tables(prefill)
         return Group(*parts)
+
+
+def _merges(merges: tuple[MergeReport, ...]) -> Table:
+    table = Table(title="Merged into the prompt", title_justify="left")
+    for heading in ("modality", "tokens (per sample)", "pruned", "told by"):
+        table.add_column(heading)
+    for merge in merges:
+        told = merge.evidence or ("nothing tells; taken for visual" if merge.prunable else "nothing tells")
+        table.add_row(merge.modality, "differ" if merge.tokens is None else str(merge.tokens),
+                      "yes" if merge.prunable else "no, like text", told)
+    return table
 
 
 def _tables(graph: GraphReport) -> list[object]:

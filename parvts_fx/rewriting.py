@@ -11,17 +11,21 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from parvts_fx.analysis import Decoder, VisualMerge, find_decoder
 from parvts_fx.analysis.calls import attention_nodes
+from parvts_fx.analysis.decoder import NoDecoder
 from parvts_fx.analysis.merge import find_merge
-from parvts_fx.analysis.values import hint, value
+from parvts_fx.analysis.modality import MODALITIES, UNKNOWN
+from parvts_fx.analysis.records import Merge
+from parvts_fx.analysis.values import ancestors, descendants, hint, value
 from parvts_fx.capture import capture, copy_graph_module
 from parvts_fx.errors import NotRewritten, Refusal
-from parvts_fx.handover import MergedInput
+from parvts_fx.handover import MergedInput, can_hand_on, merged_in_front
 from parvts_fx.observe import dump_hook, log_hook
 from parvts_fx.options import Options, parse_options
+from parvts_fx.origins import noted_origins
 from parvts_fx.padding import padding_check
 from parvts_fx.passes import Pass, State, build_pipeline, run_pipeline
 from parvts_fx.passes.invert_permutations import InvertPermutations
@@ -29,8 +33,8 @@ from parvts_fx.passes.spread_masked_updates import SpreadMaskedUpdates
 from parvts_fx.passes.unify_merges import UnifyMerges
 from parvts_fx.passes.version_writes import VersionWrites
 from parvts_fx.passes.write_out_sizes import WriteOutSizes
-from parvts_fx.precondition import Precondition, same_count, visual_mask
-from parvts_fx.report import GraphReport, LayerReport
+from parvts_fx.precondition import Precondition, merged_mask, same_count, visual_mask
+from parvts_fx.report import GraphReport, LayerReport, MergeReport
 from parvts_fx.scores import reads_text
 from parvts_fx.verify import CHEAP_CHECKS, Check, verifier
 
@@ -47,6 +51,9 @@ class Rewriting:
     merge: VisualMerge | None = None
     visual_mask: Callable[..., torch.Tensor] | None = None
     """Of the rewritten graph's inputs: [batch, seq] bool, true where a visual token stands."""
+
+    merged_mask: Callable[..., torch.Tensor] | None = None
+    """The same, true where a feature of any modality stands; for a graph whose decoder is in another one."""
 
     padding: Callable[..., bool] | None = None
     """Of that mask and the rewritten graph's inputs: whether padding stands behind a visual token, where that matters."""
@@ -88,26 +95,29 @@ def rewrite_graph(
     nodes = len(module.graph.nodes)
     work = capture(module, example_inputs)
     attentions = attention_nodes(work.graph)
-    if handed is None:
-        UnifyMerges().run(work, attentions)
-    merge = handed.receive(work) if handed else find_merge(work.graph, attentions)
-    if merge is not None:
-        normalise(work, merge)
+    merge = _find_merge(work, attentions, example_inputs, options, handed)
+    given = (*example_inputs, handed.visual) if handed else tuple(example_inputs)
+    merges = report_merges(work, merge, given, handed) if merge else ()
+    if merge is None or _is_without_visuals(work, merge, attentions, handed):
+        reason = "all that is merged into embeddings is sound" if merges else "no visual features are merged into embeddings"
+        return Rewriting(GraphReport("untouched", reason, nodes, merges=merges))
+    _refuse_unseen_merges(work, merge, example_inputs, handed)
+    normalise(work, merge)
     decoder = find_decoder(work, window_caches_follow, merge)
     if decoder is None:
-        return Rewriting(GraphReport("untouched", "no visual features are merged into embeddings", nodes))
+        return Rewriting(GraphReport("untouched", "no visual features are merged into embeddings", nodes, merges=merges))
     analysis = 1e3 * (time.perf_counter() - start)
     options = options.for_layers(len(decoder.layers))
     _check_fit(options, decoder, example_inputs, module)
     batch, size, _ = value(merge.output).shape
     if merge.visual_tokens is None or hint(merge.visual_tokens) is None:  # it depends on data: rewrite for the prompt at hand
-        merge = dataclasses.replace(merge, count=_count(work, merge, example_inputs))
+        merge = dataclasses.replace(merge, count=_count(work, merge, given))
         decoder = dataclasses.replace(decoder, merge=merge)
     visuals = merge.visual_tokens
     subjects = options.subject_count(hint(visuals))
     facts = {
         "nodes": nodes, "prompt_tokens": hint(size), "batch": hint(batch), "visual_tokens": hint(visuals),
-        "subject_tokens": subjects, "migration_depth": options.migration_depth, "analysis_milliseconds": analysis,
+        "subject_tokens": subjects, "merges": merges, "migration_depth": options.migration_depth, "analysis_milliseconds": analysis,
     }
     if options.keeps_all or hint(visuals) == subjects and isinstance(visuals, int):
         return Rewriting(GraphReport("untouched", "all visual tokens are kept", **facts))
@@ -122,6 +132,78 @@ def rewrite_graph(
     work.recompile()
     layers = tuple(_layer_report(layer, options, facts) for layer in decoder.layers)
     return Rewriting(GraphReport("rewritten", layers=layers, passes=tuple(records), **facts), work, precondition, merge, mask, padding)
+
+
+def _find_merge(
+    work: GraphModule, attentions: set[Node], example_inputs: Sequence[object], options: Options, handed: MergedInput | None
+) -> VisualMerge | None:
+    """Where features enter, written as one kind of merge; with what has been handed over, if anything has."""
+    origins = noted_origins(work, example_inputs)
+    first = handed and handed.receive(work)
+    UnifyMerges().run(work, attentions, first and first.output, origins)
+    merge = find_merge(work.graph, attentions, handed=first, origins=origins, prunes=options.prunes)
+    if first is not None and merge.merges == (first,):
+        return dataclasses.replace(merge, count=int(handed.visual[0].sum()))
+    return merge
+
+
+def _is_without_visuals(work: GraphModule, merge: VisualMerge, attentions: set[Node], handed: MergedInput | None) -> bool:
+    """Whether nothing that may be dropped is merged in front of a decoder.
+
+    Raises:
+        NoDecoder: nothing so far, and the decoder is in another graph, for which more may be merged.
+    """
+    own = [held for held in merge.merges if held.prunable and not (handed and held is merge.merges[0])]
+    if own or handed and handed.visual.any():
+        return False
+    if attentions.isdisjoint(descendants(work.graph, [merge.output])) and can_hand_on(work, merge.output):
+        raise NoDecoder(work, merge)
+    return True
+
+
+def _refuse_unseen_merges(
+    work: GraphModule, merge: VisualMerge, example_inputs: Sequence[object], handed: MergedInput | None
+) -> None:
+    """
+    Raises:
+        Refusal: the embeddings that this graph merges into hold rows that are no id's own and that no graph has merged.
+    """
+    if any(isinstance(given, FakeTensor) for given in example_inputs) or handed and len(merge.merges) == 1:
+        return
+    stream = ancestors([merge.output]) - ancestors(held.features for held in merge.merges if held.features is not None)
+    placeholders = [node for node in work.graph.nodes if node.op == "placeholder"]
+    for position, (node, given) in enumerate(zip(placeholders, example_inputs)):
+        if node in stream and isinstance(given, torch.Tensor) and given.dim() == 3 and given.is_floating_point():
+            merged, foreign = merged_in_front(example_inputs, position)
+            if foreign is None:
+                continue
+            if merged is not None:
+                foreign = foreign & ~merged
+            own = merged_mask(work, merge)(*example_inputs, *((torch.zeros_like(foreign),) if handed else ()))
+            rows = given[foreign & ~own]
+            if len(rows) and not (len(rows) > 1 and (rows == rows[0]).all()):  # if all are alike, they are yet to be filled
+                raise Refusal("rows of the prompt that this graph merges features into are neither the embeddings of its ids "
+                              "nor merged by any captured graph: the model merges some of its features in code that Dynamo "
+                              "does not capture, or changes merged embeddings between two graphs", merge.output)
+
+
+def report_merges(
+    module: GraphModule, merge: VisualMerge, inputs: Sequence[object], handed: MergedInput | None = None
+) -> tuple[MergeReport, ...]:
+    """What is merged in this graph, given its inputs; what has been handed over is told by the graph that merged it."""
+    own = merge.merges[1:] if handed else merge.merges
+    return tuple(_report_merge(module, merge, held, inputs) for held in own)
+
+
+def _report_merge(module: GraphModule, merge: VisualMerge, held: Merge, inputs: Sequence[object]) -> MergeReport:
+    one = dataclasses.replace(
+        merge, masks=(held.mask,), features=() if held.features is None else (held.features,), count=None)
+    tokens = None if one.visual_tokens is None else hint(one.visual_tokens)
+    if tokens is None and not any(isinstance(given, FakeTensor) for given in inputs):
+        with contextlib.suppress(RuntimeError, IndexError):  # sizes that no input has, say
+            tokens = same_count(visual_mask(module, one)(*inputs))
+    modality = " and ".join(name for name in MODALITIES if name in held.origin.modalities) or UNKNOWN
+    return MergeReport(modality, tokens, ", ".join(held.origin.evidence), held.prunable)
 
 
 def normalise(module: GraphModule, merge: VisualMerge) -> None:

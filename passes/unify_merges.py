@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch.fx import GraphModule, Node
 
-from parvts_fx.analysis.merge import CHOICES, is_merge, is_text, is_visual
+from parvts_fx.analysis.merge import CHOICES, Stream, is_visual
+from parvts_fx.analysis.modality import Origin, origin_of
 from parvts_fx.analysis.values import ancestors, has_target, is_tensor, storage_of, value
 from parvts_fx.passes.editing import Editor
 
@@ -27,40 +30,52 @@ class UnifyMerges:
 
     ``where(mask, text, features)``         ==>  ``where(~mask, features, text)``
 
-    Only where the features depend on an input that is neither ids nor a weight, where no attention has touched the text,
-    and where nothing is scattered already. The values computed stay the same.
+    Only where the features depend on an input that is neither ids nor a weight, and where no attention has touched the
+    text, whatever has been merged into it before. What is joined to text and is of several modalities is scattered
+    modality by modality. The values computed stay the same.
     """
 
     name: ClassVar[str] = "unify_merges"
 
-    def run(self, module: GraphModule, attentions: set[Node]) -> int:
-        """Rewrite the graph; returns the number of merges that were rewritten."""
-        if any(is_merge(node) for node in module.graph.nodes):
-            return 0
-        editor = Editor(module)
-        return sum(
-            _scatter_assignment(editor, node, attentions) or _scatter_joint(editor, node, attentions)
-            or _turn_choice(editor, node, attentions)
-            for node in list(module.graph.nodes) if node.op.startswith("call")
-        )
+    def run(
+        self, module: GraphModule, attentions: set[Node], handed: Node | None = None,
+        origins: Mapping[Node, Origin] | None = None,
+    ) -> int:
+        """Rewrite the graph; returns the number of merges that were rewritten.
+
+        Args:
+            handed: an input that holds embeddings into which an earlier graph has merged.
+            origins: what earlier graphs have told of placeholders.
+        """
+        editor, stream = Editor(module), Stream(attentions, handed)
+        count = 0
+        for node in list(module.graph.nodes):
+            if not node.op.startswith("call"):
+                continue
+            merged = (_scatter_assignment(editor, node, stream) or _scatter_joint(editor, node, stream, origins or {})
+                      or _turn_choice(editor, node, stream))
+            count += bool(merged)
+            for new in merged or [node]:
+                stream.accept(new)
+        return count
 
 
-def _scatter_assignment(editor: Editor, node: Node, attentions: set[Node]) -> bool:
+def _scatter_assignment(editor: Editor, node: Node, stream: Stream) -> list[Node]:
     if node.op == "call_function" and node.target is operator.setitem:
         target, index, features = node.args
     elif has_target(node, _PUTS, _PUT_METHODS) and len(node.args) == 3 and len(node.args[1]) == 1:
         target, (index,), features = node.args
     else:
-        return False
+        return []
     if not (is_tensor(target) and is_tensor(index) and is_tensor(features)):
-        return False
+        return []
     if value(index).dtype != torch.bool or value(index).dim() != 2 or value(target).dim() != 3 or value(features).dim() < 2:
-        return False
-    if not is_text(target, attentions) or not is_visual(features):
-        return False
+        return []
+    if not is_visual(features) or not stream.is_prompt(target) or stream.is_update(target, features):
+        return []
     shared = [user for user in target.users if is_tensor(user) and user is not node and storage_of(user) == storage_of(target)]
     if shared:
-        return False
+        return []
     graph = editor.graph
     with graph.inserting_before(node):
         mask = editor.method("unsqueeze", index, -1)
@@ -71,42 +86,50 @@ def _scatter_assignment(editor: Editor, node: Node, attentions: set[Node]) -> bo
     for user in [user for user in target.users if node < user]:
         user.replace_input_with(target, merged)
     graph.erase_node(node)
-    return True
+    return [merged]
 
 
-def _scatter_joint(editor: Editor, node: Node, attentions: set[Node]) -> bool:
+def _scatter_joint(editor: Editor, node: Node, stream: Stream, origins: Mapping[Node, Origin]) -> list[Node]:
     if not has_target(node, _CATS) or not is_tensor(node) or value(node).dim() != 3:
-        return False
+        return []
     axis = node.kwargs.get("dim", node.kwargs.get("axis", node.args[1] if len(node.args) > 1 else 0))
     parts = node.args[0] if node.args else node.kwargs["tensors"]
     if axis not in (1, -2) or not value(node).is_floating_point():
-        return False
-    visual = [part for part in parts if is_visual(part)]
-    text = [part for part in parts if part not in visual and is_text(part, attentions)]
+        return []
+    visual = [part for part in parts if is_visual(part) and not stream.is_prompt(part)]
+    text = [part for part in parts if part not in visual and stream.is_prompt(part)]
     if not visual or not text or len(visual) + len(text) != len(parts) or _goes_elsewhere(text, node):
-        return False
-    places = [part in visual for part in parts]
-
-    def stand(*tensors: torch.Tensor) -> torch.Tensor:
-        return torch.cat([
-            tensor.new_full(tensor.shape[:2], place, dtype=torch.bool) for place, tensor in zip(places, tensors)
-        ], 1)[..., None]
-
-    def text_alone(*tensors: torch.Tensor) -> torch.Tensor:
-        return torch.cat([
-            torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device) if place else tensor
-            for place, tensor in zip(places, tensors)
-        ], 1)
-
-    def gathered(*features: torch.Tensor) -> torch.Tensor:
-        return torch.cat(features, 1) if len(features) > 1 else features[0].clone()
-
+        return []
+    groups: dict[frozenset[str], list[Node]] = {}
+    for part in visual:
+        groups.setdefault(origin_of([part], origins).modalities, []).append(part)
+    merged: list[Node] = []
     with editor.graph.inserting_before(node.next):
-        mask, features = editor.inline(stand, *parts), editor.inline(gathered, *visual)
-        merged = editor.method("masked_scatter", editor.inline(text_alone, *parts), mask, features)
-    node.replace_all_uses_with(merged)
+        into = editor.inline(functools.partial(_text_alone, [part in visual for part in parts]), *parts)
+        for group in groups.values():
+            mask = editor.inline(functools.partial(_stand, [part in group for part in parts]), *parts)
+            into = editor.method("masked_scatter", into, mask, editor.inline(_gathered, *group))
+            merged.append(into)
+    node.replace_all_uses_with(into)
     editor.graph.erase_node(node)
-    return True
+    return merged
+
+
+def _stand(places: Sequence[bool], *tensors: torch.Tensor) -> torch.Tensor:
+    return torch.cat([
+        tensor.new_full(tensor.shape[:2], place, dtype=torch.bool) for place, tensor in zip(places, tensors)
+    ], 1)[..., None]
+
+
+def _text_alone(places: Sequence[bool], *tensors: torch.Tensor) -> torch.Tensor:
+    return torch.cat([
+        torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device) if place else tensor
+        for place, tensor in zip(places, tensors)
+    ], 1)
+
+
+def _gathered(*features: torch.Tensor) -> torch.Tensor:
+    return torch.cat(features, 1) if len(features) > 1 else features[0].clone()
 
 
 def _goes_elsewhere(text: list[Node], joint: Node) -> bool:
@@ -119,14 +142,16 @@ def _goes_elsewhere(text: list[Node], joint: Node) -> bool:
         for user in node.users)
 
 
-def _turn_choice(editor: Editor, node: Node, attentions: set[Node]) -> bool:
+def _turn_choice(editor: Editor, node: Node, stream: Stream) -> list[Node]:
     if not has_target(node, CHOICES) or len(node.args) != 3 or not all(map(is_tensor, node.args)):
-        return False
+        return []
     mask, chosen, other = node.args
-    if not is_text(chosen, attentions) or not is_visual(other) or value(other).shape != value(node).shape:
-        return False
+    if value(node).dim() != 3 or value(other).shape != value(node).shape or not is_visual(other):
+        return []
+    if stream.is_prompt(other) or not stream.is_prompt(chosen) or stream.is_update(chosen, other):
+        return []
     with editor.graph.inserting_before(node):
         turned = editor.call(torch.where, editor.call(torch.logical_not, mask), other, chosen)
     node.replace_all_uses_with(turned)
     editor.graph.erase_node(node)
-    return True
+    return [turned]

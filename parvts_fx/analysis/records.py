@@ -11,7 +11,27 @@ from torch.fx import Node
 from parvts_fx.analysis.values import concrete, value
 
 if TYPE_CHECKING:
+    from parvts_fx.analysis.modality import Origin
     from parvts_fx.analysis.tokens import TokenMap
+
+
+@dataclasses.dataclass(frozen=True)
+class Merge:
+    """One place where features of some modality enter the prompt's embeddings."""
+
+    output: Node
+    """Embeddings [batch, seq, hidden] with these features in them."""
+
+    mask: Node
+    """Bool, [batch, seq, 1 or hidden] or [batch, seq]: true where such a feature stands."""
+
+    features: Node | None
+    """[tokens, hidden] or any shape of as many elements; None where no size tells their number."""
+
+    origin: Origin
+    """What the features are computed from, and which inputs tell."""
+
+    prunable: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,16 +39,20 @@ class VisualMerge:
     """Where visual features enter the text embeddings: the anchor of the analysis."""
 
     output: Node
-    """Merged embeddings [batch, seq, hidden]: the decoder's input."""
+    """Merged embeddings [batch, seq, hidden]: the decoder's input, whatever was merged last."""
 
     masks: tuple[Node, ...]
-    """One bool mask per merge, [batch, seq, 1 or hidden] or [batch, seq]: true where a visual token stands."""
+    """One bool mask per visual merge, [batch, seq, 1 or hidden] or [batch, seq]: true where a visual token stands."""
 
     features: tuple[Node, ...]
-    """The features that were merged, [visual tokens, hidden] or any shape of as many elements; empty if not in the graph."""
+    """The visual features that were merged, [visual tokens, hidden] or any shape of as many elements; empty if not in the
+    graph, or if no size tells their number."""
 
     count: int | None = None
     """Visual tokens per sample where the features' sizes do not tell; the graph is then rewritten for that number."""
+
+    merges: tuple[Merge, ...] = ()
+    """All merges of the prompt in this graph in their order, visual or not."""
 
     @property
     def visual_tokens(self) -> int | torch.SymInt | None:

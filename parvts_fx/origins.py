@@ -1,0 +1,81 @@
+"""Remembers across graph breaks what tensors are computed from.
+
+Where Dynamo breaks a call into several graphs, the features that one of them merges are an input without a telling name.
+The graphs that computed them did see the call's own inputs, so they note it of their results, by the identity of the
+tensors (as :mod:`parvts_fx.handover` does for merged embeddings).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from parvts_fx.analysis.modality import Origin, content_before, origin_by_name
+from parvts_fx.analysis.values import is_tensor, output_node, value
+
+_ORIGINS: dict[int, tuple[weakref.ref[torch.Tensor], Origin]] = {}
+"""By identity of tensors that are alive: what they are computed from."""
+
+
+def noted_origin(held: object) -> Origin | None:
+    """What earlier graphs have told of a tensor; None of any other object."""
+    reference, origin = _ORIGINS.get(id(held), (None, None))
+    return origin if reference is not None and reference() is held else None
+
+
+def note_origin(held: torch.Tensor, origin: Origin) -> None:
+    key = id(held)
+    _ORIGINS[key] = weakref.ref(held, lambda _: _ORIGINS.pop(key, None)), origin
+
+
+def noted_origins(module: GraphModule, example_inputs: Sequence[object]) -> dict[Node, Origin]:
+    """Of a graph's inputs, what earlier graphs have told."""
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    held = {node: noted_origin(given) for node, given in zip(placeholders, example_inputs)}
+    return {node: origin for node, origin in held.items() if origin is not None}
+
+
+def noting_origins(
+    module: GraphModule, example_inputs: Sequence[object], call: Callable[..., Any], merged: str | None = None
+) -> Callable[..., Any]:
+    """Wrap a compiled graph, such that it tells of its results what they are computed from, where that is known.
+
+    A tower that several modalities share is one graph: what its inputs are is looked up at each call.
+
+    Args:
+        merged: a result, by name, that is the prompt's embeddings and no features.
+    """
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    known = noted_origins(module, example_inputs)
+    by_name = {node: origin_by_name(node) for node in placeholders}
+    telling = {node for node in placeholders if node in known or by_name[node].modalities}
+    results = output_node(module.graph).args[0]
+    if not telling or not isinstance(results, (tuple, list)):
+        return call
+    telling |= {node for node in placeholders if is_tensor(node) and value(node).is_floating_point() and value(node).dim() > 1
+                and not isinstance(value(node), torch.nn.Parameter)}
+    position = {node: index for index, node in enumerate(placeholders)}
+    sources: dict[int, list[tuple[int, Origin]]] = {}
+    for index, result in enumerate(results):
+        if is_tensor(result) and result.name != merged and value(result).is_floating_point() and value(result).dim() > 1:
+            behind = content_before([result]) & telling
+            if behind:
+                sources[index] = [(position[node], by_name[node]) for node in behind]
+    if not sources:
+        return call
+
+    def noting(*inputs: object) -> Any:
+        outputs = call(*inputs)
+        for index, behind in sources.items():
+            origin = Origin()
+            for place, name in behind:
+                origin |= noted_origin(inputs[place]) or name
+            if origin.modalities:
+                note_origin(outputs[index], origin)
+        return outputs
+
+    return noting
