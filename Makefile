@@ -1,11 +1,18 @@
 # Two commands do everything: `make demo` and `make test`. Both set up a virtual environment first.
+# A third, `make test-versions`, runs part of the tests with other versions of torch and transformers.
 
 PYTHON ?= python3
 VENV := .venv
 
 comma := ,
 
-.PHONY: demo test clean
+# With which versions, as pip takes them; any two others may be asked for by changing a line.
+VERSIONS ?= floor pinned newest
+floor := torch==2.11.0 transformers==5.17.0
+pinned := --constraint constraints.txt
+newest := --upgrade --upgrade-strategy eager
+
+.PHONY: demo test test-versions clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python -m bench.demo
@@ -20,5 +27,23 @@ $(VENV)/.%: pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[demo$(if $(filter test,$*),$(comma)test)]"
 	touch $@
 
+# All of them run, whatever fails; then one line each. `make test-versions VERSIONS=floor` is one alone.
+test-versions:
+	@mkdir -p .venvs; rm -f .venvs/results
+	@for name in $(VERSIONS); do \
+	    if $(MAKE) --no-print-directory test-with-$$name; then result=passed; else result=FAILED; fi; \
+	    echo "$$name: $$(.venvs/$$name/bin/python -c '$(print_versions)'): $$result" >> .venvs/results; \
+	done
+	@cat .venvs/results
+	@! grep -q FAILED .venvs/results
+
+print_versions := from importlib.metadata import version; print(*(f"{name} {version(name)}" for name in ("torch", "transformers")))
+
+# Two of these download torch's builds for GPUs (several GB each, kept in .venvs); they run on CPU all the same.
+test-with-floor test-with-pinned test-with-newest: test-with-%:
+	$(PYTHON) -m venv .venvs/$*
+	.venvs/$*/bin/python -m pip install --quiet $($*) --editable ".[demo,test]"
+	OMP_NUM_THREADS=1 .venvs/$*/bin/python -m pytest -n 2 -m versions -rs
+
 clean:
-	rm -rf $(VENV) demo_out .pytest_cache
+	rm -rf $(VENV) .venvs demo_out .pytest_cache

@@ -8,6 +8,16 @@ import pytest
 import torch
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """``versions``: the first case of every test that shows what is supported, beside those that are marked."""
+    met = set()
+    for item in items:
+        if item.get_closest_marker("supports") and item.function not in met:
+            met.add(item.function)
+            item.add_marker(pytest.mark.versions)
+
+
 @pytest.fixture(autouse=True)
 def fresh_dynamo():
     torch._dynamo.reset()

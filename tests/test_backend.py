@@ -45,6 +45,7 @@ def in_a_fresh_process(code: str, **environment: str) -> subprocess.CompletedPro
                           env={**os.environ, **environment}, timeout=300)
 
 
+@pytest.mark.versions
 def test_listed_without_an_import():
     done = in_a_fresh_process("""
         import sys, torch
@@ -55,6 +56,7 @@ def test_listed_without_an_import():
     assert done.stdout == "fine\n", done.stderr
 
 
+@pytest.mark.versions
 def test_importing_changes_nothing():
     done = in_a_fresh_process("""
         import json, logging, sys, torch, torch._dynamo, torch._inductor.config, torch._functorch.config
@@ -72,6 +74,7 @@ def test_importing_changes_nothing():
     assert done.stdout == "fine\n", done.stderr
 
 
+@pytest.mark.versions
 @pytest.mark.supports("Lowerings", "eager, aot_eager and other registered backends")
 @pytest.mark.parametrize("lowering", ["eager", "aot_eager", "aot_eager_decomp_partition"])
 def test_lowerings_by_name(model, prompt, lowering):

@@ -45,6 +45,7 @@ def quicker(monkeypatch):
     monkeypatch.setattr(linear, "prefers_onednn", lambda *sizes: True)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("shape", [(LARGE, LARGE), (2, LARGE // 2, LARGE)])
 @torch.no_grad()
 def test_same_results(quicker, shape):

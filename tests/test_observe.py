@@ -36,6 +36,7 @@ def attention_flops(queries: int, keys: int, heads: int, head_dim: int) -> int:
     return 2 * 2 * queries * keys * heads * head_dim
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("skip_dead_rows", [True, False])
 def test_explain_against_a_closed_formula(model, prompt, skip_dead_rows):
     report = parvts_fx.explain(model, **prompt.inputs, options={
@@ -105,6 +106,7 @@ def test_one_log_line_per_pass(model, prompt):
     assert lines == [str(record) for record in report.prefill.passes] and len(lines) >= 3
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("fusion", ["attention", 0.5])
 def test_dumps_run(model, prompt, tmp_path, monkeypatch, fusion):
     monkeypatch.setenv(DUMP_VARIABLE, str(tmp_path))

@@ -116,6 +116,7 @@ def test_bad_scores(model, score, told):
     assert told in str(error.value) and score.__name__ in str(error.value) and "option score" in str(error.value)
 
 
+@pytest.mark.versions
 def test_options_of_inductor_pass_through():
     options = parse_options({"max_autotune": False, "keep_ratio": 0.5}, mode="reduce-overhead")
     assert options.lowering_options == {"max_autotune": False} and options.mode == "reduce-overhead"

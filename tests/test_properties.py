@@ -198,12 +198,14 @@ CORNERS: dict[str, tuple[Specification, Choice]] = {
 }
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("spec, choice", CORNERS.values(), ids=CORNERS.keys())
 def test_corners(spec: Specification, choice: Choice) -> None:
     model = Plain(spec)
     check(torch.compile(model, backend="parvts", options=choice.options), model, spec, choice)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @settings(PROPERTY, max_examples=7)
 @given(data=st.data())
@@ -240,6 +242,7 @@ SEQUENCES: dict[str, tuple[tuple[Specification, ...], Choice]] = {
 }
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("specs, choice", SEQUENCES.values(), ids=SEQUENCES.keys())
 def test_sequences_of_prompts(specs: tuple[Specification, ...], choice: Choice) -> None:
     serve(specs, choice)
