@@ -11,7 +11,7 @@ import torch
 from torch.fx import GraphModule
 
 from parvts_fx.backends.lowering import Compiled, lower
-from parvts_fx.caches import note_short_caches, tell_merge, tell_pruning
+from parvts_fx.caches import cache_outputs, note_short_caches, tell_merge, tell_pruning
 from parvts_fx.capture import copy_graph_module
 from parvts_fx.errors import NotRewritten, ParvtsWarning
 from parvts_fx.handover import MergedInput, visual_rows
@@ -47,6 +47,7 @@ class Dispatch:
         self._original = copy_graph_module(original)
         self._options = options
         self._position = position
+        self._caches = cache_outputs(original, done.module)
         self._again = again
         self._unrewritten: Compiled | None = None
         self._by_count: dict[int | None, Compiled | None] = {}
@@ -91,7 +92,7 @@ class Dispatch:
             return self._run_unrewritten(inputs)
         outputs = compiled(*given)
         tell_pruning(self._dropped(count))
-        note_short_caches(outputs)
+        note_short_caches(outputs, self._caches)
         return outputs
 
     def _with_handed_mask(self, inputs: tuple[object, ...]) -> tuple[object, ...] | None:

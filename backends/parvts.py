@@ -13,7 +13,7 @@ from parvts_fx.analysis.calls import attention_nodes
 from parvts_fx.analysis.decoder import NoDecoder
 from parvts_fx.backends.dispatch import Dispatch
 from parvts_fx.backends.lowering import Compiled, lower
-from parvts_fx.caches import tell_merge, watch_short_caches
+from parvts_fx.caches import cache_outputs, tell_merge, watch_short_caches
 from parvts_fx.errors import NotRewritten, ParvtsWarning, Refusal
 from parvts_fx.handover import MergedInput, can_hand_on, hand_on
 from parvts_fx.options import Options, parse_options
@@ -57,10 +57,13 @@ def parvts(
             return Dispatch(done, lowered, module, parsed, handed and handed.position, attempt)
         if done.merge is not None:
             return hand_on(module, done, lambda copy: lower(copy, example_inputs, parsed), handed, example_inputs)
+        caches = cache_outputs(module)
         lowered = noting_origins(module, example_inputs, lower(module, example_inputs, parsed))
         if done.report.status == "unrewritten" or done.report.visual_tokens or done.report.merges:
             return _telling_merge(lowered)
-        return watch_short_caches(lowered) if _may_decode(module, window_caches_follow) else lowered
+        if attention_nodes(module.graph):  # it may go on from a shortened cache whose count nobody corrects
+            return watch_short_caches(lowered, caches, counts_kept=window_caches_follow)
+        return lowered
     except (ValueError, NotRewritten) as error:
         return _raise_at_call(error)
 
@@ -71,11 +74,6 @@ def _telling_merge(lowered: Compiled) -> Compiled:
         return lowered(*inputs)
 
     return telling
-
-
-def _may_decode(module: GraphModule, window_caches_follow: bool) -> bool:
-    """Whether a graph may go on from a shortened cache that nobody corrects: it has attention, and reads past keys."""
-    return not window_caches_follow and bool(attention_nodes(module.graph))
 
 
 def _attempt(

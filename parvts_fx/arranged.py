@@ -52,7 +52,7 @@ def arranged(call: Callable[..., Any], options: Options, model: torch.nn.Module)
             except (TorchDynamoException, GuardOnDataDependentSymNode):
                 if not frames.relax():
                     raise
-        for cache in find_caches(output, kwargs) if watch.dropped else []:
+        for cache in find_caches(output, args, kwargs) if watch.dropped else []:
             remember_dropped(cache, watch.dropped[-1])
         if not watch.merged and has_pictures:
             tell()

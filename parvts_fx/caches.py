@@ -13,13 +13,17 @@ import contextvars
 import dataclasses
 import functools
 import warnings
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.fx import GraphModule
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from parvts_fx.analysis.calls import attention_nodes
+from parvts_fx.analysis.values import descendants, hint_shape, is_tensor, output_node, value
 from parvts_fx.errors import ParvtsWarning
+
 
 @dataclasses.dataclass
 class Watch:
@@ -76,48 +80,102 @@ def tell_merge() -> None:
         watch.merged = True
 
 
-_SHORT: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
-"""Shortened cache tensors that are alive and whose count nobody corrects, by identity."""
+@dataclasses.dataclass
+class _Conversation:
+    """What goes on from one shortened prompt."""
+
+    told: set[str] = dataclasses.field(default_factory=set)
+    """The warnings that it has had: one of each, and not one a decode step."""
 
 
-def note_short_caches(outputs: Sequence[object]) -> None:
-    """Remember the tensors that a rewritten prefill hands out, unless the caller corrects their cache's count."""
-    if _WATCH.get() is None:
-        _SHORT.update({id(held): held for held in outputs if isinstance(held, torch.Tensor) and held.dim() == 4})
+_SHORT: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""By identity of shortened cache tensors that are alive and whose count nobody has corrected: their conversation."""
 
 
-def watch_short_caches(call: Callable[..., Any]) -> Callable[..., Any]:
+def cache_outputs(module: GraphModule, rewritten: GraphModule | None = None) -> frozenset[int]:
+    """Which outputs of a graph may be what it caches: numbers with three axes or more, computed in front of attention.
+
+    What is computed behind the last attention is hidden states and logits.
+
+    Args:
+        rewritten: the graph's rewritten form; of the outputs, those that it has shortened.
+    """
+    attentions = attention_nodes(module.graph)
+    last = [node for node in module.graph.nodes if node in attentions][-1:]
+    behind = set(descendants(module.graph, last))
+    found = []
+    for position, result in enumerate(_results(module)):
+        if not is_tensor(result) or result in behind or not value(result).is_floating_point() or value(result).dim() < 3:
+            continue
+        other = None if rewritten is None else _results(rewritten)[position]
+        if not is_tensor(other) or hint_shape(value(other)) != hint_shape(value(result)):
+            found.append(position)
+    return frozenset(found)
+
+
+def _results(module: GraphModule) -> Sequence[object]:
+    results = output_node(module.graph).args[0]
+    return results if isinstance(results, (tuple, list)) else (results,)
+
+
+def note_short_caches(outputs: Sequence[object], positions: Iterable[int], goes_on: _Conversation | None = None) -> None:
+    """Remember the tensors at those positions, which a rewritten prefill hands out, or a graph that goes on from it.
+
+    Until :func:`remember_dropped` corrects the count of the cache that holds them.
+    """
+    conversation = goes_on or _Conversation()
+    for position in positions:
+        if isinstance(outputs[position], torch.Tensor):
+            _SHORT[outputs[position]] = conversation
+
+
+def watch_short_caches(call: Callable[..., Any], caches: Iterable[int], counts_kept: bool = False) -> Callable[..., Any]:
     """Wrap a graph that has attention but no merge: warn where it counts positions from a shortened cache.
 
     Positions are taken to be given if two inputs or more hold one integer per new token (ids and positions), or one
     beside embeddings.
+
+    Args:
+        caches: which of the graph's outputs may be caches (:func:`cache_outputs`).
+        counts_kept: whether the count of a transformers cache is corrected, so that this is another one.
     """
 
     def watching(*inputs: object) -> Any:
         outputs = call(*inputs)
-        if _SHORT and any(_SHORT.get(id(held)) is held for held in inputs):
-            _warn_of_positions(inputs)
-            note_short_caches(outputs)
+        conversation = _goes_on(inputs) if _SHORT else None
+        if conversation is not None:
+            _warn_of_positions(inputs, conversation, counts_kept)
+            note_short_caches(outputs, caches, conversation)
         return outputs
 
     return watching
 
 
-def _warn_of_positions(inputs: Sequence[object]) -> None:
-    tensors = [held for held in inputs if isinstance(held, torch.Tensor)]
-    counted = [x.shape[-1] for x in tensors if x.dim() >= 2 and x.dtype == torch.int64]
-    new = min(counted, default=0)
-    embedded = any(x.dim() == 3 and x.is_floating_point() and x.shape[1] == new for x in tensors)
-    if counted.count(new) < (1 if embedded else 2):
-        warnings.warn(
-            "parvts_fx: the model goes on from a cache out of which visual tokens were dropped, and is given no "
-            "position_ids: it counts positions from the short cache. Pass position_ids that go on from the full prompt, "
-            "or use parvts_fx.compile(model), which keeps the count", ParvtsWarning, stacklevel=3)
+def _goes_on(inputs: Sequence[object]) -> _Conversation | None:
+    known = (_SHORT.get(held) for held in inputs if isinstance(held, torch.Tensor))
+    return next((held for held in known if held is not None), None)
+
+
+def _warn_of_positions(inputs: Sequence[object], conversation: _Conversation, counts_kept: bool) -> None:
+    integers = [x for x in inputs if isinstance(x, torch.Tensor) and x.dtype == torch.int64 and x.dim() >= 1]
+    new = min((x.shape[-1] for x in integers if x.dim() >= 2), default=0)
+    embedded = any(isinstance(x, torch.Tensor) and x.dim() == 3 and x.is_floating_point() and x.shape[1] == new
+                   for x in inputs)
+    remedy = ("a cache of transformers' Cache class, whose count parvts_fx.compile keeps" if counts_kept else
+              "parvts_fx.compile(model), which keeps the count of a transformers cache")
+    if sum(x.shape[-1] == new for x in integers) < (1 if embedded else 2):
+        text = ("parvts_fx: the model goes on from a cache out of which visual tokens were dropped, and is given no "
+                "position_ids: it counts positions from the short cache. Pass position_ids that go on from the full prompt, "
+                f"or use {remedy}")
     elif new > 1:
-        warnings.warn(
-            "parvts_fx: a further prompt goes on from a cache out of which visual tokens were dropped: ids and "
-            "position_ids must be those that follow the full prompt (generate takes the cache's length for it). "
-            "parvts_fx.compile(model) keeps the count", ParvtsWarning, stacklevel=3)
+        text = ("parvts_fx: a further prompt goes on from a cache out of which visual tokens were dropped: ids and "
+                "position_ids must be those that follow the full prompt (generate takes the cache's length for it). "
+                f"The remedy is {remedy}")
+    else:
+        return
+    if text not in conversation.told:
+        conversation.told.add(text)
+        warnings.warn(text, ParvtsWarning, stacklevel=3)
 
 
 def is_cache(held: object) -> bool:
@@ -125,10 +183,11 @@ def is_cache(held: object) -> bool:
     return all(hasattr(held, name) for name in ("layers", "get_seq_length", "get_query_offset", "get_mask_sizes"))
 
 
-def find_caches(output: object, arguments: Mapping[str, Any]) -> list[Any]:
-    """The caches that a call returned, on its own or inside a sub-model's output, or was given."""
+def find_caches(*given: object) -> list[Any]:
+    """The caches among what a call was given and has returned: by themselves, in containers however deep, or in the output
+    of a part of the model."""
     found: dict[int, Any] = {}
-    stack = [output, *arguments.values()]
+    stack = list(given)
     while stack:
         held = stack.pop()
         if is_cache(held):
@@ -137,7 +196,7 @@ def find_caches(output: object, arguments: Mapping[str, Any]) -> list[Any]:
             stack.extend(held)
         elif isinstance(held, Mapping):
             stack.extend(held.values())
-        elif held is output and hasattr(held, "past_key_values"):
+        elif hasattr(held, "past_key_values"):
             stack.append(held.past_key_values)
     return list(found.values())
 
@@ -150,6 +209,9 @@ def remember_dropped(cache: Any, dropped: int) -> None:
     for layer in cache.layers:
         if isinstance(getattr(layer, "cumulative_length", None), int):  # a sliding window's count of its own keys
             layer.cumulative_length -= dropped
+        for held in getattr(layer, "__dict__", {}).values():
+            if isinstance(held, torch.Tensor):
+                _SHORT.pop(held, None)
     cache.dropped_tokens = getattr(cache, "dropped_tokens", 0) + dropped
     if not getattr(type(cache), "counts_dropped_tokens", False):
         cache.__class__ = _counting(type(cache))
