@@ -37,6 +37,26 @@ class _Ran:
     state: Tensor | None = None
 
 
+def steps_of(spec: Specification) -> list[tuple[str, int]]:
+    """What follows what along the residual stream, with its layer: each ends in a residual sum."""
+    if spec.parallel:
+        return [("whole", layer) for layer in range(spec.layers)]
+    return [
+        (what, layer) for layer in range(spec.layers) for what in ("attend", "attend again", "feed")
+        if what != "attend again" or spec.pair == "own" and not spec.is_hybrid(layer)
+    ]
+
+
+def begin_of(spec: Specification, depth: int) -> int:
+    """The step with which the layer of this number begins, as ``migration_depth`` counts layers.
+
+    Whatever stands in front of a residual sum and is no feed-forward begins one. Tokens that meet in a feed-forward or in
+    a norm do so within the layer around them.
+    """
+    steps = steps_of(spec)
+    return [*(at for at, (what, _) in enumerate(steps) if what != "feed"), len(steps)][depth]
+
+
 class _Sample:
     """One sample's eager decoder, on any choice of its positions."""
 
@@ -70,21 +90,6 @@ class _Sample:
         if self.spec.positions == "learned":
             return self.merged + self.model.learned.weight[self.positions]
         return self.merged
-
-    def steps(self) -> list[tuple[str, int]]:
-        """What follows what along the residual stream, with its layer: each ends in a residual sum."""
-        if self.spec.parallel:
-            return [("whole", layer) for layer in range(self.spec.layers)]
-        own = self.spec.pair == "own"
-        return [
-            (what, layer) for layer in range(self.spec.layers) for what in ("attend", "attend again", "feed")
-            if what != "attend again" or own and not self.spec.is_hybrid(layer)
-        ]
-
-    def begin(self, depth: int) -> int:
-        """The step with which the layer of this number begins, as ``migration_depth`` counts layers."""
-        steps = self.steps()
-        return [*(at for at, (what, _) in enumerate(steps) if what != "feed"), len(steps)][depth]
 
     def run(self, step: tuple[str, int], x: Tensor, rows: Tensor, allowed: Tensor) -> _Ran:
         """x [rows, hidden], allowed [seq, seq]; keys and values are [1, groups, rows, head dim]."""
@@ -197,7 +202,7 @@ class _Sample:
 
 def _pruned(sample: _Sample, subject: Tensor, begin: int, fusion: str | float, paths: str) -> PlainPrefill:
     """One sample with its subject group [seq] bool; behind ``begin`` steps the kept rows are alone."""
-    other, steps = sample.is_visual & ~subject, sample.steps()
+    other, steps = sample.is_visual & ~subject, steps_of(sample.spec)
     everything, rows_a, rows_b = torch.arange(sample.length), (~other).nonzero()[:, 0], (~subject).nonzero()[:, 0]
     cached, states, x = [], [], sample.start()
 
@@ -238,8 +243,14 @@ def reference(
     keep_tokens: int | None = None,
     fusion: str | float = "attention",
     paths: str = "parallel",
+    begin: int | None = None,
 ) -> list[PlainPrefill]:
-    """Each sample's pruned prefill as the design defines it, without a graph."""
+    """Each sample's pruned prefill as the design defines it, without a graph.
+
+    Args:
+        begin: the number of steps that both groups run, in place of the one that follows from the depth.
+    """
+    begin = begin_of(model.spec, migration_depth) if begin is None else begin
     results = []
     for index in range(len(given.ids)):
         sample = _Sample(model, given, index)
@@ -248,7 +259,7 @@ def reference(
         chosen = subjects_of(scores, visual, subject_count(len(visual), keep_ratio, keep_tokens))
         subject = torch.zeros(sample.length, dtype=torch.bool)
         subject[chosen] = True
-        results.append(_pruned(sample, subject, sample.begin(migration_depth), fusion, paths))
+        results.append(_pruned(sample, subject, begin, fusion, paths))
     return results
 
 

@@ -1,0 +1,162 @@
+"""Holds one compiled model of :mod:`tests.plain` against its reference, and says what came of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import parvts_fx
+from parvts_fx import scores
+from tests.plain import Plain, Prompt, Specification, build, prompt, read
+from tests.plain_reference import error_of, reference, steps_of
+from tests.reference import relative_error, subject_count
+
+TOLERANCE = 2e-5
+INTERNAL = ("the rewriting failed", "works only at the traced prompt length")
+"""Parts of reasons that say nothing about the model: something went wrong inside."""
+
+
+def tied(hidden: Tensor, visual: Tensor) -> Tensor:
+    """Three scores for all tokens, so that ties decide."""
+    return (visual.long().cumsum(1) % 3).float()
+
+
+def partly_undefined(hidden: Tensor, visual: Tensor) -> Tensor:
+    return torch.where(visual.long().cumsum(1) % 2 == 0, hidden[..., 0], torch.nan)
+
+
+RULES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "diverse": scores.diverse, "norm": scores.norm, "distinct": scores.distinct, "uniform": scores.uniform,
+    "tied": tied, "partly undefined": partly_undefined,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The options of one example."""
+
+    depth: int = 1
+    keep: int | float = 2
+    """An int for ``keep_tokens``, a float for ``keep_ratio``."""
+    fusion: str | float = "attention"
+    paths: str = "parallel"
+    rule: str = "diverse"
+    data_in_sizes: bool = True
+    """Whether graphs may hold numbers that depend on data, as under parvts_fx.compile: then weights share the prefix."""
+    skip_dead_rows: bool = True
+
+    @property
+    def semantic(self) -> dict[str, Any]:
+        name = "keep_tokens" if isinstance(self.keep, int) else "keep_ratio"
+        return {name: self.keep, "migration_depth": self.depth, "fusion": self.fusion, "paths": self.paths}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        rule = RULES[self.rule]
+        name = self.rule if self.rule in scores.known_rules() else rule
+        own = {"score": name, "lowering": "eager", "strict": True, "skip_dead_rows": self.skip_dead_rows}
+        return {**self.semantic, **own}
+
+    def kept(self, spec: Specification) -> int:
+        keep = {"keep_tokens" if isinstance(self.keep, int) else "keep_ratio": self.keep}
+        return spec.length - spec.visual + subject_count(spec.visual, **keep)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    kind: str
+    """"rewritten" (and right), "refused" (and the plain answer), or "wrong"."""
+
+    reason: str = ""
+    """Of a refusal, or what is wrong."""
+
+    @property
+    def is_internal(self) -> bool:
+        return self.kind == "refused" and any(part in self.reason for part in INTERNAL)
+
+    @property
+    def summary(self) -> str:
+        """The reason without nodes, numbers and quotations, so that alike ones count together."""
+        reason = re.sub(r"\(at node '[^']*'\)", "", self.reason.strip().splitlines()[0] if self.reason else "")
+        return re.sub(r"\d[\d.e+-]*", "N", re.sub(r"'[^']*'|\[[^\]]*\]", "...", reason)).strip()[:150]
+
+
+def _call(compiled: Callable[..., Any], given: Prompt, choice: Choice) -> Any:
+    with torch.no_grad(), torch._dynamo.config.patch(capture_scalar_outputs=choice.data_in_sizes):
+        return compiled(*given.arguments)
+
+
+def _refusal(error: BaseException) -> str | None:
+    """Why a model was not rewritten, wherever in the chain of errors that is said."""
+    while error is not None:
+        if isinstance(error, parvts_fx.NotRewritten):
+            return str(error)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def outcome(spec: Specification, choice: Choice) -> Outcome:
+    """Compiles, runs and compares; a refusal is followed by a run of the model that nothing has rewritten."""
+    torch._dynamo.reset()
+    model, given = build(spec), prompt(spec)
+    try:
+        actual = _call(torch.compile(model, backend="parvts", options=choice.options), given, choice)
+    except Exception as error:  # an outcome like another: what is drawn goes on
+        reason = _refusal(error)
+        if reason is None:
+            return Outcome("wrong", f"raises {type(error).__name__}: {error}")
+        return _left_alone(spec, choice, model, given, reason)
+    with torch.no_grad():
+        expected = reference(model, given, RULES[choice.rule], **choice.semantic)
+    error = error_of(spec, actual, expected)
+    if not error < TOLERANCE:
+        return Outcome("wrong", _diagnosis(spec, choice, model, given, actual, error))
+    if choice.kept(spec) == spec.length and not _alike(spec, actual, model, given):
+        return Outcome("wrong", "keeps all and differs from the unmodified model")
+    return Outcome("rewritten")
+
+
+def _alike(spec: Specification, actual: Any, model: Plain, given: Prompt) -> bool:
+    """Whether that is what the unmodified model gives."""
+    with torch.no_grad():
+        wanted = model(*given.arguments)
+    pairs = zip(_tensors(read(spec, actual)), _tensors(read(spec, wanted)), strict=True)
+    return all(relative_error(*pair) < TOLERANCE for pair in pairs)
+
+
+def _tensors(parts: tuple[Tensor, list, list]) -> list[Tensor]:
+    logits, caches, states = parts
+    return [logits, *(part for pair in caches for part in pair), *states]
+
+
+def _left_alone(spec: Specification, choice: Choice, model: Plain, given: Prompt, reason: str) -> Outcome:
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", parvts_fx.ParvtsWarning)
+        options = {**choice.options, "strict": False}
+        try:
+            actual = _call(torch.compile(model, backend="parvts", options=options), given, choice)
+        except Exception as error:  # as above
+            return Outcome("wrong", f"refused, and raises {type(error).__name__}: {error}")
+    if not _alike(spec, actual, model, given):
+        return Outcome("wrong", f"refused, and differs from the unmodified model ({reason})")
+    return Outcome("refused", reason)
+
+
+def _diagnosis(spec: Specification, choice: Choice, model: Plain, given: Prompt, actual: Any, error: float) -> str:
+    """How far off, and whether it would be right had layers been counted otherwise, or had nothing been pruned."""
+    lengths = "" if error < float("inf") else f", {read(spec, actual)[0].shape[1]} rows for {choice.kept(spec)}"
+    if lengths and read(spec, actual)[0].shape[1] == spec.length and _alike(spec, actual, model, given):
+        return "not rewritten, without a word"
+    for begin, step in enumerate([*steps_of(spec), "the final norm"]):
+        with torch.no_grad():
+            other = reference(model, given, RULES[choice.rule], **choice.semantic, begin=begin)
+        if error_of(spec, actual, other) < TOLERANCE:
+            return f"pruned in front of {step}"
+    return f"error {error:.1e}{lengths}"

@@ -1,0 +1,132 @@
+"""Tokens that meet outside attention, and layouts beyond batch, heads, rows: each compiled prefill equals the reference.
+
+Wherever the design says what a prefill gives, the model is to be rewritten; a refusal is right only where it does not.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.plain import Mixing, Row, Specification
+from tests.plain_checking import Choice, outcome
+from tests.token_mixers import CODES
+
+ROWS = (Row(before=2, between=1), Row(padding=2, before=1))
+BASE = dict(layers=3, length=13, rows=ROWS, attention="masked")
+MEAN, SHIFT = Mixing("mean", combine="add"), Mixing("previous", combine="add")
+COUNTED = {("rolled", 2), ("flipped", 1), ("flipped", 2)}
+"""Forms with an arange over the rows within a layer: a graph does not tell whether it counts rows or prompt positions."""
+
+
+def rewritten(choice: Choice = Choice(), **features) -> None:
+    spec = Specification(**{**BASE, **features})
+    result = outcome(spec, choice)
+    assert result.kind == "rewritten", result
+
+
+def never_wrong(choice: Choice = Choice(), **features) -> None:
+    result = outcome(Specification(**{**BASE, **features}), choice)
+    assert result.kind != "wrong", result
+
+
+FORMS = [(kind, code) for kind, codes in CODES.items() for code in range(len(codes)) if kind != "positions"]
+
+
+@pytest.mark.parametrize("kind, code", FORMS, ids=[f"{kind}-{code}" for kind, code in FORMS])
+def test_every_form_in_a_feed_forward(kind: str, code: int) -> None:
+    check = never_wrong if (kind, code) in COUNTED or (kind, code) == ("running mean", 0) else rewritten
+    check(feed_mixing=Mixing(kind, code, "add"))
+
+
+CHOICES = {
+    "before layer 0": Choice(depth=0), "1": Choice(depth=1), "2": Choice(depth=2), "all": Choice(depth=3),
+    "dead rows run": Choice(depth=2, skip_dead_rows=False), "joint": Choice(depth=2, paths="joint"),
+    "all, dead rows run": Choice(depth=3, skip_dead_rows=False),
+    "weight": Choice(depth=2, fusion=0.4), "weight, prefix not shared": Choice(fusion=0.4, data_in_sizes=False),
+    "keeps all": Choice(depth=2, keep=1.0), "keeps all, weight": Choice(fusion=0.4, keep=1.0),
+}
+MIXED = {
+    "mean": dict(feed_mixing=MEAN), "shift": dict(feed_mixing=SHIFT), "scan": dict(feed_mixing=Mixing("scan")),
+    "composed": dict(feed_mixing=Mixing("share", 1, "gate", "hidden", SHIFT)),
+    "in a norm": dict(norm_mixing=Mixing("mean", place="behind second")),
+    "convolution": dict(hybrid="convolution"), "count": dict(feed_mixing=Mixing("count", combine="replace")),
+}
+
+
+@pytest.mark.parametrize("last_only", [False, True], ids=["all logits", "last logits"])
+@pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES.keys())
+@pytest.mark.parametrize("features", MIXED.values(), ids=MIXED.keys())
+def test_schedules(features: dict, choice: Choice, last_only: bool) -> None:
+    rewritten(choice, last_only=last_only, **features)
+
+
+PLACES = {
+    **{f"feed, {place}": dict(feed_mixing=Mixing("mean", place=place))
+       for place in ("in", "hidden", "active", "gate", "out", "stream")},
+    **{f"norm, {place}, {norms}": dict(norm_mixing=Mixing("mean", combine="add", place=place), place=norms)
+       for place in ("before first", "behind first", "before second", "behind second") for norms in ("pre", "post")},
+    **{f"{layers} layers": dict(feed_mixing=SHIFT, mixing_layers=layers) for layers in ("first", "last", "odd")},
+    "final norm, before": dict(final_mixing=Mixing("mean", place="before")),
+    "final norm, behind": dict(final_mixing=Mixing("previous", place="behind", combine="add")),
+    "final norm, last row": dict(final_mixing=Mixing("mean", place="before"), last_only=True),
+    "parallel residual": dict(feed_mixing=MEAN, parallel=True),
+    "one flat function": dict(feed_mixing=MEAN, flat=True, attention="written"),
+}
+
+
+@pytest.mark.parametrize("features", PLACES.values(), ids=PLACES.keys())
+def test_places(features: dict) -> None:
+    rewritten(Choice(depth=2), **features)
+
+
+def test_an_arange_within_a_layer_is_never_taken_for_something_else() -> None:
+    """The reference counts prompt positions, as rotary angles made in every layer do."""
+    never_wrong(feed_mixing=Mixing("positions", place="in"))
+
+
+@pytest.mark.parametrize("states", [False, True], ids=["no state", "state"])
+@pytest.mark.parametrize("kind", ["convolution", "linear", "linear, masked", "linear, whole", "scan"])
+@pytest.mark.parametrize("which", ["first", "odd", "all"])
+def test_hybrid_layers(kind: str, which: str, states: bool) -> None:
+    rewritten(Choice(depth=2), hybrid=kind, hybrid_layers=which, states=states)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2, 3])
+@pytest.mark.parametrize("pair", ["own", "chain", "sum"])
+def test_two_attention_calls_a_layer(pair: str, depth: int) -> None:
+    rewritten(Choice(depth=depth), pair=pair)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize("attention", ["causal", "masked", "written", "relative"])
+@pytest.mark.parametrize("layout, stream", [
+    ("heads first", ""), ("folded", ""), ("", "rows first"), ("heads first", "rows first"), ("folded", "rows first")])
+def test_layouts(layout: str, stream: str, attention: str, batch: int) -> None:
+    rows = tuple(Row(padding=row % 2, before=1 + row % 2) for row in range(batch))
+    rewritten(Choice(depth=2), layout=layout, stream=stream, attention=attention, rows=rows, heads=2)
+
+
+@pytest.mark.parametrize("form", ["flat", "stacked", "one"])
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_cache_forms(form: str, batch: int) -> None:
+    rewritten(Choice(depth=1), cache_form=form, rows=ROWS[:1] * batch, layers=2)
+
+
+@pytest.mark.parametrize("flat_feed", [False, True], ids=["batch, rows", "batch * rows"])
+@pytest.mark.parametrize("experts", ["sorted", "added", "every"])
+def test_experts(experts: str, flat_feed: bool) -> None:
+    rewritten(Choice(depth=2), experts=experts, flat_feed=flat_feed)
+
+
+@pytest.mark.parametrize("mixing", [None, MEAN], ids=["alone", "mean"])
+def test_feed_forward_of_all_samples_rows(mixing: Mixing | None) -> None:
+    rewritten(Choice(depth=2), flat_feed=True, feed_mixing=mixing)
+
+
+@pytest.mark.parametrize("fusion", ["attention", 0.4])
+@pytest.mark.parametrize("features", [
+    dict(video=True), dict(sound=3), dict(sound=3, sound_first=True), dict(video=True, sound=2),
+    dict(video=True, sound=2, sound_first=True),
+], ids=["video", "sound", "sound first", "video, sound", "sound first, video"])
+def test_several_merges(features: dict, fusion: str | float) -> None:
+    rewritten(Choice(depth=2, fusion=fusion), **features)
