@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch._dynamo.callback import CallbackArgs
 from torch._dynamo.exc import TorchDynamoException
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from parvts_fx.caches import find_caches, is_cache, remember_dropped, watch_call
 from parvts_fx.errors import NotRewritten, ParvtsWarning
@@ -38,10 +39,11 @@ def arranged(call: Callable[..., Any], options: Options, model: torch.nn.Module)
     """
     frames = _Frames()
     tell = _teller(options)
+    returned = WeakTensorKeyDictionary()
 
     @functools.wraps(call)
     def run(*args: Any, **kwargs: Any) -> Any:
-        prompts, has_pictures = _read(args, kwargs)
+        prompts, has_pictures = _read(args, kwargs, returned)
         while True:
             try:
                 with paused(), frames.capturing(), watch_call() as watch:
@@ -54,6 +56,7 @@ def arranged(call: Callable[..., Any], options: Options, model: torch.nn.Module)
                     raise
         for cache in find_caches(output, args, kwargs) if watch.dropped else []:
             remember_dropped(cache, watch.dropped[-1])
+        returned.update((held, True) for held in tree_leaves(output) if isinstance(held, torch.Tensor) and held.dim() > 2)
         if not watch.merged and has_pictures:
             tell()
         return output
@@ -97,9 +100,11 @@ class _Frames:
         return True
 
 
-def _read(args: Sequence[object], kwargs: Mapping[str, object]) -> tuple[list[torch.Tensor], bool]:
+def _read(
+    args: Sequence[object], kwargs: Mapping[str, object], returned: Container[torch.Tensor]
+) -> tuple[list[torch.Tensor], bool]:
     """What may be the ids of a call, and whether it is given a prompt's ids beside numbers that are neither a mask nor
-    embeddings nor a cache: pictures.
+    embeddings nor a cache nor anything else that an earlier call has returned (a cache in tuples): pictures.
 
     One id a sample beside a mask is a decode step, whatever else (positions as numbers, say) comes with it.
     """
@@ -109,7 +114,7 @@ def _read(args: Sequence[object], kwargs: Mapping[str, object]) -> tuple[list[to
     prompts = [held for held in ids if held.shape[1] > 1]
     pictures = bool(prompts) and any(
         held.is_floating_point() and held.shape[:2] != prompts[0].shape and held.shape[-1] != prompts[0].shape[1]
-        for held in tensors)
+        and held not in returned for held in tensors)
     if pictures and len(ids) > len(prompts) == 1 and int(prompts[0].max()) <= 1:
         pictures = False  # the one long row of integers is a mask over a cache
     return prompts, pictures
