@@ -1,0 +1,138 @@
+"""The grammar of models, prompts and options that tests draw from: by hypothesis, or at random in any number.
+
+Everything is chosen by one function, ``pick``, out of a sequence of which the first is the simplest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from tests.plain import Mixing, Row, Specification
+from tests.plain_checking import RULES, Choice
+from tests.token_mixers import CODES
+
+T = TypeVar("T")
+Pick = Callable[[Sequence[Any]], Any]
+
+ATTENTIONS = ("causal", "masked", "written", "relative")
+HEADS = ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (3, 3))
+KINDS = tuple(kind for kind in CODES if kind != "positions")  # of that, what is right is not defined
+COMBINED = ("add", "subtract", "gate", "divide", "replace")
+LAYERS = ("all", "first", "last", "odd")
+FEED = ("in", "hidden", "active", "gate", "out", "stream")
+NORM = ("before first", "behind first", "before second", "behind second")
+MERGES = ("scatter", "scatter", "scatter", "assign", "put", "choose", "choose the text")
+
+
+def chance(pick: Pick, one_in: int) -> bool:
+    return pick(range(one_in)) == one_in - 1
+
+
+def mixing(pick: Pick, places: Sequence[str], depth: int = 1) -> Mixing:
+    """An expression of one or a few operations in which tokens meet."""
+    place = pick(places)
+    then = mixing(pick, (place,), depth + 1) if depth < 3 and chance(pick, 3) else None
+    kind = pick(KINDS)
+    return Mixing(kind, pick(range(len(CODES[kind]))), pick(COMBINED), place, then)
+
+
+def _feed(pick: Pick, drawn: dict[str, Any]) -> dict[str, Any]:
+    places = ("in", "out", "stream") if "experts" in drawn else FEED
+    return {"feed_mixing": mixing(pick, places), "mixing_layers": pick(LAYERS)}
+
+
+def _hybrid(pick: Pick, drawn: dict[str, Any]) -> dict[str, Any]:
+    kind = pick(("convolution", "linear", "linear, masked", "linear, whole", "scan"))
+    return {"hybrid": kind, "hybrid_layers": pick(("odd", "even", "first", "last", "all")), "states": chance(pick, 3)}
+
+
+# What models have beside the base's; each is given what has been drawn before it.
+FEATURES: tuple[Callable[[Pick, dict[str, Any]], dict[str, Any]], ...] = (
+    lambda pick, drawn: {"experts": pick(("sorted", "added", "every"))},
+    _feed,
+    _feed,
+    lambda pick, drawn: {"norm_mixing": mixing(pick, NORM), "mixing_layers": pick(LAYERS)},
+    lambda pick, drawn: {"final_mixing": mixing(pick, ("before", "behind"))},
+    _hybrid,
+    lambda pick, drawn: {"pair": pick(("chain", "sum", "own"))},
+    lambda pick, drawn: {"layout": pick(("heads first", "folded")), "flat": False},
+    lambda pick, drawn: {"stream": "rows first", "flat": False},
+    lambda pick, drawn: {"flat_feed": True},
+    lambda pick, drawn: {"cache_form": pick(("flat", "stacked", "one")), "caches": True},
+    lambda pick, drawn: {"video": True},
+    lambda pick, drawn: {"sound": pick(range(1, 4)), "sound_first": chance(pick, 2)},
+)
+
+
+def base(pick: Pick, attention: str) -> Specification:
+    """A model of the plain kind, with a prompt that has yet to be drawn."""
+    heads, groups = pick(HEADS)
+    return Specification(
+        layers=pick(range(1, 5)), heads=heads, groups=groups, head_dim=pick((4, 6)), norm=pick(("rms", "layer")),
+        place=pick(("pre", "post")), attention=attention, span=pick(("causal", "window", "images", "all")),
+        reads_padding=pick((False, True)), scale=pick((None, 0.6)), positions=pick(("rotary", "learned")),
+        numbering=pick(("index", "mask")), fused_qkv=chance(pick, 2), parallel=chance(pick, 2), flat=chance(pick, 2),
+        caches=pick((True, True, False)), last_only=chance(pick, 2),
+    )
+
+
+def with_prompt(pick: Pick, spec: Specification, batch: int) -> Specification:
+    """The specification with a prompt: its length, visual tokens, padding and places of the images."""
+    visual = pick(range(3, 9))  # of two, all lie equally far from their mean: rounding would choose
+    rows = tuple(Row(pick(range(4)), pick(range(4)), pick(range(3))) for _ in range(batch))
+    least = max(row.padding + row.before + visual + row.between for row in rows) + spec.sound
+    colliding = [size for size in (spec.hidden, spec.vocabulary, spec.mlp, 2 * visual, spec.head_dim) if size >= least]
+    length = pick([least, least + 1, least + 4, *colliding])
+    return dataclasses.replace(spec, length=length, visual=visual, rows=rows, pad_right=chance(pick, 2))
+
+
+def choice(pick: Pick, spec: Specification) -> Choice:
+    kind, depths = pick(("attention", "weight", "joint")), spec.depths
+    # Where a single layer ends cannot be told from what follows it; constant weights need that end for K = layers.
+    deepest = depths - 1 if kind == "weight" and depths == 1 else depths
+    return Choice(
+        depth=pick([*range(1, deepest + 1), 0]), keep=pick((2, 1, 3, 4, 0.05, 1 / 9, 0.25, 0.5, 0.8, 1.0)),
+        fusion=pick((0.25, 0.7, 0.0, 1.0)) if kind == "weight" else "attention",
+        paths="joint" if kind == "joint" else "parallel", rule=pick(list(RULES)), data_in_sizes=not chance(pick, 2),
+        skip_dead_rows=not chance(pick, 4),
+    )
+
+
+def case(pick: Pick, features: int | None = None) -> tuple[Specification, Choice]:
+    """A model with so many features beside the base's (none to three where that is not said), and options for it."""
+    spec = base(pick, pick(ATTENTIONS))
+    count = pick(range(4)) if features is None else features
+    drawn: dict[str, Any] = {"merge": pick(MERGES)}
+    for at in sorted({pick(range(len(FEATURES))) for _ in range(count)}):
+        drawn.update(FEATURES[at](pick, drawn))
+    spec = with_prompt(pick, dataclasses.replace(spec, **drawn), pick(range(1, 4)))
+    return spec, choice(pick, spec)
+
+
+def random_case(seed: int) -> tuple[Specification, Choice]:
+    return case(random.Random(seed).choice)
+
+
+def simpler(record: Any) -> list[Any]:
+    """A frozen record with one field, or one part of a field, as by default: what may fail alike and says more."""
+    others = []
+    for field in dataclasses.fields(record):
+        value = getattr(record, field.name)
+        if field.name == "rows":
+            others += [dataclasses.replace(record, rows=rows) for rows in ((Row(),), value[:1], value[1:]) if rows]
+        elif field.default is not dataclasses.MISSING and value != field.default:
+            others.append(dataclasses.replace(record, **{field.name: field.default}))
+        if isinstance(value, Mixing):
+            others += [dataclasses.replace(record, **{field.name: part}) for part in (value.then, *simpler(value)) if part]
+    return [other for other in others if other != record]
+
+
+def is_sound(spec: Specification, options: Choice) -> bool:
+    """Whether a simplified case can be built and run."""
+    if spec.heads % spec.groups or options.depth > spec.depths or spec.flat and (spec.layout or spec.stream):
+        return False
+    least = max(row.padding + row.before + spec.visual + row.between for row in spec.rows) + spec.sound
+    return spec.length >= least and not (spec.cache_form == "one" and not spec.cached_calls)
