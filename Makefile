@@ -12,7 +12,7 @@ floor := torch==2.11.0 transformers==5.17.0
 pinned := --constraint constraints.txt
 newest := --upgrade --upgrade-strategy eager
 
-.PHONY: demo test test-versions clean
+.PHONY: demo test test-versions fuzz clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python -m bench.demo
@@ -20,6 +20,11 @@ demo: $(VENV)/.demo
 # One thread per test process: the models are small, and two processes share two cores.
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
+
+# As many random models as wanted, from another seed each time: make fuzz FUZZ="--count 100 --seed 7".
+FUZZ ?= --count 500 --workers 2
+fuzz: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.fuzz $(FUZZ)
 
 # The constraints pin torch, so that the same versions are installed everywhere.
 $(VENV)/.%: pyproject.toml constraints.txt
