@@ -90,7 +90,7 @@ def with_prompt(pick: Pick, spec: Specification, batch: int) -> Specification:
 
 
 def choice(pick: Pick, spec: Specification) -> Choice:
-    kind, depths = pick(("attention", "weight", "joint")), spec.depths
+    kind, depths = pick(("attention", "weight", "joint")), spec.layers
     # Where a single layer ends cannot be told from what follows it; constant weights need that end for K = layers.
     deepest = depths - 1 if kind == "weight" and depths == 1 else depths
     return Choice(
@@ -126,13 +126,14 @@ def simpler(record: Any) -> list[Any]:
         elif field.default is not dataclasses.MISSING and value != field.default:
             others.append(dataclasses.replace(record, **{field.name: field.default}))
         if isinstance(value, Mixing):
-            others += [dataclasses.replace(record, **{field.name: part}) for part in (value.then, *simpler(value)) if part]
+            parts = filter(None, (value.then, *simpler(value)))
+            others += [dataclasses.replace(record, **{field.name: part}) for part in parts]
     return [other for other in others if other != record]
 
 
 def is_sound(spec: Specification, options: Choice) -> bool:
     """Whether a simplified case can be built and run."""
-    if spec.heads % spec.groups or options.depth > spec.depths or spec.flat and (spec.layout or spec.stream):
+    if spec.heads % spec.groups or options.depth > spec.layers or spec.flat and (spec.layout or spec.stream):
         return False
     least = max(row.padding + row.before + spec.visual + row.between for row in spec.rows) + spec.sound
     return spec.length >= least and not (spec.cache_form == "one" and not spec.cached_calls)

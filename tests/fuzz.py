@@ -41,7 +41,8 @@ class Drawn:
     outcome: Outcome
 
     def __str__(self) -> str:
-        return f"({words(self.spec)}, {words(self.choice)}),  # {self.seed}: {self.outcome.kind}: {self.outcome.reason[:300]}"
+        reason = " ".join(self.outcome.reason[:300].split())
+        return f"({words(self.spec)}, {words(self.choice)}),  # {self.seed}: {self.outcome.kind}: {reason}"
 
 
 def _prepare() -> None:
@@ -97,7 +98,7 @@ def report(console: Console, results: list[Drawn], seed: int) -> None:
                   f"{counted['wrong']} wrong", highlight=False)
     reasons = collections.Counter(d.outcome.summary for d in results if d.outcome.kind == "refused")
     for reason, count in reasons.most_common():
-        console.print(f"  {count:4}  {reason}", markup=False, highlight=False)
+        console.print(f"  {count:4}  {reason}", markup=False, highlight=False, soft_wrap=True)
     internal = [drawn for drawn in results if drawn.outcome.is_internal]
     if internal:
         console.print("refused for reasons that say nothing of the model:", highlight=False)
@@ -123,7 +124,8 @@ def main(arguments: list[str] | None = None) -> int:
         for drawn in examples(list(range(seed, seed + given.count)), given.workers, given.seconds):
             results.append(drawn)
             counted = collections.Counter(one.outcome.kind for one in results)
-            progress.update(task, advance=1, description=", ".join(f"{n} {kind}" for kind, n in sorted(counted.items())))
+            said = ", ".join(f"{number} {kind}" for kind, number in sorted(counted.items()))
+            progress.update(task, advance=1, description=said)
     report(console, results, seed)
     wrong = [drawn for drawn in results if drawn.outcome.kind == "wrong"]
     for at, drawn in enumerate(wrong):

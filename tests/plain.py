@@ -18,7 +18,9 @@ from tests.plain_specification import (
 )
 from tests.token_mixers import mix
 
-__all__ = ["IMAGE_TOKEN", "PAD", "Mixing", "Plain", "Prompt", "Row", "Specification", "build", "prompt", "read", "words"]
+__all__ = [
+    "IMAGE_TOKEN", "PAD", "Mixing", "Plain", "Prompt", "Row", "Specification", "build", "prompt", "read", "words",
+]
 
 
 def merged(way: str, x: Tensor, visual: Tensor, features: Tensor) -> Tensor:
@@ -131,7 +133,9 @@ class Plain(nn.Module):
 class Watching(Plain):
     """Two kinds of visual tokens, each with a merge."""
 
-    def forward(self, ids: Tensor, pixel_values: Tensor, mask: Tensor, pixel_values_videos: Tensor) -> tuple[Tensor, Any]:
+    def forward(
+        self, ids: Tensor, pixel_values: Tensor, mask: Tensor, pixel_values_videos: Tensor
+    ) -> tuple[Tensor, Any]:
         return self.decode(ids, mask, [
             (IMAGE_TOKEN, self.projection(pixel_values)), (VIDEO_TOKEN, self.projection(pixel_values_videos))])
 
@@ -171,7 +175,7 @@ def _handed_out(form: str, caches: Cached) -> Any:
 
 
 def read(spec: Specification, output: Any) -> tuple[Tensor, Cached, list[Tensor]]:
-    """Logits, keys and values [batch, heads, rows, dim] of each attention call, and the states, of what a model gives."""
+    """Logits, keys and values [batch, heads, rows, dim] of each attention call, and states, of what a model gives."""
     logits, held, states = output if spec.states else (*output, [])
     if spec.cache_form == "flat":
         held = list(zip(held[::2], held[1::2]))

@@ -18,6 +18,7 @@ from tests.plain_reference import error_of, reference, steps_of
 from tests.reference import relative_error, subject_count
 
 TOLERANCE = 2e-5
+_OPENING = "parvts_fx: this multimodal prefill cannot be rewritten: "
 INTERNAL = ("the rewriting failed", "works only at the traced prompt length")
 """Parts of reasons that say nothing about the model: something went wrong inside."""
 
@@ -48,7 +49,7 @@ class Choice:
     paths: str = "parallel"
     rule: str = "diverse"
     data_in_sizes: bool = True
-    """Whether graphs may hold numbers that depend on data, as under parvts_fx.compile: then weights share the prefix."""
+    """Whether graphs may hold numbers that depend on data, as under parvts_fx.compile: weights then share a prefix."""
     skip_dead_rows: bool = True
 
     @property
@@ -83,7 +84,8 @@ class Outcome:
     @property
     def summary(self) -> str:
         """The reason without nodes, numbers and quotations, so that alike ones count together."""
-        reason = re.sub(r"\(at node '[^']*'\)", "", self.reason.strip().splitlines()[0] if self.reason else "")
+        first = self.reason.strip().splitlines()[0] if self.reason else ""
+        reason = re.sub(r"\(at node '[^']*'\)", "", first.removeprefix(_OPENING))
         return re.sub(r"\d[\d.e+-]*", "N", re.sub(r"'[^']*'|\[[^\]]*\]", "...", reason)).strip()[:150]
 
 

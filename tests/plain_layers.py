@@ -1,4 +1,4 @@
-"""The decoder layers of :mod:`tests.plain`: attention in several layouts, mixers in its place, feed-forwards, experts."""
+"""The decoder layers of :mod:`tests.plain`: attention in several layouts, mixers in its place, and feed-forwards."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class Layer(nn.Module):
         spec, (batch, heads, length, dim) = self.spec, query.shape
         query, cached_key, cached_value = (part.reshape(-1, length, dim) for part in (query, key, value))
         wide_key, wide_value = (
-            part.repeat_interleave(heads // spec.groups, 1).reshape(batch * heads, length, dim) for part in (key, value))
+            part.repeat_interleave(heads // spec.groups, 1).reshape(-1, length, dim) for part in (key, value))
         if bias is not None:
             mask = mask + bias
         if mask is not None:

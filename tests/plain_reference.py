@@ -48,13 +48,9 @@ def steps_of(spec: Specification) -> list[tuple[str, int]]:
 
 
 def begin_of(spec: Specification, depth: int) -> int:
-    """The step with which the layer of this number begins, as ``migration_depth`` counts layers.
-
-    Whatever stands in front of a residual sum and is no feed-forward begins one. Tokens that meet in a feed-forward or in
-    a norm do so within the layer around them.
-    """
+    """The step with which the layer of this number begins, wherever in it tokens meet."""
     steps = steps_of(spec)
-    return [*(at for at, (what, _) in enumerate(steps) if what != "feed"), len(steps)][depth]
+    return [*(at for at, (what, _) in enumerate(steps) if what in ("attend", "whole")), len(steps)][depth]
 
 
 class _Sample:
@@ -78,13 +74,16 @@ class _Sample:
         self.allowed = torch.zeros(self.length, self.length, dtype=torch.bool)
         for query in range(self.length):
             for key in range(self.length):
-                sees = key <= query
-                if self.spec.attention != "causal":
-                    sees = sees and (self.spec.span != "window" or query - key < 5)
-                    both = bool(self.is_visual[query] and self.is_visual[key])
-                    real = bool(mask[key]) or not self.spec.reads_padding
-                    sees = (sees or self.spec.span == "images" and both or self.spec.span == "all") and real or query == key
-                self.allowed[query, key] = sees
+                self.allowed[query, key] = self._sees(query, key, mask)
+
+    def _sees(self, query: int, key: int, mask: Tensor) -> bool:
+        sees, span = key <= query, self.spec.span
+        if self.spec.attention == "causal":
+            return sees
+        sees = sees and (span != "window" or query - key < 5)
+        both = bool(self.is_visual[query] and self.is_visual[key])
+        real = bool(mask[key]) or not self.spec.reads_padding
+        return (sees or span == "images" and both or span == "all") and real or query == key
 
     def start(self) -> Tensor:
         if self.spec.positions == "learned":

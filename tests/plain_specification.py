@@ -105,8 +105,8 @@ class Specification:
     mixing_layers: str = "all"
     """Which layers mix: "all", "first", "last" or "odd"."""
     hybrid: str = ""
-    """What stands in place of attention in the hybrid layers: "convolution", "linear", "linear, masked", "linear, whole"
-    or "scan" (opaque)."""
+    """What stands in place of attention in hybrid layers: "convolution", "linear", "linear, masked", "linear, whole" or
+    "scan" (opaque)."""
     hybrid_layers: str = "odd"
     """Which: as ``mixing_layers``, or "even"; where that is all of them, the last is not."""
     states: bool = False
@@ -147,12 +147,6 @@ class Specification:
     @property
     def score_scale(self) -> float:
         return self.head_dim**-0.5 if self.scale is None else self.scale
-
-    @property
-    def depths(self) -> int:
-        """Layers as ``migration_depth`` counts them: each token mixer with a residual sum of its own begins one."""
-        own = self.pair == "own" and not self.parallel
-        return sum(1 if self.is_hybrid(layer) or not own else 2 for layer in range(self.layers))
 
     @property
     def cached_calls(self) -> int:

@@ -1,4 +1,4 @@
-"""Tokens that meet outside attention, and layouts beyond batch, heads, rows: each compiled prefill equals the reference.
+"""Tokens that meet outside attention, and layouts beyond (batch, heads, rows): compiled prefills equal the reference.
 
 Wherever the design says what a prefill gives, the model is to be rewritten; a refusal is right only where it does not.
 """
@@ -15,7 +15,7 @@ ROWS = (Row(before=2, between=1), Row(padding=2, before=1))
 BASE = dict(layers=3, length=13, rows=ROWS, attention="masked")
 MEAN, SHIFT = Mixing("mean", combine="add"), Mixing("previous", combine="add")
 COUNTED = {("rolled", 2), ("flipped", 1), ("flipped", 2)}
-"""Forms with an arange over the rows within a layer: a graph does not tell whether it counts rows or prompt positions."""
+"""Forms with an arange over rows within a layer: a graph does not tell whether it counts rows or prompt positions."""
 
 
 def rewritten(choice: Choice = Choice(), **features) -> None:

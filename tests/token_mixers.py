@@ -52,7 +52,8 @@ def _by_slices(x: Tensor) -> Tensor:
 
 def _by_convolution(x: Tensor, taps: tuple[float, ...]) -> Tensor:
     weight = torch.tensor(taps, dtype=x.dtype).expand(x.shape[-1], 1, -1)
-    return F.conv1d(x.transpose(1, 2), weight, padding=len(taps) - 1, groups=x.shape[-1])[..., :x.shape[1]].transpose(1, 2)
+    padded = F.conv1d(x.transpose(1, 2), weight, padding=len(taps) - 1, groups=x.shape[-1])
+    return padded[..., :x.shape[1]].transpose(1, 2)
 
 
 def _by_unfolding(x: Tensor) -> Tensor:
@@ -89,7 +90,8 @@ CODES: dict[str, tuple[Callable[[Tensor], Tensor], ...]] = {
     "deviation": (lambda x: x.std(1, keepdim=True, correction=0),
                   lambda x: (x.pow(2).mean(1, keepdim=True) - x.mean(1, keepdim=True).pow(2)).clamp(min=0).sqrt()),
     "share": (lambda x: _share(torch.linalg.vector_norm(x, dim=1, keepdim=True)),
-              lambda x: _share(x.norm(p=2, dim=1, keepdim=True)), lambda x: _share(x.pow(2).sum(1, keepdim=True).sqrt())),
+              lambda x: _share(x.norm(p=2, dim=1, keepdim=True)),
+              lambda x: _share(x.pow(2).sum(1, keepdim=True).sqrt())),
     "count": (lambda x: x / x.shape[1], lambda x: x * (1.0 / x.size(1))),
     "softmax": (lambda x: x.softmax(1), lambda x: F.softmax(x.transpose(1, 2), dim=-1).transpose(1, 2),
                 lambda x: x.exp() / x.exp().sum(1, keepdim=True)),
