@@ -15,6 +15,7 @@ from parvts_fx.analysis.merge import find_merge
 from parvts_fx.analysis.mixers import find_mixers
 from parvts_fx.analysis.records import Decoder, VisualMerge
 from parvts_fx.analysis.probe import Probe
+from parvts_fx.analysis.small_runs import SmallRuns
 from parvts_fx.analysis.tokens import TokenMap
 from parvts_fx.analysis.values import (
     changed_in_place, descendants, has_target, hint, is_tensor, output_node, storage_of, value,
@@ -70,9 +71,10 @@ def find_decoder(
     if not attentions:
         raise Refusal("no attention call reads the merged tokens as both queries and keys (a preallocated cache, say, "
                       "whose length the graph cannot change)", merge.output)
-    mixers = find_mixers(module.graph, nodes, attentions, tokens)
-    layers, final, output = find_layers(module, nodes, mixers, tokens, merge.output)
-    decoder = Decoder(merge, tuple(nodes), tuple(layers), final, output, tokens, window_caches_follow)
+    runs = SmallRuns(module, tokens, None)
+    mixers = find_mixers(runs, nodes, merge.output, attentions)
+    layers, final, output, told_by = find_layers(module, nodes, mixers, tokens, merge.output)
+    decoder = Decoder(merge, tuple(nodes), tuple(layers), final, output, tokens, window_caches_follow, told_by)
     _check(module, decoder)
     return decoder
 

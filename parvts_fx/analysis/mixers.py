@@ -1,59 +1,37 @@
-"""Finds every place where a decoder's tokens meet: attention calls, and token mixers that are no attention."""
+"""Finds every place where a decoder's tokens meet: attention calls, and whatever is not shown to work row by row."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-import torch.nn.functional as F
-from torch.fx import Graph, Node
+from torch.fx import Node
 
+from parvts_fx.analysis.independence import find_meetings
+from parvts_fx.analysis.last_rows import keeps_rows_apart
 from parvts_fx.analysis.records import Attention, Mixer
-from parvts_fx.analysis.tokens import Filling, TokenMap
-from parvts_fx.analysis.values import ancestors, descendants, has_target, is_tensor, value
-
-_CONVOLUTIONS = (
-    F.conv1d, F.conv2d, torch.conv1d, torch.conv2d, torch.ops.aten.conv1d.default, torch.ops.aten.convolution.default,
-)
-_ALONG_AN_AXIS = (torch.cumsum, torch.cumprod, torch.logcumsumexp, torch.roll, torch.flip)
-_ALONG_AN_AXIS_METHODS = ("cumsum", "cumprod", "logcumsumexp", "roll", "flip")
+from parvts_fx.analysis.small_runs import TOKENS, SmallRuns
+from parvts_fx.analysis.values import changed_in_place
 
 
-def find_mixers(graph: Graph, nodes: Sequence[Node], attentions: Sequence[Attention], tokens: TokenMap) -> list[Mixer]:
-    """The decoder's token mixers in graph order.
+def find_mixers(runs: SmallRuns, nodes: Sequence[Node], start: Node, attentions: Sequence[Attention]) -> list[Mixer]:
+    """The decoder's token mixers in graph order: its attention calls, and all nodes that mix rows or may do so.
 
-    A mixer that is no attention shows by an axis that has more or fewer entries than tokens (the padding of a
-    convolution), by a padding up to a fixed size (a scan in blocks), or by an operation along the token axis.
+    Args:
+        start: the merged embeddings, whose rows are the prompt's tokens.
     """
-    candidates = [node for node in nodes if _mixes(node, tokens)]
-    within_attention: set[Node] = set()
-    for attention in attentions if candidates else ():
-        before = ancestors([attention.output])
-        queries = [operand.node for operand in attention.queries]
-        within_attention |= {node for node in descendants(graph, queries) if node in before}
+    calls = {node for attention in attentions for node in attention.nodes}
+    found = find_meetings(
+        runs, TOKENS, nodes, {start, *calls}, harmless=lambda node: keeps_rows_apart(node, runs.tokens))
     mixers = [
         Mixer(tuple(operand.node for operand in attention.queries), attention.output, attention)
         for attention in attentions
     ]
-    mixers += [
-        Mixer(tuple(node.all_input_nodes), node, None)
-        for node in candidates if node not in within_attention
-    ]
+    mixers += [Mixer(tuple(node.all_input_nodes), _result_of(node), None) for node in found.meeting]
     return sorted(mixers, key=lambda mixer: mixer.output)
 
 
-def _mixes(node: Node, tokens: TokenMap) -> bool:
-    axes = tokens.axes.get(node, {})
-    if any(kind.offset for kind in axes.values()):
-        return True
-    if any(isinstance(binding, Filling) for binding in tokens.bindings.get(node, {}).values()):
-        return True
-    if not axes or not node.args or not is_tensor(node.args[0]):
-        return False
-    if has_target(node, _CONVOLUTIONS):
-        return any(axis >= 2 for axis in axes)
-    if has_target(node, _ALONG_AN_AXIS, _ALONG_AN_AXIS_METHODS):
-        along = node.kwargs.get("dim", node.kwargs.get("dims", node.args[-1] if len(node.args) > 1 else None))
-        along = along if isinstance(along, (list, tuple)) else [along]
-        return any(isinstance(axis, int) and axis % value(node).dim() in axes for axis in along) and value(node).dim() > 2
-    return False
+def _result_of(node: Node) -> Node:
+    """The node, or for a write into a tensor what reads it next."""
+    written = changed_in_place(node)
+    later = [user for user in written.users if user > node] if written is not None and not node.users else []
+    return min(later, default=node)

@@ -53,7 +53,7 @@ class Probe:
         self.size_hint = hint(size)
         self.lengths = dict(lengths)
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.found = TokenMap(concrete(size))
+        self.found = TokenMap(concrete(size), length=max(lengths.values()))
         self._sides: dict[tuple[Node, tuple], torch.Tensor] = {}
         self._memo = Memo()
 

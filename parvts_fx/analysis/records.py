@@ -26,7 +26,11 @@ class Merge:
     """Bool, [batch, seq, 1 or hidden] or [batch, seq]: true where such a feature stands."""
 
     features: Node | None
-    """[tokens, hidden] or any shape of as many elements; None where no size tells their number."""
+    """[tokens, hidden] or any shape of as many elements, or where not ``sized`` a row for every position; None if an earlier
+    graph has merged them."""
+
+    sized: bool
+    """Whether the features' size tells the number of tokens."""
 
     origin: Origin
     """What the features are computed from, and which inputs tell."""
@@ -142,3 +146,6 @@ class Decoder:
 
     window_caches_follow: bool = False
     """Whether sliding-window caches may be shortened: their own count of tokens is corrected after the prefill."""
+
+    layers_told_by: str = ""
+    """What a layer was taken to be."""

@@ -90,6 +90,9 @@ class TokenMap:
     probed: dict[Node, Any] = dataclasses.field(default_factory=dict)
     """What each node came to at the probe's prompt length."""
 
+    length: int = 0
+    """That length."""
+
     def plain_axis(self, node: Node) -> int | None:
         """The one axis with one entry per token, or None."""
         axes = self.axes.get(node, {})

@@ -1,0 +1,149 @@
+"""Tells which blocks of the residual stream make up one decoder layer.
+
+A block lies between two links of the stream: attention and its sum, a feed-forward and its sum. A layer is what repeats:
+one or more blocks in which tokens meet, and what follows them. Layers may differ (linear attention in three of four, experts
+from the third on, a norm over tokens in some feed-forwards), so it is not enough to look for equal sequences.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterable, Sequence
+
+from torch.fx import Node
+
+from parvts_fx.analysis.records import Mixer
+from parvts_fx.analysis.tokens import AxisLabels, TokenMap
+from parvts_fx.analysis.values import hint_shape, is_tensor, leaves, value
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """What lies between two links of the residual stream."""
+
+    group: int | None
+    """Which group of mixers stands in it; None where tokens do not meet."""
+
+    weights: frozenset
+    """(operation, shape) of its matrices."""
+
+    operations: frozenset
+
+    @property
+    def mixes(self) -> bool:
+        return self.group is not None
+
+
+def blocks_of(
+    chain: Sequence[Node], groups: Sequence[tuple[Node, Sequence[Mixer]]], nodes: Sequence[Node], tokens: TokenMap,
+    touched: Collection[Node],
+) -> list[Block]:
+    """The blocks of the stream in order, those left out that have no matrix and in which tokens do not meet (norms).
+
+    Args:
+        chain: the links.
+        groups: for each link from which mixers read, these mixers; the first link may be in front of the chain.
+        touched: what depends on the first mixer. A link of the first layer that another branch joins is no block's end in
+            any other layer: a feed-forward beside the attention.
+    """
+    inside, seen = set(nodes), {groups[0][0]}
+    reading = {link: index for index, (link, _) in enumerate(groups)}
+    blocks: list[Block] = []
+    group: int | None = 0
+    for link in chain:
+        own: list[Node] = []
+        stack = [link]
+        while stack:
+            node = stack.pop()
+            if node in inside and node not in seen:
+                seen.add(node)
+                own.append(node)
+                stack.extend(node.all_input_nodes)
+        if link is not groups[0][0]:
+            weights = frozenset(
+                (str(node.target), hint_shape(value(side))) for node in own for side in _matrices(node, tokens))
+            block = Block(group, weights, frozenset(str(node.target) for node in own))
+            beside = len(reading) > 1 and group is None and max(b.group or 0 for b in blocks) == 0 and any(
+                source in inside and source not in touched for source in link.all_input_nodes)
+            if beside:
+                before = blocks.pop()
+                block = Block(before.group, before.weights | weights, before.operations | block.operations)
+            if block.mixes or weights:
+                blocks.append(block)
+        group = reading.get(link)
+    return blocks
+
+
+def _matrices(node: Node, tokens: TokenMap) -> Iterable[Node]:
+    bindings = tokens.bindings.get(node, {})
+    for index, leaf in enumerate(leaves(node)):
+        if is_tensor(leaf) and leaf not in tokens.probed and not isinstance(bindings.get(index), AxisLabels):
+            if sum(size != 1 for size in hint_shape(value(leaf))) > 1:
+                yield leaf
+
+
+def find_period(blocks: Sequence[Block]) -> tuple[list[int], str]:
+    """The groups of mixers with which layers begin, and by what that was told."""
+    count = max(block.group for block in blocks if block.mixes) + 1
+    behind_others = _behind_blocks_that_do_not_mix(blocks)
+    if _is_regular(behind_others, count):
+        return behind_others, "each ends with blocks in which tokens do not meet"
+    for period in range(1, len(blocks) // 2 + 1):
+        starts = _ending_alike(blocks, period)
+        if starts is not None:
+            return starts, f"{period} blocks of the residual stream, the last one alike in all layers"
+    for period in range(1, len(blocks) // 2 + 1):
+        starts = _repeating(blocks, period)
+        if starts is not None:
+            return starts, f"{period} blocks of the residual stream, which repeat"
+    if len(behind_others) > 1:
+        return behind_others, "each ends with blocks in which tokens do not meet, and has its own number of mixers"
+    if count == 1:
+        return [0], "one block in which tokens meet"
+    return list(range(count)), "no period was found: every block in which tokens meet counts as a layer"
+
+
+def _behind_blocks_that_do_not_mix(blocks: Sequence[Block]) -> list[int]:
+    starts = [0]
+    for before, block in zip(blocks, blocks[1:]):
+        if block.mixes and not before.mixes:
+            starts.append(block.group)
+    return starts
+
+
+def _is_regular(starts: Sequence[int], count: int) -> bool:
+    """Whether there are several layers, all with as many groups of mixers."""
+    return len(starts) > 1 and len({end - start for start, end in zip(starts, [*starts[1:], count])}) == 1
+
+
+def _chunks(blocks: Sequence[Block], period: int) -> list[Sequence[Block]] | None:
+    """Cut into as many blocks each as far as tokens meet; None where one chunk is short or without a mixer."""
+    last = max(index for index, block in enumerate(blocks) if block.mixes)
+    chunks = [blocks[start:start + period] for start in range(0, last + 1, period)]
+    fits = len(chunks) > 1 and len(chunks[-1]) == period and all(any(block.mixes for block in chunk) for chunk in chunks)
+    return chunks if fits else None
+
+
+def _starts(chunks: Sequence[Sequence[Block]]) -> list[int]:
+    return [next(block.group for block in chunk if block.mixes) for chunk in chunks]
+
+
+def _ending_alike(blocks: Sequence[Block], period: int) -> list[int] | None:
+    """Layers whose last blocks share matrices (a feed-forward's) that no other block has."""
+    chunks = _chunks(blocks, period)
+    if chunks is None:
+        return None
+    shared = frozenset.intersection(*(chunk[-1].weights for chunk in chunks))
+    others = [block for chunk in chunks for block in chunk[:-1]]
+    return _starts(chunks) if shared and not any(shared <= block.weights for block in others) else None
+
+
+def _repeating(blocks: Sequence[Block], period: int) -> list[int] | None:
+    chunks = _chunks(blocks, period)
+    if chunks is None:
+        return None
+
+    def shape(chunk: Sequence[Block]) -> list:
+        return [(block.mixes, block.weights, block.operations) for block in chunk]
+
+    return _starts(chunks) if all(shape(chunk) == shape(chunks[-1]) for chunk in chunks[1:-1]) else None
