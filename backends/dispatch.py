@@ -49,6 +49,7 @@ class Dispatch:
         self._position = position
         self._caches = cache_outputs(original, done.module)
         self._again = again
+        self._further: Compiled | None = None
         self._unrewritten: Compiled | None = None
         self._by_count: dict[int | None, Compiled | None] = {}
         """Compiled forms by the number of visual tokens; its key is None for the one that reads it off the sizes, and its
@@ -58,6 +59,8 @@ class Dispatch:
         self._by_count[None if done.precondition else done.merge.count] = lowered
 
     def __call__(self, *inputs: object) -> object:
+        if (more := self._for_handed(inputs)) is not None:
+            return more(*inputs)
         given = self._with_handed_mask(inputs)
         if given is None:
             return self._run_unrewritten(inputs)  # text alone
@@ -94,6 +97,24 @@ class Dispatch:
         tell_pruning(self._dropped(count))
         note_short_caches(outputs, self._caches)
         return outputs
+
+    def _for_handed(self, inputs: tuple[object, ...]) -> Compiled | None:
+        """For a graph that was compiled for a prompt into which nothing had been merged before, and now something has."""
+        if self._position is not None or self._done.stream is None:
+            return None
+        visual = visual_rows(inputs[self._done.stream], receive=False)
+        if visual is None:
+            return None
+        visual_rows(inputs[self._done.stream])  # taken, whatever becomes of it
+        if self._further is None:
+            done = self._again(self._original, inputs, MergedInput(self._done.stream, visual))
+            self._further = self._run_alone if done.module is None else Dispatch(
+                done, None, self._original, self._options, self._done.stream, self._again)
+        return self._further
+
+    def _run_alone(self, *inputs: object) -> object:
+        tell_merge()
+        return self._run_unrewritten(inputs)
 
     def _with_handed_mask(self, inputs: tuple[object, ...]) -> tuple[object, ...] | None:
         """The inputs, and the mask of what earlier graphs have merged if one was handed over; None where nothing is merged."""

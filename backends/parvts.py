@@ -59,7 +59,7 @@ def parvts(
             return hand_on(module, done, lambda copy: lower(copy, example_inputs, parsed), handed, example_inputs)
         caches = cache_outputs(module)
         lowered = noting_origins(module, example_inputs, lower(module, example_inputs, parsed))
-        if done.report.status == "unrewritten" or done.report.visual_tokens or done.report.merges:
+        if done.report.status == "unrewritten" or done.report.visual_tokens or done.report.merges or handed:
             return _telling_merge(lowered)
         if attention_nodes(module.graph):  # it may go on from a shortened cache whose count nobody corrects
             return watch_short_caches(lowered, caches, counts_kept=window_caches_follow)
@@ -85,7 +85,7 @@ def _attempt(
         return rewrite_graph(module, example_inputs, options, window_caches_follow=window_caches_follow, handed=handed)
     except NoDecoder as refusal:
         reason = str(refusal)
-        if can_hand_on(module, refusal.merge.output):
+        if can_hand_on(refusal.merge.output):
             found = refusal.module, refusal.merge
             report = GraphReport("untouched", "visual features are merged here, for a decoder in another graph",
                                  len(module.graph.nodes), merges=report_merges(*found, example_inputs, handed))

@@ -25,7 +25,7 @@ from parvts_fx.analysis.values import fake_mode_of, output_node, value
 from parvts_fx.caches import is_watched, merged_rows
 from parvts_fx.capture import capture
 from parvts_fx.errors import ParvtsWarning
-from parvts_fx.origins import noting_origins
+from parvts_fx.origins import is_lost, note_lost, noted_origins, noting_origins
 from parvts_fx.passes.unify_merges import UnifyMerges
 
 if TYPE_CHECKING:
@@ -59,8 +59,10 @@ def hand_over(
 
     def forget(_: object) -> None:
         held = _MERGED.pop(key, None)
-        if held is not None and not held.received and unreceived is not None and held.visual.any():
-            unreceived()
+        if held is not None and not held.received and held.visual.any():
+            note_lost(tuple(held.visual.shape))
+            if unreceived is not None:
+                unreceived()
 
     _MERGED[key] = _Merged(weakref.ref(embeddings, forget), visual, visual if merged is None else merged)
 
@@ -128,7 +130,7 @@ class MergedInput:
             mask = module.graph.placeholder("visual_tokens")
         with fake_mode_of(module.graph):
             mask.meta["example_value"] = torch.empty(batch, size, dtype=torch.bool, device=self.visual.device)
-        return Merge(embeddings, mask, None, Origin(), True)
+        return Merge(embeddings, mask, None, False, Origin())
 
 
 def _merges(module: GraphModule, example_inputs: Sequence[object], position: int | None = None) -> bool:
@@ -136,9 +138,10 @@ def _merges(module: GraphModule, example_inputs: Sequence[object], position: int
     work = capture(module, example_inputs)
     attentions = attention_nodes(work.graph)
     into = None if position is None else [node for node in work.graph.nodes if node.op == "placeholder"][position]
-    UnifyMerges().run(work, attentions, into)
-    handed = None if into is None else Merge(into, into, None, Origin())
-    merge = find_merge(work.graph, attentions, handed=handed, prunes=lambda modality: True)
+    texts, _ = noted_origins(work, example_inputs)
+    UnifyMerges().run(work, attentions, into, texts)
+    handed = None if into is None else Merge(into, into, None, False, Origin())
+    merge = find_merge(work.graph, attentions, handed=handed, texts=texts, prunes=lambda modality: True)
     return merge is not None and merge.output is not into
 
 
@@ -150,14 +153,23 @@ def merged_in_front(example_inputs: Sequence[object], position: int) -> tuple[to
     return held and held.merged, merged_rows(given) if isinstance(given, torch.Tensor) else None
 
 
-def can_hand_on(module: GraphModule, merged: Node) -> bool:
-    """Whether merged embeddings leave the graph as they are."""
-    return _place(module, merged) is not None
+def lost_merges(embeddings: torch.Tensor) -> bool:
+    """Whether an earlier graph of the running call has merged visual features into embeddings [batch, seq, hidden] of this
+    size that no graph took, or none has taken yet."""
+    size = tuple(embeddings.shape[:2])
+    waiting = any(not held.received and tuple(held.visual.shape) == size and bool(held.visual.any())
+                  for held in _MERGED.values() if held.reference() is not embeddings)
+    return waiting or is_lost(size)
 
 
-def _place(module: GraphModule, merged: Node) -> int | None:
-    results = output_node(module.graph).args[0]
-    return next((i for i, result in enumerate(results) if isinstance(result, Node) and result.name == merged.name), None)
+def can_hand_on(merged: Node) -> bool:
+    """Whether merged embeddings leave their graph as they are."""
+    return _place(merged) is not None
+
+
+def _place(merged: Node) -> int | None:
+    results = output_node(merged.graph).args[0]
+    return next((i for i, result in enumerate(results) if result is merged), None) if isinstance(results, (tuple, list)) else None
 
 
 def hand_on(
@@ -167,12 +179,11 @@ def hand_on(
     """Lower a graph that ends between the merge and the decoder, such that the next graph finds the merge.
 
     Args:
-        done: with ``merge``, whose result has the same name in ``module``, and the masks as functions of the inputs.
+        done: with ``merge``, found in a copy of ``module``, and the masks as functions of the inputs.
         handed: the input into which an earlier graph has merged, if there is one; what it had merged is handed on too.
     """
-    merged = done.merge.output.name
-    position = _place(module, done.merge.output)
-    lowered = noting_origins(module, example_inputs, lower(module), merged)
+    position = _place(done.merge.output)
+    lowered = noting_origins(module, example_inputs, lower(module), position)
 
     def announcing(*inputs: object) -> Any:
         outputs = lowered(*inputs)

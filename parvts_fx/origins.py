@@ -17,6 +17,12 @@ from torch.fx import GraphModule, Node
 from parvts_fx.analysis.modality import Origin, content_before, origin_by_name
 from parvts_fx.analysis.values import is_tensor, output_node, value
 
+TEXT = Origin(frozenset(("text",)))
+"""Of embeddings that have been looked up by integers."""
+
+_LOST: set[tuple[int, ...]] = set()
+"""[batch, seq] of merged embeddings that died before a graph took them, until the next prompt's ids are looked up."""
+
 _ORIGINS: dict[int, tuple[weakref.ref[torch.Tensor], Origin]] = {}
 """By identity of tensors that are alive: what they are computed from."""
 
@@ -32,50 +38,76 @@ def note_origin(held: torch.Tensor, origin: Origin) -> None:
     _ORIGINS[key] = weakref.ref(held, lambda _: _ORIGINS.pop(key, None)), origin
 
 
-def noted_origins(module: GraphModule, example_inputs: Sequence[object]) -> dict[Node, Origin]:
-    """Of a graph's inputs, what earlier graphs have told."""
+def note_lost(size: tuple[int, ...]) -> None:
+    _LOST.add(size)
+
+
+def is_lost(size: tuple[int, ...]) -> bool:
+    return size in _LOST
+
+
+def noted_origins(module: GraphModule, example_inputs: Sequence[object]) -> tuple[set[Node], dict[Node, Origin]]:
+    """Of a graph's inputs, what earlier graphs have told: which are the prompt's embeddings, and what the others are."""
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     held = {node: noted_origin(given) for node, given in zip(placeholders, example_inputs)}
-    return {node: origin for node, origin in held.items() if origin is not None}
+    texts = {node for node, origin in held.items() if origin is TEXT}
+    return texts, {node: origin for node, origin in held.items() if origin is not None and origin is not TEXT}
 
 
 def noting_origins(
-    module: GraphModule, example_inputs: Sequence[object], call: Callable[..., Any], merged: str | None = None
+    module: GraphModule, example_inputs: Sequence[object], call: Callable[..., Any], merged: int | None = None
 ) -> Callable[..., Any]:
     """Wrap a compiled graph, such that it tells of its results what they are computed from, where that is known.
 
-    A tower that several modalities share is one graph: what its inputs are is looked up at each call.
+    A tower that several modalities share is one graph: what its inputs are is looked up at each call. Embeddings that are
+    looked up by integers are noted as :data:`TEXT`.
 
     Args:
-        merged: a result, by name, that is the prompt's embeddings and no features.
+        merged: which result is the prompt's embeddings and no features.
     """
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-    known = noted_origins(module, example_inputs)
+    _, known = noted_origins(module, example_inputs)
     by_name = {node: origin_by_name(node) for node in placeholders}
     telling = {node for node in placeholders if node in known or by_name[node].modalities}
     results = output_node(module.graph).args[0]
-    if not telling or not isinstance(results, (tuple, list)):
+    if not isinstance(results, (tuple, list)):
+        return call
+    texts = [] if merged is not None else [index for index, result in enumerate(results) if _is_text(result)]
+    if not telling and not texts:
         return call
     telling |= {node for node in placeholders if is_tensor(node) and value(node).is_floating_point() and value(node).dim() > 1
                 and not isinstance(value(node), torch.nn.Parameter)}
     position = {node: index for index, node in enumerate(placeholders)}
     sources: dict[int, list[tuple[int, Origin]]] = {}
     for index, result in enumerate(results):
-        if is_tensor(result) and result.name != merged and value(result).is_floating_point() and value(result).dim() > 1:
+        if is_tensor(result) and index != merged and value(result).is_floating_point() and value(result).dim() > 1:
             behind = content_before([result]) & telling
             if behind:
                 sources[index] = [(position[node], by_name[node]) for node in behind]
-    if not sources:
+    if not sources and not texts:
         return call
 
     def noting(*inputs: object) -> Any:
         outputs = call(*inputs)
+        for index in texts:
+            note_origin(outputs[index], TEXT)
+            _LOST.clear()
         for index, behind in sources.items():
             origin = Origin()
             for place, name in behind:
-                origin |= noted_origin(inputs[place]) or name
+                held = noted_origin(inputs[place])
+                origin |= name if held is None or held is TEXT else held
             if origin.modalities:
                 note_origin(outputs[index], origin)
         return outputs
 
     return noting
+
+
+def _is_text(result: object) -> bool:
+    """Whether a result is embeddings [batch, seq, hidden] that depend on integers and weights alone."""
+    if not is_tensor(result) or value(result).dim() != 3 or not value(result).is_floating_point():
+        return False
+    inputs = [node for node in content_before([result]) if node.op == "placeholder" and is_tensor(node) and value(node).dim() > 1
+              and not isinstance(value(node), torch.nn.Parameter)]
+    return bool(inputs) and not any(value(node).is_floating_point() for node in inputs)

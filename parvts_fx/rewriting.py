@@ -17,12 +17,12 @@ from parvts_fx.analysis import Decoder, VisualMerge, find_decoder
 from parvts_fx.analysis.calls import attention_nodes
 from parvts_fx.analysis.decoder import NoDecoder
 from parvts_fx.analysis.merge import find_merge
-from parvts_fx.analysis.modality import MODALITIES, UNKNOWN
+from parvts_fx.analysis.modality import MODALITIES, UNKNOWN, content_before
 from parvts_fx.analysis.records import Merge
-from parvts_fx.analysis.values import ancestors, descendants, hint, value
+from parvts_fx.analysis.values import descendants, hint, is_tensor, value
 from parvts_fx.capture import capture, copy_graph_module
 from parvts_fx.errors import NotRewritten, Refusal
-from parvts_fx.handover import MergedInput, can_hand_on, merged_in_front
+from parvts_fx.handover import MergedInput, can_hand_on, lost_merges, merged_in_front
 from parvts_fx.observe import dump_hook, log_hook
 from parvts_fx.options import Options, parse_options
 from parvts_fx.origins import noted_origins
@@ -54,6 +54,9 @@ class Rewriting:
 
     merged_mask: Callable[..., torch.Tensor] | None = None
     """The same, true where a feature of any modality stands; for a graph whose decoder is in another one."""
+
+    stream: int | None = None
+    """Which input holds the embeddings that all is merged into; None where the graph looks them up itself."""
 
     padding: Callable[..., bool] | None = None
     """Of that mask and the rewritten graph's inputs: whether padding stands behind a visual token, where that matters."""
@@ -101,7 +104,8 @@ def rewrite_graph(
     if merge is None or _is_without_visuals(work, merge, attentions, handed):
         reason = "all that is merged into embeddings is sound" if merges else "no visual features are merged into embeddings"
         return Rewriting(GraphReport("untouched", reason, nodes, merges=merges))
-    _refuse_unseen_merges(work, merge, example_inputs, handed)
+    stream = stream_input(work, merge)
+    _refuse_unseen_merges(work, merge, example_inputs, handed, stream)
     normalise(work, merge)
     decoder = find_decoder(work, window_caches_follow, merge)
     if decoder is None:
@@ -131,17 +135,18 @@ def rewrite_graph(
     records = run_pipeline(build_pipeline(options) if passes is None else passes, state, hooks)
     work.recompile()
     layers = tuple(_layer_report(layer, options, facts) for layer in decoder.layers)
-    return Rewriting(GraphReport("rewritten", layers=layers, passes=tuple(records), **facts), work, precondition, merge, mask, padding)
+    return Rewriting(GraphReport("rewritten", layers=layers, passes=tuple(records), **facts), work, precondition, merge, mask,
+                     stream=stream, padding=padding)
 
 
 def _find_merge(
     work: GraphModule, attentions: set[Node], example_inputs: Sequence[object], options: Options, handed: MergedInput | None
 ) -> VisualMerge | None:
     """Where features enter, written as one kind of merge; with what has been handed over, if anything has."""
-    origins = noted_origins(work, example_inputs)
+    texts, origins = noted_origins(work, example_inputs)
     first = handed and handed.receive(work)
-    UnifyMerges().run(work, attentions, first and first.output, origins)
-    merge = find_merge(work.graph, attentions, handed=first, origins=origins, prunes=options.prunes)
+    UnifyMerges().run(work, attentions, first and first.output, texts, origins)
+    merge = find_merge(work.graph, attentions, handed=first, texts=texts, origins=origins, prunes=options.prunes)
     if first is not None and merge.merges == (first,):
         return dataclasses.replace(merge, count=int(handed.visual[0].sum()))
     return merge
@@ -156,35 +161,44 @@ def _is_without_visuals(work: GraphModule, merge: VisualMerge, attentions: set[N
     own = [held for held in merge.merges if held.prunable and not (handed and held is merge.merges[0])]
     if own or handed and handed.visual.any():
         return False
-    if attentions.isdisjoint(descendants(work.graph, [merge.output])) and can_hand_on(work, merge.output):
+    if attentions.isdisjoint(descendants(work.graph, [merge.output])) and can_hand_on(merge.output):
         raise NoDecoder(work, merge)
     return True
 
 
 def _refuse_unseen_merges(
-    work: GraphModule, merge: VisualMerge, example_inputs: Sequence[object], handed: MergedInput | None
+    work: GraphModule, merge: VisualMerge, example_inputs: Sequence[object], handed: MergedInput | None, position: int | None
 ) -> None:
     """
     Raises:
         Refusal: the embeddings that this graph merges into hold rows that are no id's own and that no graph has merged.
     """
-    if any(isinstance(given, FakeTensor) for given in example_inputs) or handed and len(merge.merges) == 1:
+    if position is None or any(isinstance(given, FakeTensor) for given in example_inputs) or handed and len(merge.merges) == 1:
         return
-    stream = ancestors([merge.output]) - ancestors(held.features for held in merge.merges if held.features is not None)
-    placeholders = [node for node in work.graph.nodes if node.op == "placeholder"]
-    for position, (node, given) in enumerate(zip(placeholders, example_inputs)):
-        if node in stream and isinstance(given, torch.Tensor) and given.dim() == 3 and given.is_floating_point():
-            merged, foreign = merged_in_front(example_inputs, position)
-            if foreign is None:
-                continue
-            if merged is not None:
-                foreign = foreign & ~merged
-            own = merged_mask(work, merge)(*example_inputs, *((torch.zeros_like(foreign),) if handed else ()))
-            rows = given[foreign & ~own]
-            if len(rows) and not (len(rows) > 1 and (rows == rows[0]).all()):  # if all are alike, they are yet to be filled
-                raise Refusal("rows of the prompt that this graph merges features into are neither the embeddings of its ids "
-                              "nor merged by any captured graph: the model merges some of its features in code that Dynamo "
-                              "does not capture, or changes merged embeddings between two graphs", merge.output)
+    given = example_inputs[position]
+    merged, foreign = merged_in_front(example_inputs, position)
+    unseen = merged is None and lost_merges(given)
+    if foreign is not None and not unseen:
+        own = merged_mask(work, merge)(*example_inputs, *((torch.zeros_like(foreign),) if handed else ()))
+        rows = given[foreign & ~own if merged is None else foreign & ~own & ~merged]
+        # if all are alike, they are yet to be filled
+        unseen = len(rows) > 0 and not (len(rows) > 1 and bool((rows == rows[0]).all()))
+    if unseen:
+        raise Refusal("the prompt that this graph merges features into holds others that no captured graph handed on: the model "
+                      "merges some of its features in code that Dynamo does not capture, or changes the merged embeddings "
+                      "between two graphs", merge.output)
+
+
+def stream_input(work: GraphModule, merge: VisualMerge) -> int | None:
+    """Which input holds the embeddings that all is merged into; None where the graph looks them up itself."""
+    node = merge.output
+    merged = {source for held in merge.merges for source in (held.features, held.mask) if source is not node}
+    behind, wide = content_before([node], without=merged), value(node).shape[2]
+    for position, source in enumerate(node for node in work.graph.nodes if node.op == "placeholder"):
+        if source in behind and is_tensor(source) and value(source).dim() == 3 and value(source).is_floating_point() and (
+                value(source).shape[2] == wide) and not isinstance(value(source), torch.nn.Parameter):
+            return position
+    return None
 
 
 def report_merges(
@@ -197,7 +211,7 @@ def report_merges(
 
 def _report_merge(module: GraphModule, merge: VisualMerge, held: Merge, inputs: Sequence[object]) -> MergeReport:
     one = dataclasses.replace(
-        merge, masks=(held.mask,), features=() if held.features is None else (held.features,), count=None)
+        merge, masks=(held.mask,), features=(held.features,) if held.sized else (), count=None)
     tokens = None if one.visual_tokens is None else hint(one.visual_tokens)
     if tokens is None and not any(isinstance(given, FakeTensor) for given in inputs):
         with contextlib.suppress(RuntimeError, IndexError):  # sizes that no input has, say

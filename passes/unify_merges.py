@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -39,15 +39,16 @@ class UnifyMerges:
 
     def run(
         self, module: GraphModule, attentions: set[Node], handed: Node | None = None,
-        origins: Mapping[Node, Origin] | None = None,
+        texts: Collection[Node] = (), origins: Mapping[Node, Origin] | None = None,
     ) -> int:
         """Rewrite the graph; returns the number of merges that were rewritten.
 
         Args:
             handed: an input that holds embeddings into which an earlier graph has merged.
-            origins: what earlier graphs have told of placeholders.
+            texts: inputs that hold embeddings which an earlier graph has looked up.
+            origins: what earlier graphs have told of other placeholders.
         """
-        editor, stream = Editor(module), Stream(attentions, handed)
+        editor, stream = Editor(module), Stream(attentions, handed, texts)
         count = 0
         for node in list(module.graph.nodes):
             if not node.op.startswith("call"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
 from torch.fx import Graph, Node
@@ -67,11 +67,13 @@ class Stream:
     Args:
         attentions: nodes of all attention calls; a merge into their results belongs to a layer, not to the prompt.
         handed: an input that holds embeddings into which an earlier graph has merged.
+        texts: inputs that hold embeddings which an earlier graph has looked up.
     """
 
-    def __init__(self, attentions: set[Node], handed: Node | None = None):
+    def __init__(self, attentions: set[Node], handed: Node | None = None, texts: Collection[Node] = ()):
         self.attentions = attentions
         self.handed = handed
+        self.texts = {handed, *texts} - {None}
         self.into: dict[Node, Node] = {}
         """By merge, the embeddings that it merges into."""
 
@@ -84,16 +86,16 @@ class Stream:
             if source not in seen:
                 seen.add(source)
                 yield source
-                if source is not self.handed:
+                if source not in self.texts:
                     stack.extend([self.into[source]] if source in self.into else source.all_input_nodes)
 
     def is_prompt(self, node: Node) -> bool:
         """Embeddings looked up by integers or handed over, which no attention and no input of other numbers has touched."""
         looked_up = False
         for source in self.before(node):
-            if source in self.attentions or _is_signal(source) and source is not self.handed:
+            if source in self.attentions or _is_signal(source) and source not in self.texts:
                 return False
-            looked_up |= source is self.handed or (
+            looked_up |= source in self.texts or (
                 source.op == "placeholder" and is_tensor(source) and not value(source).is_floating_point())
         return looked_up
 
@@ -131,6 +133,7 @@ def find_merge(
     attentions: set[Node],
     *,
     handed: Merge | None = None,
+    texts: Collection[Node] = (),
     origins: Mapping[Node, Origin] | None = None,
     prunes: Callable[[str], bool] = VISUAL.__contains__,
 ) -> VisualMerge | None:
@@ -139,7 +142,8 @@ def find_merge(
     Args:
         attentions: nodes of all attention calls; a merge into their results belongs to a layer, not to the prompt.
         handed: what an earlier graph has merged; then only merges into that stream are looked for.
-        origins: what earlier graphs have told of placeholders.
+        texts: inputs that hold embeddings which an earlier graph has looked up.
+        origins: what earlier graphs have told of other placeholders.
         prunes: whether tokens of a modality may be dropped; those of the others are like text.
 
     Returns:
@@ -148,7 +152,7 @@ def find_merge(
     Raises:
         Refusal: one merge takes in features of which some may be dropped and some not; or embeddings grow between merges.
     """
-    stream = Stream(attentions, handed and handed.output)
+    stream = Stream(attentions, handed and handed.output, texts)
     found: dict[Node, tuple[Node, Node, bool]] = {}
     for node in graph.nodes:
         held = stream.accept(node)
@@ -162,7 +166,7 @@ def find_merge(
     for node, (mask, features, sized) in found.items():
         if node in passed:
             origin = origin_of([features], origins)
-            chain.append(Merge(node, mask, features if sized else None, origin, _prunable(node, origin, prunes)))
+            chain.append(Merge(node, mask, features, sized, origin, _prunable(node, origin, prunes)))
     return _visual(tuple(chain))
 
 
@@ -172,8 +176,9 @@ def _visual(merges: tuple[Merge, ...]) -> VisualMerge:
     if any(concrete(value(merge.output).shape[1]) != size for merge in merges):
         raise Refusal("embeddings grow between two merges of features", output)
     visual = [merge for merge in merges if merge.prunable]
-    features = tuple(merge.features for merge in visual)
-    return VisualMerge(output, tuple(merge.mask for merge in visual), () if None in features else features, None, merges)
+    features = tuple(merge.features for merge in visual if merge.features is not None)
+    sized = all(merge.sized for merge in visual)
+    return VisualMerge(output, tuple(merge.mask for merge in visual), features if sized else (), None, merges)
 
 
 def _prunable(node: Node, origin: Origin, prunes: Callable[[str], bool]) -> bool:
