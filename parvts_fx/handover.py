@@ -37,6 +37,9 @@ class _Merged:
     reference: weakref.ref[torch.Tensor]
     visual: torch.Tensor
     merged: torch.Tensor
+    by_graph: bool
+    """Whether a graph has merged them, whose report lists what they are."""
+
     received: bool = False
     """Whether a decoder's graph has taken it."""
 
@@ -64,7 +67,7 @@ def hand_over(
             if unreceived is not None:
                 unreceived()
 
-    _MERGED[key] = _Merged(weakref.ref(embeddings, forget), visual, visual if merged is None else merged)
+    _MERGED[key] = _Merged(weakref.ref(embeddings, forget), visual, visual if merged is None else merged, merged is not None)
 
 
 def _held(embeddings: object) -> _Merged | None:
@@ -102,6 +105,9 @@ class MergedInput:
     visual: torch.Tensor
     """[batch, seq] bool: visual tokens; none where only sound has been merged."""
 
+    by_graph: bool = True
+    """Whether a graph has merged them, which knew of what modality they are."""
+
     @staticmethod
     def find(module: GraphModule, example_inputs: Sequence[object]) -> MergedInput | None:
         """The merged embeddings among the inputs of a graph that has attention, or that merges more into them.
@@ -116,9 +122,9 @@ class MergedInput:
             held = _held(given)
             if held is not None and (has_attention or _merges(module, example_inputs, position)):
                 held.received = True
-                return MergedInput(position, held.visual)
+                return MergedInput(position, held.visual, held.by_graph)
             if held is None and has_attention and (rows := merged_rows(given)) is not None:
-                return None if _merges(module, example_inputs) else MergedInput(position, rows)
+                return None if _merges(module, example_inputs) else MergedInput(position, rows, False)
         return None
 
     def receive(self, module: GraphModule) -> Merge:

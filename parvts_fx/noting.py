@@ -38,12 +38,13 @@ class _Noting(TorchFunctionMode):
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        earlier = visual_rows(args[0], receive=False) if func in (*_SCATTERS, *_SETTERS) and args else None
         result = func(*args, **(kwargs or {}))
         if func in _SCATTERS and len(args) == 3:
-            self._note(result, args[1])
+            self._note(result, args[1], earlier)
         elif func in _SETTERS and len(args) == 3:
             index = args[1]
-            self._note(args[0], index[0] if isinstance(index, tuple) and len(index) == 1 else index)
+            self._note(args[0], index[0] if isinstance(index, tuple) and len(index) == 1 else index, earlier)
         elif func in _COPIES or func in _CHOICES:
             visual = visual_rows(args[0], receive=False)
             if visual is not None:
@@ -51,8 +52,9 @@ class _Noting(TorchFunctionMode):
                 self._note(result, everywhere if func in _COPIES else func(everywhere, *args[1:], **(kwargs or {})))
         return result
 
-    def _note(self, embeddings: object, mask: object) -> None:
-        """``mask`` bool: [batch, seq], or with a last axis of one entry or of the embeddings' width."""
+    def _note(self, embeddings: object, mask: object, earlier: torch.Tensor | None = None) -> None:
+        """``mask`` bool: [batch, seq], or with a last axis of one entry or of the embeddings' width. ``earlier`` [batch, seq]:
+        what had been merged before."""
         if not (isinstance(embeddings, torch.Tensor) and isinstance(mask, torch.Tensor) and mask.dtype == torch.bool):
             return
         if embeddings.dim() != 3 or not embeddings.is_floating_point() or mask.dim() not in (2, 3):
@@ -60,7 +62,7 @@ class _Noting(TorchFunctionMode):
         rows = mask if mask.dim() == 2 else mask.any(-1)
         if rows.shape == embeddings.shape[:2]:
             self.merged.append(embeddings)
-            hand_over(embeddings, rows)
+            hand_over(embeddings, rows if earlier is None else rows | earlier)
 
 
 @contextlib.contextmanager

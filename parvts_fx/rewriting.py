@@ -145,6 +145,8 @@ def _find_merge(
     """Where features enter, written as one kind of merge; with what has been handed over, if anything has."""
     texts, origins = noted_origins(work, example_inputs)
     first = handed and handed.receive(work)
+    if first is not None and not handed.by_graph:
+        first = dataclasses.replace(first, prunable=options.prunes(UNKNOWN))
     UnifyMerges().run(work, attentions, first and first.output, texts, origins)
     merge = find_merge(work.graph, attentions, handed=first, texts=texts, origins=origins, prunes=options.prunes)
     if first is not None and merge.merges == (first,):
@@ -159,7 +161,7 @@ def _is_without_visuals(work: GraphModule, merge: VisualMerge, attentions: set[N
         NoDecoder: nothing so far, and the decoder is in another graph, for which more may be merged.
     """
     own = [held for held in merge.merges if held.prunable and not (handed and held is merge.merges[0])]
-    if own or handed and handed.visual.any():
+    if own or handed and merge.merges[0].prunable and handed.visual.any():
         return False
     if attentions.isdisjoint(descendants(work.graph, [merge.output])) and can_hand_on(merge.output):
         raise NoDecoder(work, merge)
@@ -205,7 +207,7 @@ def report_merges(
     module: GraphModule, merge: VisualMerge, inputs: Sequence[object], handed: MergedInput | None = None
 ) -> tuple[MergeReport, ...]:
     """What is merged in this graph, given its inputs; what has been handed over is told by the graph that merged it."""
-    own = merge.merges[1:] if handed else merge.merges
+    own = merge.merges[1:] if handed and handed.by_graph else merge.merges
     return tuple(_report_merge(module, merge, held, inputs) for held in own)
 
 

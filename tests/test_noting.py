@@ -82,3 +82,13 @@ def test_embeddings_are_forgotten_with_their_tensor():
     hand_over(embeddings, torch.ones(1, 2, dtype=torch.bool), lambda: told.append(True))
     del embeddings
     assert told == [True]
+
+
+def test_several_merges_are_noted_together():
+    first, second = torch.tensor([[True, False, False, False]]), torch.tensor([[False, False, True, False]])
+    with _Noting():
+        x = torch.zeros(1, 4, 3).masked_scatter(first[..., None], torch.ones(1, 3))
+        x = x.masked_scatter(second[..., None], torch.ones(1, 3))
+        assert torch.equal(visual_rows(x, receive=False), first | second)
+        x[torch.tensor([[False, True, False, False]])] = 2.0
+        assert int(visual_rows(x, receive=False).sum()) == 3
