@@ -11,10 +11,11 @@ import torch
 from torch.fx import GraphModule, Node
 
 from parvts_fx.analysis.records import Attention, Decoder, Mixer
-from parvts_fx.analysis.values import output_node, value
+from parvts_fx.analysis.tokens import AxisLabels
+from parvts_fx.analysis.values import hint, output_node, value
 from parvts_fx.errors import Refusal
 from parvts_fx.options import Options
-from parvts_fx.passes.editing import Editor, Rows, Size
+from parvts_fx.passes.editing import Editor, Rows, Samples, Size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +123,57 @@ class State:
         self.original_outputs = [value(out) if isinstance(out, Node) else out for out in flat]
         inside, axes = set(self.decoder.nodes), self.decoder.tokens.axes
         self.last_rows = {position for position, out in enumerate(flat) if out in inside and not axes.get(out)}
+
+    def samples_of(self, node: Node) -> Samples | None:
+        """Where the samples lie in one of the decoder's tensors, or in what a pass has made of one; None for a batch of one.
+
+        Raises:
+            Refusal: they cannot be told apart there.
+        """
+        found = self.decoder.samples
+        if found is None:
+            return None
+        axes = found.axes.get(node, {})
+        if len(axes) != 1:
+            raise Refusal("no axis of a tensor holds the samples", node)
+        ((axis, kind),) = axes.items()
+        if kind.is_plain:
+            return Samples(axis)
+        inner = self.decoder.sample_layouts.get(node, {}).get(axis)
+        if kind.offset or inner is None or kind.multiple % inner:
+            raise Refusal(f"a tensor holds its samples as {kind}, which is not understood", node)
+        return Samples(axis, kind.multiple, inner)
+
+    def samples_of_side(self, side: Node, reader: Node, index: int, like: Node | None) -> Samples | None:
+        """The same for a tensor from outside the decoder, as leaf number ``index`` of one of its nodes.
+
+        Args:
+            like: the prompt's tensor that it is combined with; their axes are aligned from the right, as broadcasting does.
+        """
+        found = self.decoder.samples
+        if found is None:
+            return None
+        binding = found.bindings.get(reader, {}).get(index)
+        if isinstance(binding, AxisLabels):
+            ((axis, _),) = binding.axes
+            return Samples(axis)
+        if like is None:
+            raise Refusal("a side input's samples cannot be told apart", side)
+        there = self.samples_of(like)
+        axis = there.axis - (value(like).dim() - value(side).dim())
+        if axis >= 0 and hint(value(side).shape[axis]) != 1:
+            raise Refusal("a side input's samples cannot be told apart", side)
+        return dataclasses.replace(there, axis=axis)
+
+    def alike(self, new: Node, old: Node) -> Node:
+        """Note that a new node holds its tokens and samples along the same axes as an old one; returns the new one."""
+        tokens, samples = self.decoder.tokens, self.decoder.samples
+        if old in tokens.axes:
+            tokens.axes[new] = tokens.axes[old]
+        if samples is not None and old in samples.axes:
+            samples.axes[new] = samples.axes[old]
+            self.decoder.sample_layouts[new] = self.decoder.sample_layouts.get(old, {})
+        return new
 
     def keep(self, node: Node) -> None:
         """Leave a node in the graph though nothing reads it."""

@@ -16,7 +16,7 @@ from parvts_fx.analysis.records import Attention, Operand
 from parvts_fx.analysis.tokens import AtMost, AxisLabels, Count
 from parvts_fx.analysis.values import leaves, value, with_leaves
 from parvts_fx.passes.base import PassResult, State
-from parvts_fx.passes.editing import Rows, batch_of
+from parvts_fx.passes.editing import Rows, Samples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +51,8 @@ def duplicate(state: State, attention: Attention) -> None:
         ]
         joined = state.editor.call(torch.cat, outputs, dim=axis)
         slots = Rows("slots", parts.slots, parts.everything.count)
-        result = state.editor.gather(joined, axis, slots, batch_of(attention.output, axis, state.batch))
-    state.decoder.tokens.axes[result] = state.decoder.tokens.axes[attention.output]
+        result = state.editor.gather(joined, axis, slots, state.samples_of(attention.output))
+    state.alike(result, attention.output)
     attention.output.replace_all_uses_with(result)
 
 
@@ -85,9 +85,9 @@ def attend(
             elif isinstance(binding, AtMost):
                 leaf = editor.least(leaf, choice[binding.label].count)
             elif isinstance(binding, AxisLabels):
-                leaf = _side_rows(state, leaf, binding, choice, node, node)
+                leaf = _side_rows(state, leaf, binding, choice, state.samples_of_side(leaf, node, index, node), node)
             fresh.append(leaf)
-        new[node] = editor.copy(node, *with_leaves(node, fresh))
+        new[node] = state.alike(editor.copy(node, *with_leaves(node, fresh)), node)
     return new[attention.output]
 
 
@@ -98,30 +98,33 @@ def _attend_fused(
     named = fused_arguments(node)
     (query,), (key, val) = attention.queries, attention.keys
     if named["is_causal"] and queries is not keys:
-        mask = state.editor.causal_mask(queries, keys, state.decoder.merge.output)
+        mask = state.editor.causal_mask(
+            queries, keys, state.decoder.merge.output, value(query.node).dim(), state.samples_of(query.node))
         named.update(is_causal=False, attn_mask=mask)
     elif named["attn_mask"] is not None:
-        (binding,) = attention.bindings[node].values()
-        choice = {QUERY: queries, KEY: keys}
-        named["attn_mask"] = _side_rows(state, named["attn_mask"], binding, choice, query.node, node)
+        ((index, binding),) = attention.bindings[node].items()
+        samples = state.samples_of_side(named["attn_mask"], node, index, query.node)
+        named["attn_mask"] = _side_rows(
+            state, named["attn_mask"], binding, {QUERY: queries, KEY: keys}, samples, node)
     for name, operand, rows in (("query", query, queries), ("key", key, keys), ("value", val, keys)):
         named[name] = _rows_of(state, operand, rows, ready, attention.nodes[0])
     operands = [named.pop(name) for name in ("query", "key", "value")]
-    return state.editor.call(F.scaled_dot_product_attention, *operands, **named)
+    return state.alike(state.editor.call(F.scaled_dot_product_attention, *operands, **named), attention.output)
 
 
 def _rows_of(state: State, operand: Operand, rows: Rows, ready: Mapping[Node, Node], reader: Node) -> Node:
     if operand.node in ready:
         return ready[operand.node]
-    batch = batch_of(operand.node, operand.axis, state.batch)
-    return state.editor.gather(operand.node, operand.axis, rows, batch, reader)
+    gathered = state.editor.gather(operand.node, operand.axis, rows, state.samples_of(operand.node), reader)
+    return state.alike(gathered, operand.node)
 
 
 def _side_rows(
-    state: State, side: Node, binding: AxisLabels, choice: dict[str, Rows], like: Node, reader: Node
+    state: State, side: Node, binding: AxisLabels, choice: dict[str, Rows], samples: Samples | None, reader: Node
 ) -> Node:
     rank = value(side).dim()
     for axis, label in binding.axes:
-        axis += value(side).dim() - rank  # gathering per sample may have put an axis for them in front
-        side = state.editor.gather(side, axis, choice[label], batch_of(side, axis, state.batch, like), reader)
+        new_in_front = value(side).dim() - rank  # of axes, one of which holds the samples
+        held = dataclasses.replace(samples, axis=0) if new_in_front else samples
+        side = state.editor.gather(side, axis + new_in_front, choice[label], held, reader)
     return side

@@ -13,9 +13,8 @@ from parvts_fx.analysis.records import Attention
 from parvts_fx.analysis.values import ancestors, needed_for
 from parvts_fx.passes.base import PassResult, State
 from parvts_fx.passes.duplicate_attention import attend
-from parvts_fx.passes.editing import batch_of
 from parvts_fx.passes.fewer_rows import find_tail, write_tail
-from parvts_fx.passes.restrict import restrict
+from parvts_fx.passes.restrict import gather_rows, restrict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +38,7 @@ class DuplicateLayers:
         rows = state.prefix or state.partition
         needed = needed_for(graph, [state.cut])
         region = [node for node in state.decoder.nodes if node in needed and node is not merge]
-        start = {merge: state.editor.gather(merge, 1, rows.non_subject, (0, state.batch))}
+        start = {merge: gather_rows(state, merge, rows.non_subject, merge.next)}
         last = state.migration_mixers[-1].attention if state.migration_mixers else None
         texts = state.partition.text.count
         some = not isinstance(texts, int) or texts > 0  # operations on no rows at all may not know their sizes
@@ -53,7 +52,8 @@ class DuplicateLayers:
             copies = self._write(state, front, start, state.migration_attentions[:-1])
 
             def take_text(node: Node, axis: int) -> Node:
-                return state.editor.gather(node, axis, rows.text_in_non_subject, batch_of(node, axis, state.batch))
+                return state.alike(
+                    state.editor.gather(node, axis, rows.text_in_non_subject, state.samples_of(node)), node)
 
             def ask(ready: Mapping[Node, Node]) -> Node:
                 return attend(state, last, rows.text, state.partition.non_subject, self._lend(state, last, ready))
@@ -90,5 +90,5 @@ class DuplicateLayers:
         for node, axis in ((operand.node, operand.axis) for operand in attention.keys if operand.node in ready):
             lent = state.editor.call(torch.narrow, node, axis, 0, state.prefix.count)
             state.lent[lent] = node
-            full[node] = state.editor.call(torch.cat, [lent, ready[node]], dim=axis)
+            full[node] = state.alike(state.editor.call(torch.cat, [lent, ready[node]], dim=axis), node)
         return full

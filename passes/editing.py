@@ -15,7 +15,7 @@ from torch.fx.node import map_aggregate
 
 from parvts_fx.analysis.memo import Memo
 from parvts_fx.analysis.probe import quiet_trials
-from parvts_fx.analysis.values import call, changed_in_place, concrete, fake_mode_of, hint, storage_of, value
+from parvts_fx.analysis.values import call, changed_in_place, concrete, fake_mode_of, storage_of, value
 from parvts_fx.errors import Refusal
 
 Size = int | Node
@@ -37,6 +37,35 @@ class Rows:
         return max(node for node in (self.index, self.count) if isinstance(node, Node))
 
 
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """Where the samples of a batch lie in a tensor."""
+
+    axis: int
+    """-1 or less for "in front of the tensor", which all samples share; so they do where its axis has one entry."""
+
+    each: int = 1
+    """Entries per sample."""
+
+    inner: int = 1
+    """How many of these follow one another, before the next sample's."""
+
+    def spread(self, rows: torch.Tensor) -> torch.Tensor:
+        """[batch, n] to [entries of the axis, n]."""
+        if self.each == 1:
+            return rows
+        return rows.repeat_interleave(self.inner, 0).repeat(self.each // self.inner, 1)
+
+
+def along(rows: torch.Tensor, samples: Samples | None, axis: int, rank: int) -> torch.Tensor:
+    """[batch, n] as a tensor of some rank, for broadcasting with one that has its rows along ``axis``."""
+    if samples is None:
+        return rows[0][tuple(slice(None) if i == axis else None for i in range(rank))]
+    rows = samples.spread(rows)
+    rows = rows if samples.axis < axis else rows.t()
+    return rows[tuple(slice(None) if i in (samples.axis, axis) else None for i in range(rank))]
+
+
 class Editor:
     """Adds nodes to one graph."""
 
@@ -46,7 +75,7 @@ class Editor:
         self.mode = fake_mode_of(module.graph)
         self._memo = Memo()
         self._gathered: dict[tuple, Node] = {}
-        self._masks: dict[tuple[str, str], Node] = {}
+        self._masks: dict[tuple, Node] = {}
         self._writes: dict[int, list[Node]] = {}
         for node in self.graph.nodes:
             self._note_write(node)
@@ -148,14 +177,13 @@ class Editor:
     # -- rows -------------------------------------------------------------------------------------------------------
 
     def gather(
-        self, node: Node, axis: int, rows: Rows, batch: tuple[int, int | torch.SymInt] | None, reader: Node | None = None
+        self, node: Node, axis: int, rows: Rows, samples: Samples | None, reader: Node | None = None
     ) -> Node:
         """The rows of a tensor along one axis, per sample.
 
         Args:
             reader: who reads them, for a tensor that may be written into in between; None if it is not.
-            batch: (axis, size) of the samples in this tensor; the axis may be -1 or less for "in front of the tensor"
-                and may have size 1, where all samples share the tensor. None for a batch of one.
+            samples: where they lie in this tensor; None for a batch of one.
         """
         if rows.index is None:
             return node
@@ -163,70 +191,57 @@ class Editor:
         if reader is None and any(write > node for write in writes):
             raise Refusal("a tensor whose rows are needed is changed in place later on", node)
         place = max([node, rows.ready, *(write for write in writes if write < reader)] if writes else [node, rows.ready])
-        key = (node, axis, rows.name, batch and batch[0], place)
+        key = (node, axis, rows.name, samples, place)
         if key not in self._gathered:
             with self.graph.inserting_before(place.next):
-                self._gathered[key] = self._gather(node, axis, rows, batch)
+                self._gathered[key] = self._gather(node, axis, rows, samples)
         return self._gathered[key]
 
-    def _gather(self, node: Node, axis: int, rows: Rows, batch: tuple[int, int | torch.SymInt] | None) -> Node:
-        if batch is None:
+    def _gather(self, node: Node, axis: int, rows: Rows, samples: Samples | None) -> Node:
+        if samples is None:
             flat = self.call(operator.getitem, rows.index, 0)
             return self.call(torch.index_select, node, axis, flat)
-        batch_axis, _ = batch
-        while batch_axis < 0:  # a tensor that all samples share and that lacks the axis
-            node, batch_axis, axis = self.method("unsqueeze", node, 0), batch_axis + 1, axis + 1
+        place = samples.axis
+        while place < 0:  # a tensor that all samples share and that lacks the axis
+            node, place, axis = self.method("unsqueeze", node, 0), place + 1, axis + 1
         rank = value(node).dim()
-        samples = self.size(rows.index, 0)
-        shape: list[Size] = [self.size(node, i) for i in range(rank)]
-        if shape[batch_axis] == 1:
-            shape[batch_axis] = samples
-            node = self.method("expand", node, *(-1 if i != batch_axis else samples for i in range(rank)))
         index = rows.index
-        if batch_axis > axis:
-            raise Refusal("the samples' axis lies behind the tokens' axis", node)
-        view = tuple(slice(None) if i in (batch_axis, axis) else None for i in range(rank))
+        if samples.each > 1:
+            index = self.call(torch.repeat_interleave, index, samples.inner, 0)
+            index = self.method("repeat", index, samples.each // samples.inner, 1)
+        entries = self.size(index, 0)
+        shape: list[Size] = [self.size(node, i) for i in range(rank)]
+        if shape[place] == 1:
+            shape[place] = entries
+            node = self.method("expand", node, *(-1 if i != place else entries for i in range(rank)))
+        if place > axis:
+            index = self.method("t", index)
+        view = tuple(slice(None) if i in (place, axis) else None for i in range(rank))
         index = self.call(operator.getitem, index, view)
         index = self.method("expand", index, *(rows.count if i == axis else shape[i] for i in range(rank)))
         return self.call(torch.gather, node, axis, index)
 
-    def causal_mask(self, queries: Rows, keys: Rows, prompt: Node) -> Node:
-        """[batch, 1, queries, keys] bool: the query's position is not before the key's. ``prompt``: [batch, seq, ...]."""
-        pair = (queries.name, keys.name)
-        if pair not in self._masks:
-            if keys.index is None:
-                self._masks[pair] = self.inline(
-                    lambda query, like: query[:, None, :, None] >= torch.arange(like.shape[1], device=query.device),
-                    queries.index, prompt)
-            else:
-                self._masks[pair] = self.inline(
-                    lambda query, key: query[:, None, :, None] >= key[:, None, None, :], queries.index, keys.index)
-        return self._masks[pair]
+    def causal_mask(self, queries: Rows, keys: Rows, prompt: Node, rank: int, samples: Samples | None) -> Node:
+        """Bool, broadcast with scores of some rank whose last axes are queries and keys: the query's position is not
+        before the key's.
 
+        Args:
+            prompt: [batch, seq, ...].
+            samples: where they lie among the scores' axes.
+        """
+        key = (queries.name, keys.name, rank, samples)
+        if key not in self._masks:
+            place = samples or Samples(0)
 
-def batch_of(node: Node, token_axis: int, batch: int | torch.SymInt, like: Node | None = None) -> tuple | None:
-    """Where the samples lie in a tensor: (axis, size), or None for a batch of one.
+            def mask(query: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+                if keys.index is None:
+                    other = torch.arange(other.shape[1], device=query.device)[None]
+                    allowed = place.spread(query)[:, :, None] >= other[:, None, :]
+                else:
+                    allowed = place.spread(query)[:, :, None] >= place.spread(other)[:, None, :]
+                allowed = allowed[0] if samples is None else allowed
+                wanted = (rank - 2, rank - 1) if samples is None else (place.axis, rank - 2, rank - 1)
+                return allowed[tuple(slice(None) if i in wanted else None for i in range(rank))]
 
-    Args:
-        like: for a tensor that does not depend on the prompt, the prompt's tensor that it is combined with; their axes
-            are aligned from the right, as broadcasting does.
-    """
-    if hint(batch) == 1:
-        return None
-    tensor = value(node)
-    if like is not None:
-        axis = tensor.dim() - value(like).dim()
-        if axis >= 0 and hint(tensor.shape[axis]) not in (1, hint(batch)):
-            raise Refusal("a side input's samples cannot be told apart", node)
-        return (axis, batch)
-    candidates = [i for i, size in enumerate(tensor.shape) if i < token_axis and hint(size) == hint(batch)]
-    if not candidates:
-        raise Refusal("no axis in front of the tokens holds the samples", node)
-    return (candidates[0], batch)
-
-
-def rows_along(node: Node, token_axis: int, batch: int | torch.SymInt) -> tuple[slice | None, ...]:
-    """The index with which a tensor [batch, rows] is broadcast along a tensor's samples and tokens."""
-    samples = batch_of(node, token_axis, batch)
-    wanted = (samples[0] if samples else token_axis - 1, token_axis)
-    return tuple(slice(None) if axis in wanted else None for axis in range(value(node).dim()))
+            self._masks[key] = self.inline(mask, queries.index, prompt if keys.index is None else keys.index)
+        return self._masks[key]

@@ -15,7 +15,7 @@ from parvts_fx.analysis.records import Attention
 from parvts_fx.analysis.values import descendants, hint, needed_for, output_node, value
 from parvts_fx.passes.base import PassResult, State
 from parvts_fx.passes.duplicate_attention import attend
-from parvts_fx.passes.editing import Rows, rows_along
+from parvts_fx.passes.editing import Rows, along
 from parvts_fx.passes.fewer_rows import find_tail, write_tail
 
 
@@ -53,7 +53,8 @@ class KeepLastRows:
             index = state.editor.call(operator.getitem, kept.index, (slice(None), slice(-count, None)))
 
         def take_last(node: Node, axis: int) -> Node:
-            return state.editor.call(operator.getitem, node, (slice(None),) * axis + (slice(-count, None),))
+            return state.alike(
+                state.editor.call(operator.getitem, node, (slice(None),) * axis + (slice(-count, None),)), node)
 
         rows = Rows("last", index, count)
 
@@ -72,10 +73,10 @@ class KeepLastRows:
         everything = attend(state, last, rows, parts.everything, ready)
         if state.options.paths == "joint":
             return everything
-        view = rows_along(last.output, last.output_axis, state.batch)
+        samples, rank = state.samples_of(last.output), value(last.output).dim()
 
         def choose(everything: torch.Tensor, subject: torch.Tensor, is_text: torch.Tensor) -> torch.Tensor:
-            return torch.where(is_text[:, -rows.count:][view], everything, subject)
+            return torch.where(along(is_text[:, -rows.count:], samples, last.output_axis, rank), everything, subject)
 
         subject = attend(state, last, rows, parts.subject, ready)
         return state.editor.inline(choose, everything, subject, parts.is_text)

@@ -9,9 +9,9 @@ import torch
 from torch.fx import Node
 
 from parvts_fx.analysis.last_rows import last_rows_of
-from parvts_fx.analysis.values import descendants, output_node
+from parvts_fx.analysis.values import descendants, output_node, value
 from parvts_fx.passes.base import PassResult, State
-from parvts_fx.passes.editing import rows_along
+from parvts_fx.passes.editing import along
 from parvts_fx.passes.restrict import gather_rows, restrict
 
 
@@ -67,11 +67,11 @@ class PruneBranch:
         their rows along one axis."""
         weight, rows, other = self.fusion, state.prefix or state.partition, state.non_subject_link
         axis = state.decoder.tokens.plain_axis(state.cut)
-        view = rows_along(state.cut, axis, state.batch)
+        samples, rank = state.samples_of(state.cut), value(state.cut).dim()
 
         def fuse(a: torch.Tensor, b: torch.Tensor, is_text: torch.Tensor, partners: torch.Tensor) -> torch.Tensor:
-            partner = b.gather(axis, partners[view].expand(a.shape))
-            return torch.where(is_text[view], weight * a + (1 - weight) * partner, a)
+            partner = b.gather(axis, along(partners, samples, axis, rank).expand(a.shape))
+            return torch.where(along(is_text, samples, axis, rank), weight * a + (1 - weight) * partner, a)
 
         partners = rows.text_partners if state.non_subject_rows is rows.text else rows.partners
         with state.editor.graph.inserting_before(max(subject, other).next):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from parvts_fx.analysis.values import (
 )
 from parvts_fx.errors import Refusal
 from parvts_fx.passes.base import State
-from parvts_fx.passes.editing import Rows, batch_of
+from parvts_fx.passes.editing import Rows
 
 
 def restrict(
@@ -62,13 +63,15 @@ def restrict(
                     leaf = editor.plus(leaf, editor.plus(editor.size(state.decoder.merge.output, 1), rows.count, -1))
                 elif isinstance(binding, AxisLabels):
                     rank = value(leaf).dim()
+                    samples = state.samples_of_side(leaf, node, index, like)
                     for axis, _ in binding.axes:
-                        axis += value(leaf).dim() - rank  # the samples' axis may be new in front
-                        leaf = editor.gather(leaf, axis, rows, batch_of(leaf, axis, state.batch, like), node)
+                        new_in_front = value(leaf).dim() - rank  # of axes, one of which holds the samples
+                        held = dataclasses.replace(samples, axis=0) if new_in_front else samples
+                        leaf = editor.gather(leaf, axis + new_in_front, rows, held, node)
                 elif isinstance(leaf, Node) and (leaf in tokens.axes or leaf in inside):
                     leaf = gather_rows(state, leaf, rows, node)
                 fresh.append(leaf)
-            copy = editor.copy(node, *with_leaves(node, fresh))
+            copy = state.alike(editor.copy(node, *with_leaves(node, fresh)), node)
             new[node] = copy if replaced is None else replaced(node, copy)
     return new
 
@@ -99,5 +102,5 @@ def gather_rows(state: State, node: Node, rows: Rows, reader: Node | None = None
     for axis, kind in axes.items():
         if not kind.is_plain:
             raise Refusal(f"a tensor that crosses the point of pruning counts its tokens as {kind}", node)
-        node = state.editor.gather(node, axis, rows, batch_of(node, axis, state.batch), reader)
+        node = state.alike(state.editor.gather(node, axis, rows, state.samples_of(node), reader), node)
     return node

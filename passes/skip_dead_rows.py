@@ -12,7 +12,7 @@ from parvts_fx.analysis.records import Attention
 from parvts_fx.analysis.values import ancestors, needed_for, output_node
 from parvts_fx.passes.base import PassResult, State
 from parvts_fx.passes.duplicate_attention import attend, duplicate
-from parvts_fx.passes.editing import Rows, batch_of
+from parvts_fx.passes.editing import Rows
 from parvts_fx.passes.restrict import restrict
 
 
@@ -43,10 +43,10 @@ class SkipDeadRows:
             return PassResult(0, "the layer writes into what its keys and values are computed from")
         alive = needed_for(graph, [output_node(graph)])
         short = [node for node in decoder.nodes if node in alive and node not in read_in_full and node not in last.nodes]
-        if any(mixer.output in short for mixer in state.migration_mixers if mixer.attention is None):
+        if any(mixer.output in short for mixer in state.migration_mixers if mixer.attention is not last):
             if self.paths == "parallel":
                 duplicate(state, last)
-            return PassResult(0, "tokens meet behind the last attention")
+            return PassResult(0, "tokens meet beside the last attention, or behind it")
         in_front = ancestors(operand.node for operand in last.queries)
         copies = restrict(state, [node for node in short if node in in_front], {}, parts.subject)
         with state.editor.graph.inserting_before(last.output.next):
@@ -61,8 +61,9 @@ class SkipDeadRows:
         if self.paths == "joint":
             return attend(state, attention, parts.subject, parts.everything, copies)
         text_queries = {
-            operand.node: editor.gather(copies[operand.node], operand.axis, parts.text_in_subject,
-                                        batch_of(operand.node, operand.axis, state.batch), attention.output.next)
+            operand.node: state.alike(editor.gather(
+                copies[operand.node], operand.axis, parts.text_in_subject, state.samples_of(operand.node),
+                attention.output.next), operand.node)
             for operand in attention.queries if operand.node in copies
         }
         outputs = [
@@ -71,4 +72,4 @@ class SkipDeadRows:
         ]
         joined = editor.call(torch.cat, outputs, dim=axis)
         slots = Rows("subject_slots", parts.subject_slots, parts.subject.count)
-        return editor.gather(joined, axis, slots, batch_of(attention.output, axis, state.batch))
+        return state.alike(editor.gather(joined, axis, slots, state.samples_of(attention.output)), attention.output)

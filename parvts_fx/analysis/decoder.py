@@ -9,20 +9,21 @@ from torch.fx import Graph, GraphModule, Node
 
 from parvts_fx.analysis.attention import find_attentions
 from parvts_fx.analysis.calls import attention_nodes
+from parvts_fx.analysis.independence import find_meetings
 from parvts_fx.analysis.last_rows import is_state, keeps_rows_apart, nodes_without_tokens, reads_tokens
 from parvts_fx.analysis.layers import find_layers
 from parvts_fx.analysis.merge import find_merge
 from parvts_fx.analysis.mixers import find_mixers
 from parvts_fx.analysis.records import Decoder, VisualMerge
 from parvts_fx.analysis.probe import Probe
-from parvts_fx.analysis.small_runs import SmallRuns
+from parvts_fx.analysis.small_runs import SAMPLES, SmallRuns
 from parvts_fx.analysis.tokens import TokenMap
 from parvts_fx.analysis.values import (
     changed_in_place, descendants, has_target, hint, is_tensor, output_node, storage_of, value,
 )
 from parvts_fx.errors import Refusal
 
-TOKEN = "token"
+TOKEN, SAMPLE = "token", "sample"
 _SUMS = (operator.add, operator.iadd, torch.add, torch.ops.aten.add.Tensor)
 _FRESH = (torch.empty, torch.zeros, torch.ones, torch.full)
 
@@ -71,10 +72,13 @@ def find_decoder(
     if not attentions:
         raise Refusal("no attention call reads the merged tokens as both queries and keys (a preallocated cache, say, "
                       "whose length the graph cannot change)", merge.output)
-    runs = SmallRuns(module, tokens, None)
+    samples = _sample_axes(module, nodes, merge.output, batch) if hint(batch) > 1 else None
+    runs = SmallRuns(module, tokens, samples)
+    sample_layouts = _apart(runs, nodes, merge.output)
     mixers = find_mixers(runs, nodes, merge.output, attentions)
     layers, final, output, told_by = find_layers(module, nodes, mixers, tokens, merge.output)
-    decoder = Decoder(merge, tuple(nodes), tuple(layers), final, output, tokens, window_caches_follow, told_by)
+    decoder = Decoder(merge, tuple(nodes), tuple(layers), final, output, tokens, window_caches_follow, told_by, samples,
+                      sample_layouts)
     _check(module, decoder)
     return decoder
 
@@ -91,6 +95,29 @@ def _token_axes(module: GraphModule, nodes: list[Node], start: Node, size: int |
         except Refusal as refusal:
             problem = problem or refusal
     raise problem
+
+
+def _sample_axes(module: GraphModule, nodes: list[Node], start: Node, batch: int | torch.SymInt) -> TokenMap:
+    """Probe with a larger batch."""
+    probe = Probe(module, batch, Probe.lengths_for(module, hint(batch), [SAMPLE]), "batch size")
+    probe.seed(start, {0: SAMPLE})
+    probe.run([node for node in nodes if node is not start])
+    return probe.found
+
+
+def _apart(runs: SmallRuns, nodes: list[Node], start: Node) -> dict[Node, dict[int, int]]:
+    """How the samples' entries lie in each tensor, where no sample's result depends on another.
+
+    Raises:
+        Refusal: samples meet, or it cannot be shown that they do not.
+    """
+    if runs.samples is None:
+        return {}
+    found = find_meetings(runs, SAMPLES, nodes, {start})
+    if found.meeting:
+        raise Refusal("the samples of a batch are not computed apart from one another here, or that cannot be shown",
+                      found.meeting[0])
+    return found.layouts
 
 
 def _with_buffers(graph: Graph, nodes: list[Node]) -> list[Node]:

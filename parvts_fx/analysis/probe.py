@@ -48,8 +48,10 @@ def quiet_trials() -> Iterator[None]:
 class Probe:
     """Evaluates nodes on fake tensors in which each label's tokens have another number than in the graph."""
 
-    def __init__(self, module: GraphModule, size: int | torch.SymInt, lengths: Mapping[str, int]):
-        self.module = module
+    def __init__(
+        self, module: GraphModule, size: int | torch.SymInt, lengths: Mapping[str, int], what: str = "prompt length"
+    ):
+        self.module, self.what = module, what
         self.size_hint = hint(size)
         self.lengths = dict(lengths)
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -143,6 +145,7 @@ class Probe:
         current = leaves(node)
         working: list[Finding] = []
         problem: Exception | None = None
+        first = True
         for choice in readings_of(node, self.lengths, self.found):
             try:
                 result = self._evaluate(node, current, choice, self._fake_leaf)
@@ -150,11 +153,16 @@ class Probe:
                 problem = error
                 continue
             axes = self._axes_of(node, result)
-            if axes is not False:
+            if axes is False:
+                continue
+            if first and self._keeps_tokens_whole(node, current, choice, axes):
+                yield choice, result, axes  # the best there can be: others are tried only if it turns out wrong later on
+            else:
                 working.append((choice, result, axes))
-        if not working:
+            first = False
+        if first:
             detail = f"{type(problem).__name__}: {str(problem).splitlines()[0][:200]}" if problem else "sizes do not fit"
-            raise Refusal(f"an operation works only at the traced prompt length ({detail})", node)
+            raise Refusal(f"an operation works only at the traced {self.what} ({detail})", node)
         if len(working) > 1:  # the stable sort leaves the fewest changes in front among equals
             working.sort(key=lambda entry: not self._keeps_tokens_whole(node, current, entry[0], entry[2]))
         yield from working

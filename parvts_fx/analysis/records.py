@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -149,3 +150,9 @@ class Decoder:
 
     layers_told_by: str = ""
     """What a layer was taken to be."""
+
+    samples: TokenMap | None = None
+    """Which axes of which tensors run along the batch; None for a batch of one."""
+
+    sample_layouts: Mapping[Node, Mapping[int, int]] = dataclasses.field(default_factory=dict)
+    """For axes with several entries a sample: how many of one sample follow one another."""
