@@ -22,6 +22,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 _TOKEN_AXES = {"attention_mask": (-2, -1), "position_ids": (-1,), "position_embeddings": (-2,)}
 _SAMPLE_AXIS = {"attention_mask": -4, "position_ids": -2, "position_embeddings": -3}
 
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What transformers calls a cache: it has another name from 5.24 on, and takes both."""
+
 
 @dataclasses.dataclass
 class Prefill:
@@ -151,7 +154,7 @@ def prefill(
         def run(index: int, hidden: torch.Tensor, rows: torch.Tensor, allowed: torch.Tensor, cache: DynamicCache):
             arguments = {
                 name: _cut(name, held, rows, length, sample, batch) for name, held in kept.arguments[index].items()
-                if name not in ("attention_mask", "past_key_values")
+                if name not in ("attention_mask", CACHE)
             }
             mask = _mask(kept.arguments[index].get("attention_mask"), allowed, sample)
             arguments["attention_mask"] = mask.index_select(2, rows).index_select(3, rows)
@@ -240,12 +243,12 @@ def pruned(model: torch.nn.Module, run: Callable[[dict[str, Any]], list[Prefill]
 
     @functools.wraps(forward)
     def replaced(*args: Any, **kwargs: Any) -> Any:
-        ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
+        ids, cache = kwargs.get("input_ids"), kwargs.get(CACHE)
         started = cache is not None and cache.get_seq_length() > 0
         if ids is None or started or not bool((ids == token).any()):
             return forward(*args, **kwargs)
         model.forward = forward
-        inputs = {name: held for name, held in kwargs.items() if name not in ("past_key_values", "logits_to_keep")}
+        inputs = {name: held for name, held in kwargs.items() if name not in (CACHE, "logits_to_keep")}
         try:
             done = run(inputs)
         finally:

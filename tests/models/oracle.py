@@ -20,7 +20,7 @@ from torch import nn
 from transformers import cache_utils
 
 from tests.models.registry import stands_for_features
-from tests.reference import subject_count, subjects_of
+from tests.reference import CACHE, subject_count, subjects_of
 
 _TOWERS = ("vision", "visual", "audio", "tower", "perceiver", "vqmodel", "qformer", "image_", "projector")
 _LISTS = ("layers", "h", "layer", "blocks")
@@ -208,7 +208,7 @@ class Oracle:
         @functools.wraps(forward)
         def replaced(*args: Any, **kwargs: Any) -> Any:
             if done:
-                cache = kwargs["past_key_values"]
+                cache = kwargs[CACHE]
                 if kwargs.get("position_ids") is None and "get_seq_length" not in vars(cache):
                     # the model counts positions from the cache's length, which must be the full prompt's
                     keys = cache.get_seq_length
@@ -216,16 +216,16 @@ class Oracle:
                     cache.get_seq_length = lambda *args: keys(*args) + done[0].dropped
                 return forward(*args, **kwargs)
             self.model.forward = forward
-            inputs = {name: held for name, held in kwargs.items() if name not in ("past_key_values", "logits_to_keep")}
-            if kwargs.get("past_key_values") is None:
-                kwargs["past_key_values"] = self.fresh_cache()
+            inputs = {name: held for name, held in kwargs.items() if name not in (CACHE, "logits_to_keep")}
+            if kwargs.get(CACHE) is None:
+                kwargs[CACHE] = self.fresh_cache()
             try:
                 done.append(self.prefill(inputs))
                 output = forward(**kwargs)  # its class, and whatever else it holds
             finally:
                 self.model.forward = replaced
             output.logits = done[0].logits
-            fill(kwargs["past_key_values"], done[0].cache, self.empty)
+            fill(kwargs[CACHE], done[0].cache, self.empty)
             return output
 
         self.model.forward = replaced
