@@ -19,8 +19,9 @@ from parvts_fx.handover import MergedInput, can_hand_on, hand_on
 from parvts_fx.options import Options, parse_options
 from parvts_fx.origins import noting_origins
 from parvts_fx.precondition import merged_mask, visual_mask
+from parvts_fx.prompt_merges import report_merges
 from parvts_fx.report import GraphReport
-from parvts_fx.rewriting import Rewriting, report_merges, rewrite_graph
+from parvts_fx.rewriting import Rewriting, rewrite_graph
 
 
 def parvts(

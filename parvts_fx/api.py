@@ -71,7 +71,8 @@ def explain(model: torch.nn.Module, /, *args: Any, options: Mapping[str, Any] | 
         options: the backend's options.
 
     Returns:
-        A record of every graph, with FLOPs before and after; ``print`` it for tables.
+        A record of every graph, with FLOPs before and after, and of everything that is merged into the prompt: its modality,
+        what tells that, and whether its tokens may be pruned. ``print`` it for tables.
 
     Raises:
         ValueError: bad options.

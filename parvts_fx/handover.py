@@ -175,7 +175,9 @@ def can_hand_on(merged: Node) -> bool:
 
 def _place(merged: Node) -> int | None:
     results = output_node(merged.graph).args[0]
-    return next((i for i, result in enumerate(results) if result is merged), None) if isinstance(results, (tuple, list)) else None
+    if not isinstance(results, (tuple, list)):
+        return None
+    return next((index for index, result in enumerate(results) if result is merged), None)
 
 
 def hand_on(

@@ -108,6 +108,6 @@ def _is_text(result: object) -> bool:
     """Whether a result is embeddings [batch, seq, hidden] that depend on integers and weights alone."""
     if not is_tensor(result) or value(result).dim() != 3 or not value(result).is_floating_point():
         return False
-    inputs = [node for node in content_before([result]) if node.op == "placeholder" and is_tensor(node) and value(node).dim() > 1
-              and not isinstance(value(node), torch.nn.Parameter)]
-    return bool(inputs) and not any(value(node).is_floating_point() for node in inputs)
+    inputs = [node for node in content_before([result]) if node.op == "placeholder" and is_tensor(node)]
+    given = [value(node) for node in inputs if value(node).dim() > 1 and not isinstance(value(node), torch.nn.Parameter)]
+    return bool(given) and not any(example.is_floating_point() for example in given)

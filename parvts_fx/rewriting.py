@@ -11,32 +11,30 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from parvts_fx.analysis import Decoder, VisualMerge, find_decoder
 from parvts_fx.analysis.calls import attention_nodes
-from parvts_fx.analysis.decoder import NoDecoder
-from parvts_fx.analysis.merge import find_merge
-from parvts_fx.analysis.modality import MODALITIES, UNKNOWN, content_before
-from parvts_fx.analysis.records import Merge
-from parvts_fx.analysis.values import descendants, hint, is_tensor, value
+from parvts_fx.analysis.values import hint, value
 from parvts_fx.capture import capture, copy_graph_module
 from parvts_fx.errors import NotRewritten, Refusal
-from parvts_fx.handover import MergedInput, can_hand_on, lost_merges, merged_in_front
+from parvts_fx.handover import MergedInput
 from parvts_fx.observe import dump_hook, log_hook
 from parvts_fx.options import Options, parse_options
-from parvts_fx.origins import noted_origins
 from parvts_fx.padding import padding_check
 from parvts_fx.passes import Pass, State, build_pipeline, run_pipeline
 from parvts_fx.passes.invert_permutations import InvertPermutations
 from parvts_fx.passes.spread_masked_updates import SpreadMaskedUpdates
-from parvts_fx.passes.unify_merges import UnifyMerges
 from parvts_fx.passes.version_writes import VersionWrites
 from parvts_fx.passes.write_out_sizes import WriteOutSizes
-from parvts_fx.precondition import Precondition, merged_mask, same_count, visual_mask
-from parvts_fx.report import GraphReport, LayerReport, MergeReport
+from parvts_fx.precondition import Precondition, same_count, visual_mask
+from parvts_fx.prompt_merges import is_without_visuals, prompt_merge, refuse_unseen_merges, report_merges, stream_input
+from parvts_fx.report import GraphReport, LayerReport
 from parvts_fx.scores import reads_text
 from parvts_fx.verify import CHEAP_CHECKS, Check, verifier
+
+
+_UNSEEN = "no visual features are merged into embeddings"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,27 +92,25 @@ def rewrite_graph(
         Refusal: it is a multimodal prefill, and rewriting it might give a wrong answer.
         ValueError: an option does not fit this model.
     """
-    start = time.perf_counter()
-    nodes = len(module.graph.nodes)
+    start, nodes = time.perf_counter(), len(module.graph.nodes)
     work = capture(module, example_inputs)
     attentions = attention_nodes(work.graph)
-    merge = _find_merge(work, attentions, example_inputs, options, handed)
+    merge = prompt_merge(work, attentions, example_inputs, options, handed)
     given = (*example_inputs, handed.visual) if handed else tuple(example_inputs)
     merges = report_merges(work, merge, given, handed) if merge else ()
-    if merge is None or _is_without_visuals(work, merge, attentions, handed):
-        reason = "all that is merged into embeddings is sound" if merges else "no visual features are merged into embeddings"
-        return Rewriting(GraphReport("untouched", reason, nodes, merges=merges))
+    if merge is None or is_without_visuals(work, merge, attentions, handed):
+        return Rewriting(GraphReport("untouched", _UNSEEN, nodes, merges=merges))
     stream = stream_input(work, merge)
-    _refuse_unseen_merges(work, merge, example_inputs, handed, stream)
+    refuse_unseen_merges(work, merge, example_inputs, handed, stream)
     normalise(work, merge)
     decoder = find_decoder(work, window_caches_follow, merge)
     if decoder is None:
-        return Rewriting(GraphReport("untouched", "no visual features are merged into embeddings", nodes, merges=merges))
+        return Rewriting(GraphReport("untouched", _UNSEEN, nodes, merges=merges))
     analysis = 1e3 * (time.perf_counter() - start)
     options = options.for_layers(len(decoder.layers))
     _check_fit(options, decoder, example_inputs, module)
     batch, size, _ = value(merge.output).shape
-    if merge.visual_tokens is None or hint(merge.visual_tokens) is None:  # it depends on data: rewrite for the prompt at hand
+    if merge.visual_tokens is None or hint(merge.visual_tokens) is None:  # rewrite for the prompt at hand
         merge = dataclasses.replace(merge, count=_count(work, merge, given))
         decoder = dataclasses.replace(decoder, merge=merge)
     visuals = merge.visual_tokens
@@ -130,96 +126,12 @@ def rewrite_graph(
     mask = visual_mask(work, merge)
     precondition = Precondition(work, merge, mask) if merge.count is None else None
     padding = padding_check(work, decoder, reads_text(options.score))
-    state = State(work, decoder, options)
     hooks = [verifier(checks), log_hook, dump_hook(work, merge, hint(visuals))]
-    records = run_pipeline(build_pipeline(options) if passes is None else passes, state, hooks)
+    records = run_pipeline(build_pipeline(options) if passes is None else passes, State(work, decoder, options), hooks)
     work.recompile()
     layers = tuple(_layer_report(layer, options, facts) for layer in decoder.layers)
-    return Rewriting(GraphReport("rewritten", layers=layers, passes=tuple(records), **facts), work, precondition, merge, mask,
-                     stream=stream, padding=padding)
-
-
-def _find_merge(
-    work: GraphModule, attentions: set[Node], example_inputs: Sequence[object], options: Options, handed: MergedInput | None
-) -> VisualMerge | None:
-    """Where features enter, written as one kind of merge; with what has been handed over, if anything has."""
-    texts, origins = noted_origins(work, example_inputs)
-    first = handed and handed.receive(work)
-    if first is not None and not handed.by_graph:
-        first = dataclasses.replace(first, prunable=options.prunes(UNKNOWN))
-    UnifyMerges().run(work, attentions, first and first.output, texts, origins)
-    merge = find_merge(work.graph, attentions, handed=first, texts=texts, origins=origins, prunes=options.prunes)
-    if first is not None and merge.merges == (first,):
-        return dataclasses.replace(merge, count=int(handed.visual[0].sum()))
-    return merge
-
-
-def _is_without_visuals(work: GraphModule, merge: VisualMerge, attentions: set[Node], handed: MergedInput | None) -> bool:
-    """Whether nothing that may be dropped is merged in front of a decoder.
-
-    Raises:
-        NoDecoder: nothing so far, and the decoder is in another graph, for which more may be merged.
-    """
-    own = [held for held in merge.merges if held.prunable and not (handed and held is merge.merges[0])]
-    if own or handed and merge.merges[0].prunable and handed.visual.any():
-        return False
-    if attentions.isdisjoint(descendants(work.graph, [merge.output])) and can_hand_on(merge.output):
-        raise NoDecoder(work, merge)
-    return True
-
-
-def _refuse_unseen_merges(
-    work: GraphModule, merge: VisualMerge, example_inputs: Sequence[object], handed: MergedInput | None, position: int | None
-) -> None:
-    """
-    Raises:
-        Refusal: the embeddings that this graph merges into hold rows that are no id's own and that no graph has merged.
-    """
-    if position is None or any(isinstance(given, FakeTensor) for given in example_inputs) or handed and len(merge.merges) == 1:
-        return
-    given = example_inputs[position]
-    merged, foreign = merged_in_front(example_inputs, position)
-    unseen = merged is None and lost_merges(given)
-    if foreign is not None and not unseen:
-        own = merged_mask(work, merge)(*example_inputs, *((torch.zeros_like(foreign),) if handed else ()))
-        rows = given[foreign & ~own if merged is None else foreign & ~own & ~merged]
-        # if all are alike, they are yet to be filled
-        unseen = len(rows) > 0 and not (len(rows) > 1 and bool((rows == rows[0]).all()))
-    if unseen:
-        raise Refusal("the prompt that this graph merges features into holds others that no captured graph handed on: the model "
-                      "merges some of its features in code that Dynamo does not capture, or changes the merged embeddings "
-                      "between two graphs", merge.output)
-
-
-def stream_input(work: GraphModule, merge: VisualMerge) -> int | None:
-    """Which input holds the embeddings that all is merged into; None where the graph looks them up itself."""
-    node = merge.output
-    merged = {source for held in merge.merges for source in (held.features, held.mask) if source is not node}
-    behind, wide = content_before([node], without=merged), value(node).shape[2]
-    for position, source in enumerate(node for node in work.graph.nodes if node.op == "placeholder"):
-        if source in behind and is_tensor(source) and value(source).dim() == 3 and value(source).is_floating_point() and (
-                value(source).shape[2] == wide) and not isinstance(value(source), torch.nn.Parameter):
-            return position
-    return None
-
-
-def report_merges(
-    module: GraphModule, merge: VisualMerge, inputs: Sequence[object], handed: MergedInput | None = None
-) -> tuple[MergeReport, ...]:
-    """What is merged in this graph, given its inputs; what has been handed over is told by the graph that merged it."""
-    own = merge.merges[1:] if handed and handed.by_graph else merge.merges
-    return tuple(_report_merge(module, merge, held, inputs) for held in own)
-
-
-def _report_merge(module: GraphModule, merge: VisualMerge, held: Merge, inputs: Sequence[object]) -> MergeReport:
-    one = dataclasses.replace(
-        merge, masks=(held.mask,), features=(held.features,) if held.sized else (), count=None)
-    tokens = None if one.visual_tokens is None else hint(one.visual_tokens)
-    if tokens is None and not any(isinstance(given, FakeTensor) for given in inputs):
-        with contextlib.suppress(RuntimeError, IndexError):  # sizes that no input has, say
-            tokens = same_count(visual_mask(module, one)(*inputs))
-    modality = " and ".join(name for name in MODALITIES if name in held.origin.modalities) or UNKNOWN
-    return MergeReport(modality, tokens, ", ".join(held.origin.evidence), held.prunable)
+    return Rewriting(GraphReport("rewritten", layers=layers, passes=tuple(records), **facts), work, precondition,
+                     merge, mask, stream=stream, padding=padding)
 
 
 def normalise(module: GraphModule, merge: VisualMerge) -> None:

@@ -14,10 +14,7 @@ from parvts_fx import scores
 from parvts_fx.analysis import merge, modality
 from parvts_fx.errors import ParvtsWarning
 from tests.comparing import TOLERANCE
-from tests.models.builders import BUILDERS
-from tests.models.generating import Comparison, cache_lengths, run_generate
-from tests.models.registry import AUDIO, IMAGE, VIDEO, pixels
-from tests.plain import IMAGE_TOKEN, Row, Specification, merged, prompt
+from tests.plain import IMAGE_TOKEN, Plain, Row, Specification, merged, prompt
 from tests.plain import Attending as ThreeModalities
 from tests.plain_reference import largest_error, reference
 from tests.plain_specification import SOUND_TOKEN, VIDEO_TOKEN
@@ -96,7 +93,8 @@ every_way = pytest.mark.parametrize("ways", [
     ("choose the text", "put", "scatter")], ids=" ".join)
 
 
-@pytest.mark.supports("Prompts", "pictures, videos and sound in one prompt, merged by different operations; sound stays like text")
+@pytest.mark.supports(
+    "Prompts", "pictures, videos and sound in one prompt, merged by different operations; sound stays like text")
 @every_way
 @pytest.mark.parametrize("sound_first", [False, True], ids=["seen first", "heard first"])
 def test_modalities_in_one_graph(ways, sound_first):
@@ -260,8 +258,6 @@ def test_explain_lists_every_merge(breaks):
 
 
 def test_where_nothing_tells_it_is_visual_and_said_so():
-    from tests.plain import Plain
-
     spec = Specification(attention="masked")
     report = parvts_fx.explain(Plain(spec), *prompt(spec).arguments, options=OPTIONS)
     (found,) = report.merges
@@ -269,7 +265,8 @@ def test_where_nothing_tells_it_is_visual_and_said_so():
     assert "taken for visual" in str(report)
 
 
-@pytest.mark.parametrize("given, closest", [("visula", "visual"), (("imag",), "image"), (("visual",), None), ((), None), (3, None)])
+@pytest.mark.parametrize("given, closest", [
+    ("visula", "visual"), (("imag",), "image"), (("visual",), None), ((), None), (3, None)])
 def test_bad_choices(given, closest):
     with pytest.raises(ValueError, match="option prune=") as raised:
         parvts_fx.Options(prune=given)
@@ -282,71 +279,6 @@ def test_bad_choices(given, closest):
     ("L['___stack0'].pooler_output", set()), ("L['features']", set()), ("L['inputs_embeds']", set())])
 def test_names_of_inputs(name, modalities):
     assert modality.named(name).modalities == modalities
-
-
-# -- injected bugs ---------------------------------------------------------------------------------------------------
-
-
-def test_a_missed_merge_is_found_by_the_comparison(monkeypatch):
-    held = merge.Stream.accept
-    monkeypatch.setattr(merge.Stream, "accept", lambda self, node: None if self.into else held(self, node))
-    assert error_of(build(("scatter",) * 3)) > 1e-3
-
-
-def test_sound_taken_for_visual_is_found_by_the_comparison(monkeypatch):
-    monkeypatch.setattr(modality, "origin_of", lambda *_: modality.Origin())
-    monkeypatch.setattr(merge, "origin_of", lambda *_: modality.Origin())
-    assert error_of(build(("scatter",) * 3)) > 1e-3
-
-
-# -- transformers' models --------------------------------------------------------------------------------------------
-
-
-def picture_and_video(name: str):
-    """A builder's model, and a prompt with a picture and a video."""
-    built, other = BUILDERS[name](), BUILDERS[f"{name} (video)"]()
-    ids = torch.cat([built.inputs["input_ids"], other.inputs["input_ids"]], 1)
-    inputs = {**other.inputs, **built.inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return dataclasses.replace(built, token=(IMAGE, VIDEO), inputs=inputs)
-
-
-def picture_and_sound(name: str, frames: int = 40, tokens: int = 10):
-    built = BUILDERS[name]()
-    ids = built.inputs["input_ids"]
-    ids = torch.cat([ids[:, :3], torch.full((1, 1), 94), torch.full((1, tokens), AUDIO), ids[:, 3:]], 1)
-    sound = dict(input_features=pixels(1, 20, frames), feature_attention_mask=torch.ones(1, frames, dtype=torch.int64))
-    inputs = {**built.inputs, **sound, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return dataclasses.replace(built, inputs=inputs)
-
-
-@pytest.mark.supports("Prompts", "a picture and a video in one prompt: Video-LLaVA, LLaVA-OneVision, forward as generate")
-@pytest.mark.parametrize("name", ["video_llava", "llava_onevision"])
-def test_a_picture_and_a_video(name):
-    """A fresh model's first forward breaks between the merges; generate's does not."""
-    built = picture_and_video(name)
-    with Comparison(built) as compared:
-        assert compared.forward(built.inputs) <= TOLERANCE
-        assert compared.generate(built.inputs) <= TOLERANCE
-        assert set(cache_lengths(compared.run_compiled(built.inputs, 1).past_key_values)) == {compared.kept}
-
-
-@pytest.mark.parametrize("name", ["video_llava", "llava_onevision"])
-def test_a_picture_and_a_video_with_the_string_backend(name):
-    built = picture_and_video(name)
-    parts = [int((built.inputs["input_ids"] == token).sum()) for token in (IMAGE, VIDEO)]
-    kept = built.inputs["input_ids"].shape[1] - sum(parts) + int(sum(parts) / 4 + 0.5)
-    built.model.compile(backend="parvts", options=dict(lowering="eager", migration_depth=1, keep_ratio=0.25, strict=True))
-    with torch.no_grad():
-        assert built.model(**built.inputs).logits.shape[1] == kept
-    assert set(cache_lengths(run_generate(built.model, built.inputs, 1).past_key_values)) == {kept}
-
-
-@pytest.mark.supports("Prompts", "a picture and sound in one prompt: Qwen2.5-Omni, forward and generate")
-def test_a_picture_and_sound():
-    built = picture_and_sound("qwen2_5_omni_thinker")
-    with Comparison(built) as compared:
-        assert compared.forward(built.inputs) <= TOLERANCE
-        assert compared.generate(built.inputs) <= TOLERANCE
 
 
 def test_a_graph_that_was_compiled_before_something_was_handed_to_it():
@@ -380,3 +312,18 @@ class Optional(Merging):
         x = self.merge(x, ids, VIDEO_TOKEN, self.projection(pixel_values_videos))
         self.ready = self.merge(x, ids, SOUND_TOKEN, self.hearing(input_features))
         return ThreeModalities.decode(self, ids, mask, [])
+
+
+# -- injected bugs ---------------------------------------------------------------------------------------------------
+
+
+def test_a_missed_merge_is_found_by_the_comparison(monkeypatch):
+    held = merge.Stream.accept
+    monkeypatch.setattr(merge.Stream, "accept", lambda self, node: None if self.into else held(self, node))
+    assert error_of(build(("scatter",) * 3)) > 1e-3
+
+
+def test_sound_taken_for_visual_is_found_by_the_comparison(monkeypatch):
+    monkeypatch.setattr(modality, "origin_of", lambda *_: modality.Origin())
+    monkeypatch.setattr(merge, "origin_of", lambda *_: modality.Origin())
+    assert error_of(build(("scatter",) * 3)) > 1e-3

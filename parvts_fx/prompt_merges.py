@@ -1,0 +1,108 @@
+"""What is merged into the prompt of one graph: all of it, seen with what the graphs before it have told."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import GraphModule, Node
+
+from parvts_fx.analysis.decoder import NoDecoder
+from parvts_fx.analysis.merge import find_merge
+from parvts_fx.analysis.modality import MODALITIES, UNKNOWN, content_before
+from parvts_fx.analysis.records import Merge, VisualMerge
+from parvts_fx.analysis.values import descendants, hint, is_tensor, value
+from parvts_fx.errors import Refusal
+from parvts_fx.handover import MergedInput, can_hand_on, lost_merges, merged_in_front
+from parvts_fx.options import Options
+from parvts_fx.origins import noted_origins
+from parvts_fx.passes.unify_merges import UnifyMerges
+from parvts_fx.precondition import merged_mask, same_count, visual_mask
+from parvts_fx.report import MergeReport
+
+
+def prompt_merge(
+    work: GraphModule, attentions: set[Node], example_inputs: Sequence[object], options: Options,
+    handed: MergedInput | None = None,
+) -> VisualMerge | None:
+    """Where features enter, written as one kind of merge; with what has been handed over, if anything has."""
+    texts, origins = noted_origins(work, example_inputs)
+    first = handed and handed.receive(work)
+    if first is not None and not handed.by_graph:
+        first = dataclasses.replace(first, prunable=options.prunes(UNKNOWN))
+    UnifyMerges().run(work, attentions, first and first.output, texts, origins)
+    merge = find_merge(work.graph, attentions, handed=first, texts=texts, origins=origins, prunes=options.prunes)
+    if first is not None and merge.merges == (first,):
+        return dataclasses.replace(merge, count=int(handed.visual[0].sum()))
+    return merge
+
+
+def is_without_visuals(work: GraphModule, merge: VisualMerge, attentions: set[Node], handed: MergedInput | None) -> bool:
+    """Whether nothing that may be dropped is merged in front of a decoder.
+
+    Raises:
+        NoDecoder: nothing so far, and the decoder is in another graph, for which more may be merged.
+    """
+    own = [held for held in merge.merges if held.prunable and not (handed and held is merge.merges[0])]
+    if own or handed and merge.merges[0].prunable and handed.visual.any():
+        return False
+    if attentions.isdisjoint(descendants(work.graph, [merge.output])) and can_hand_on(merge.output):
+        raise NoDecoder(work, merge)
+    return True
+
+
+def refuse_unseen_merges(
+    work: GraphModule, merge: VisualMerge, example_inputs: Sequence[object], handed: MergedInput | None, position: int | None
+) -> None:
+    """
+    Raises:
+        Refusal: the embeddings that this graph merges into hold rows that are no id's own and that no graph has merged.
+    """
+    if position is None or any(isinstance(given, FakeTensor) for given in example_inputs) or handed and len(merge.merges) == 1:
+        return
+    given = example_inputs[position]
+    merged, foreign = merged_in_front(example_inputs, position)
+    unseen = merged is None and lost_merges(given)
+    if foreign is not None and not unseen:
+        own = merged_mask(work, merge)(*example_inputs, *((torch.zeros_like(foreign),) if handed else ()))
+        rows = given[foreign & ~own if merged is None else foreign & ~own & ~merged]
+        # if all are alike, they are yet to be filled
+        unseen = len(rows) > 0 and not (len(rows) > 1 and bool((rows == rows[0]).all()))
+    if unseen:
+        raise Refusal("the prompt that this graph merges features into holds others that no captured graph handed on: the "
+                      "model merges some of its features in code that Dynamo does not capture, or changes the merged "
+                      "embeddings between two graphs", merge.output)
+
+
+def stream_input(work: GraphModule, merge: VisualMerge) -> int | None:
+    """Which input holds the embeddings that all is merged into; None where the graph looks them up itself."""
+    node = merge.output
+    merged = {source for held in merge.merges for source in (held.features, held.mask) if source is not node}
+    behind, wide = content_before([node], without=merged), value(node).shape[2]
+    for position, source in enumerate(node for node in work.graph.nodes if node.op == "placeholder"):
+        if source in behind and is_tensor(source) and value(source).dim() == 3 and value(source).is_floating_point() and (
+                value(source).shape[2] == wide) and not isinstance(value(source), torch.nn.Parameter):
+            return position
+    return None
+
+
+def report_merges(
+    module: GraphModule, merge: VisualMerge, inputs: Sequence[object], handed: MergedInput | None = None
+) -> tuple[MergeReport, ...]:
+    """What is merged in this graph, given its inputs; what has been handed over is told by the graph that merged it."""
+    own = merge.merges[1:] if handed and handed.by_graph else merge.merges
+    return tuple(_report_merge(module, merge, held, inputs) for held in own)
+
+
+def _report_merge(module: GraphModule, merge: VisualMerge, held: Merge, inputs: Sequence[object]) -> MergeReport:
+    one = dataclasses.replace(
+        merge, masks=(held.mask,), features=(held.features,) if held.sized else (), count=None)
+    tokens = None if one.visual_tokens is None else hint(one.visual_tokens)
+    if tokens is None and not any(isinstance(given, FakeTensor) for given in inputs):
+        with contextlib.suppress(RuntimeError, IndexError):  # sizes that no input has, say
+            tokens = same_count(visual_mask(module, one)(*inputs))
+    modality = " and ".join(name for name in MODALITIES if name in held.origin.modalities) or UNKNOWN
+    return MergeReport(modality, tokens, ", ".join(held.origin.evidence), held.prunable)
