@@ -89,10 +89,24 @@ def with_prompt(pick: Pick, spec: Specification, batch: int) -> Specification:
     return dataclasses.replace(spec, length=length, visual=visual, rows=rows, pad_right=chance(pick, 2))
 
 
+def ends_in_mixing(spec: Specification) -> bool:
+    """Whether tokens meet on the stream between the last sum and the final norm.
+
+    No graph tells whether that is still the last layer, so that what K = layers means is not defined.
+    """
+    ends = ("before first", "behind first") if spec.parallel else ("before second", "behind second")
+    last = spec.mixes(spec.layers - 1)
+    return (
+        spec.final_mixing is not None and spec.final_mixing.place == "before"
+        or last and spec.feed_mixing is not None and spec.feed_mixing.place == "stream"
+        or last and spec.place == "post" and spec.norm_mixing is not None and spec.norm_mixing.place in ends
+    )
+
+
 def choice(pick: Pick, spec: Specification) -> Choice:
     kind, depths = pick(("attention", "weight", "joint")), spec.layers
     # Where a single layer ends cannot be told from what follows it; constant weights need that end for K = layers.
-    deepest = depths - 1 if kind == "weight" and depths == 1 else depths
+    deepest = depths - 1 if kind == "weight" and depths == 1 or ends_in_mixing(spec) else depths
     return Choice(
         depth=pick([*range(1, deepest + 1), 0]), keep=pick((2, 1, 3, 4, 0.05, 1 / 9, 0.25, 0.5, 0.8, 1.0)),
         fusion=pick((0.25, 0.7, 0.0, 1.0)) if kind == "weight" else "attention",
@@ -108,6 +122,8 @@ def case(pick: Pick, features: int | None = None) -> tuple[Specification, Choice
     drawn: dict[str, Any] = {"merge": pick(MERGES)}
     for at in sorted({pick(range(len(FEATURES))) for _ in range(count)}):
         drawn.update(FEATURES[at](pick, drawn))
+    if not drawn.keys().isdisjoint(("feed_mixing", "norm_mixing", "pair")):
+        drawn["layers"] = max(2, spec.layers)  # with one layer nothing repeats: no graph tells where it would end
     spec = with_prompt(pick, dataclasses.replace(spec, **drawn), pick(range(1, 4)))
     return spec, choice(pick, spec)
 
@@ -136,4 +152,8 @@ def is_sound(spec: Specification, options: Choice) -> bool:
     if spec.heads % spec.groups or options.depth > spec.layers or spec.flat and (spec.layout or spec.stream):
         return False
     least = max(row.padding + row.before + spec.visual + row.between for row in spec.rows) + spec.sound
+    if ends_in_mixing(spec) and options.depth == spec.layers:
+        return False
+    if spec.layers == 1 and (spec.feed_mixing or spec.norm_mixing or spec.pair):
+        return False
     return spec.length >= least and not (spec.cache_form == "one" and not spec.cached_calls)

@@ -128,8 +128,8 @@ def _alike(spec: Specification, actual: Any, model: Plain, given: Prompt) -> boo
     """Whether that is what the unmodified model gives."""
     with torch.no_grad():
         wanted = model(*given.arguments)
-    pairs = zip(_tensors(read(spec, actual)), _tensors(read(spec, wanted)), strict=True)
-    return all(relative_error(*pair) < TOLERANCE for pair in pairs)
+    actual, wanted = _tensors(read(spec, actual)), _tensors(read(spec, wanted))
+    return len(actual) == len(wanted) and all(relative_error(*pair) < TOLERANCE for pair in zip(actual, wanted))
 
 
 def _tensors(parts: tuple[Tensor, list, list]) -> list[Tensor]:
@@ -153,12 +153,12 @@ def _left_alone(spec: Specification, choice: Choice, model: Plain, given: Prompt
 
 def _diagnosis(spec: Specification, choice: Choice, model: Plain, given: Prompt, actual: Any, error: float) -> str:
     """How far off, and whether it would be right had layers been counted otherwise, or had nothing been pruned."""
-    lengths = "" if error < float("inf") else f", {read(spec, actual)[0].shape[1]} rows for {choice.kept(spec)}"
-    if lengths and read(spec, actual)[0].shape[1] == spec.length and _alike(spec, actual, model, given):
+    if _alike(spec, actual, model, given):
         return "not rewritten, without a word"
     for begin, step in enumerate([*steps_of(spec), "the final norm"]):
         with torch.no_grad():
             other = reference(model, given, RULES[choice.rule], **choice.semantic, begin=begin)
         if error_of(spec, actual, other) < TOLERANCE:
             return f"pruned in front of {step}"
-    return f"error {error:.1e}{lengths}"
+    shapes = [tuple(part.shape) for part in _tensors(read(spec, actual))] if error == float("inf") else []
+    return f"error {error:.1e}" + (f", {choice.kept(spec)} rows are kept, shapes are {shapes}" if shapes else "")
