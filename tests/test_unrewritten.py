@@ -246,7 +246,7 @@ def test_static_cache_runs_unrewritten(model, prompt):
 
 
 @pytest.mark.supports("torch.compile", "fullgraph=True")
-@pytest.mark.skipif(torch.__version__ < (2, 12), reason="torch 2.11's Dynamo captures no such model whole, whatever the backend")
+@pytest.mark.skipif(torch.__version__ < (2, 12), reason="torch 2.11's Dynamo cannot, with any backend")
 def test_fullgraph(model, prompt):
     wanted = expected(model, prompt)
     model.compile(backend="parvts", fullgraph=True, options={"migration_depth": 2, "lowering": "eager", "strict": True})
