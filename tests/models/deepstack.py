@@ -75,7 +75,9 @@ def granite_docling():
 def granite4_vision():
     config = hf.Granite4VisionConfig(
         text_config=text(), vision_config=clip(hidden_size=64), image_token_index=IMAGE, downsample_rate="1/2",
-        qformer_config=dict(intermediate_size=44, num_hidden_layers=1), image_grid_pinpoints=[[32, 32]],
+        qformer_config=dict(hidden_size=64, encoder_hidden_size=64, num_attention_heads=1, intermediate_size=44,
+                            num_hidden_layers=1),  # transformers 5.17 does not derive the first three
+        image_grid_pinpoints=[[32, 32]],
         deepstack_layer_map=[[-1, 0]], spatial_target_layers=[1], vision_feature_layer=-1)
     return hf.Granite4VisionForConditionalGeneration(config), prompt(
         4 + 16 + 4, pixel_values=pixels(1, 5, 3, 16, 16), image_sizes=torch.tensor([[32, 32]]))
