@@ -81,7 +81,7 @@ def attend(
             if isinstance(leaf, Node) and leaf in new:
                 leaf = new[leaf]
             elif isinstance(binding, Count):
-                leaf = editor.times(choice[binding.label].count, binding.multiple)
+                leaf = editor.counted(choice[binding.label].count, binding)
             elif isinstance(binding, AtMost):
                 leaf = editor.least(leaf, choice[binding.label].count)
             elif isinstance(binding, AxisLabels):

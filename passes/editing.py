@@ -15,7 +15,8 @@ from torch.fx.node import map_aggregate
 
 from parvts_fx.analysis.memo import Memo
 from parvts_fx.analysis.probe import quiet_trials
-from parvts_fx.analysis.values import call, changed_in_place, concrete, fake_mode_of, storage_of, value
+from parvts_fx.analysis.tokens import Count
+from parvts_fx.analysis.values import call, changed_in_place, concrete, fake_mode_of, storage_of, symbols, value
 from parvts_fx.errors import Refusal
 
 Size = int | Node
@@ -130,6 +131,25 @@ class Editor:
         if isinstance(count, int) and isinstance(multiple, int):
             return count * multiple
         return self.call(operator.mul, count, multiple)
+
+    def counted(self, count: Size, binding: Count) -> Size:
+        """What an integer that counts tokens is for so many of them."""
+        number = self.times(count, binding.multiple)
+        return self.plus(number, binding.offset) if binding.offset else number
+
+    def rescaled(self, number: Node, size: int | torch.SymInt, count: Size) -> Any:
+        """A number that is computed from the prompt's length ``size``, for so many rows in its place."""
+        held = value(number)
+        if not isinstance(held, (torch.SymInt, torch.SymFloat)) or not symbols(size) & symbols(held):
+            return number
+        if held.node.expr == size.node.expr:
+            return count
+        if number.op == "placeholder":
+            raise Refusal("a number that depends on the prompt's length comes from outside", number)
+        args, kwargs = map_aggregate(
+            (number.args, number.kwargs),
+            lambda leaf: self.rescaled(leaf, size, count) if isinstance(leaf, Node) else leaf)
+        return self.copy(number, args, kwargs)
 
     def plus(self, one: Size, other: Size, sign: int = 1) -> Size:
         """``one + other``, or with a sign of -1 ``one - other``."""

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from parvts_fx.analysis.tokens import AtMost, AxisLabels, Count, Filling
@@ -56,7 +57,7 @@ def restrict(
                 if isinstance(leaf, Node) and leaf in new:
                     leaf = new[leaf]
                 elif isinstance(binding, Count):
-                    leaf = editor.times(rows.count, binding.multiple)
+                    leaf = editor.counted(rows.count, binding)
                 elif isinstance(binding, AtMost):
                     leaf = editor.least(leaf, rows.count)
                 elif isinstance(binding, Filling):
@@ -68,6 +69,8 @@ def restrict(
                         new_in_front = value(leaf).dim() - rank  # of axes, one of which holds the samples
                         held = dataclasses.replace(samples, axis=0) if new_in_front else samples
                         leaf = editor.gather(leaf, axis + new_in_front, rows, held, node)
+                elif isinstance(leaf, Node) and isinstance(value(leaf), (torch.SymInt, torch.SymFloat)) and leaf not in inside:
+                    leaf = editor.rescaled(leaf, tokens.size, rows.count)
                 elif isinstance(leaf, Node) and (leaf in tokens.axes or leaf in inside):
                     leaf = gather_rows(state, leaf, rows, node)
                 fresh.append(leaf)

@@ -12,6 +12,7 @@ from parvts_fx.analysis.calls import attention_nodes
 from parvts_fx.analysis.independence import find_meetings
 from parvts_fx.analysis.last_rows import is_state, keeps_rows_apart, nodes_without_tokens, reads_tokens
 from parvts_fx.analysis.layers import find_layers
+from parvts_fx.analysis.lengths import Tables, check_numbers
 from parvts_fx.analysis.merge import find_merge
 from parvts_fx.analysis.mixers import find_mixers
 from parvts_fx.analysis.records import Decoder, VisualMerge
@@ -74,9 +75,12 @@ def find_decoder(
                       "whose length the graph cannot change)", merge.output)
     samples = _sample_axes(module, nodes, merge.output, batch) if hint(batch) > 1 else None
     runs = SmallRuns(module, tokens, samples)
+    check_numbers(runs, nodes)
     sample_layouts = _apart(runs, nodes, merge.output)
     mixers = find_mixers(runs, nodes, merge.output, attentions)
     layers, final, output, told_by = find_layers(module, nodes, mixers, tokens, merge.output)
+    meeting = {mixer.output for mixer in mixers if mixer.attention is None}
+    Tables(runs).check(nodes, meeting, attentions, layers)
     decoder = Decoder(merge, tuple(nodes), tuple(layers), final, output, tokens, window_caches_follow, told_by, samples,
                       sample_layouts)
     _check(module, decoder)

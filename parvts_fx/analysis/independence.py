@@ -19,8 +19,7 @@ from torch.fx import Node
 from parvts_fx.analysis.small_runs import (
     SAMPLES, TOKENS, Extent, Scale, SmallRuns, Unproven, is_large, is_part_of_tuple, local_argument, really, shrunk,
 )
-from parvts_fx.analysis.tokens import AtMost, AxisLabels
-from parvts_fx.analysis.values import call, changed_in_place, hint_shape, is_tensor, leaves, value, with_leaves
+from parvts_fx.analysis.values import call, changed_in_place, is_index, is_tensor, leaves, value, with_leaves
 
 _TOGETHER = 96
 """Most operations that are run together."""
@@ -165,6 +164,8 @@ class _Search:
                 described.append((self.runs.extents(leaf), value(leaf).dtype, layout))
             elif is_tensor(leaf):
                 described.append((self.runs.side_extents(node, index, leaf), value(leaf).dtype, self.runs.identity(leaf)))
+            elif isinstance(leaf, Node) and isinstance(value(leaf), (tuple, list)):
+                described.append(tuple)  # what is in it stands in the key of the node that made it
             elif isinstance(leaf, (Node, int, torch.SymInt)) and not isinstance(leaf, bool):
                 described.append(self._numbers(node, index, leaf))
             else:
@@ -192,7 +193,9 @@ class _Search:
         return None
 
     def _rows(self, node: Node) -> int:
-        """More than any distance that the operation may look across."""
+        """More than any distance that the operation may look across; with fewer samples only where no index needs them."""
+        if self.label == SAMPLES and not is_index(node):
+            return 5
         numbers = [abs(leaf) for leaf in leaves(node) if isinstance(leaf, int) and not isinstance(leaf, bool)]
         return min(_MOST_ROWS, max([_ROWS, *(2 * number + 3 for number in numbers if number <= _MOST_ROWS // 2)]))
 
@@ -229,7 +232,7 @@ class _Search:
 
     def _few(self) -> int:
         """Rows of a run of several operations: no more than the prompt has, for tables as long as it is."""
-        return min(_ROWS, self.runs.length)
+        return min(_ROWS if self.label == TOKENS else 5, self.runs.length)
 
     def _region(self, node: Node) -> list[Node]:
         """The node and the open ones in front of it, in graph order."""
@@ -272,7 +275,7 @@ class _Together:
     def __init__(self, search: _Search, precision: str, rows: int, smaller: bool, positive: bool):
         self.search, self.runs, self.label, self.precision = search, search.runs, search.label, precision
         samples = 1 if self.runs.batch == 1 else _SAMPLES if self.label == SAMPLES else 2
-        self.scale = Scale(rows if self.label == TOKENS else min(5, rows), samples, precision)
+        self.scale = Scale(rows, samples, precision)
         self.smaller, self.positive = smaller, positive
         self.sizes: dict[int, int] = {}
         self.drawn: dict[Node, torch.Tensor] = {}

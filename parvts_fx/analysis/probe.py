@@ -145,8 +145,8 @@ class Probe:
         current = leaves(node)
         working: list[Finding] = []
         problem: Exception | None = None
-        first = True
-        for choice in readings_of(node, self.lengths, self.found):
+        first, choices = True, list(readings_of(node, self.lengths, self.found))
+        for choice in choices:
             try:
                 result = self._evaluate(node, current, choice, self._fake_leaf)
             except Exception as error:  # a trial that fails is the normal case: this reading of the node is wrong
@@ -155,7 +155,7 @@ class Probe:
             axes = self._axes_of(node, result)
             if axes is False:
                 continue
-            if first and self._keeps_tokens_whole(node, current, choice, axes):
+            if first and len(choices) > 1 and self._keeps_tokens_whole(node, current, choice, axes):
                 yield choice, result, axes  # the best there can be: others are tried only if it turns out wrong later on
             else:
                 working.append((choice, result, axes))
@@ -181,7 +181,7 @@ class Probe:
         if isinstance(leaf, Node) and leaf in self.found.probed:
             return self.found.probed[leaf]
         if isinstance(binding, Count):
-            return binding.multiple * self.lengths[binding.label]
+            return binding.of(self.lengths[binding.label])
         if isinstance(binding, AtMost):
             return min(hint(value(leaf) if isinstance(leaf, Node) else leaf), self.lengths[binding.label])
         if isinstance(binding, Filling):
@@ -254,26 +254,41 @@ class Probe:
         for (source_axis, kind), (axis, out_kind) in zip(sorted(origin.items()), sorted(axes.items())):
             if kind.label != out_kind.label:
                 return False
-            probed = self.found.probed[sources[0]]
-            shape = [1] * probed.dim()
-            shape[source_axis] = probed.shape[source_axis]
-            numbers = torch.arange(probed.shape[source_axis]).view(shape).expand(probed.shape).contiguous()
-
-            def real_leaf(leaf: Any, binding: Binding | None) -> Any:
-                if leaf is sources[0]:
-                    return numbers
-                if is_tensor(leaf):
-                    raise NotImplementedError("only nodes with one tensor are run on numbers")
-                return self._fake_leaf(leaf, binding)
-
-            try:
-                args, kwargs = with_leaves(node, [real_leaf(leaf, choice.get(i)) for i, leaf in enumerate(current)])
-                moved = call(self.module, node.op, node.target, args, kwargs)
-            except Exception:  # no data movement (a product with weights, say): nothing to learn here
-                return False
-            expected_shape = [1] * moved.dim()
-            expected_shape[axis] = moved.shape[axis]
-            expected = torch.arange(moved.shape[axis]).view(expected_shape)
-            if moved.shape[axis] != probed.shape[source_axis] or not bool((moved == expected).all()):
+            if not any(
+                self._moves_whole(node, current, choice, sources[0], source_axis, axis, inner)
+                for inner in dict.fromkeys((kind.multiple, 1))
+            ):
                 return False
         return True
+
+    def _moves_whole(
+        self, node: Node, current: list[Any], choice: Mapping[int, Binding], source: Node, source_axis: int, axis: int,
+        inner: int,
+    ) -> bool:
+        """Whether the entries of each token, ``inner`` of which follow one another in the source, are together again."""
+        probed, length = self.found.probed[source], next(iter(self.lengths.values()))
+        shape = [1] * probed.dim()
+        shape[source_axis] = probed.shape[source_axis]
+        numbers = torch.arange(probed.shape[source_axis], dtype=torch.int32) // inner % length
+        numbers = numbers.view(shape).expand(probed.shape).contiguous()
+
+        def real_leaf(leaf: Any, binding: Binding | None) -> Any:
+            if leaf is source:
+                return numbers
+            if is_tensor(leaf):
+                raise NotImplementedError("only nodes with one tensor are run on numbers")
+            return self._fake_leaf(leaf, binding)
+
+        try:
+            args, kwargs = with_leaves(node, [real_leaf(leaf, choice.get(i)) for i, leaf in enumerate(current)])
+            moved = call(self.module, node.op, node.target, args, kwargs)
+        except Exception:  # no data movement (a product with weights, say): nothing to learn here
+            return False
+        entries = moved.shape[axis]
+        if entries % length:
+            return False
+        view = [1] * moved.dim()
+        view[axis] = entries
+        return any(
+            bool((moved == (torch.arange(entries, dtype=torch.int32) // each % length).view(view)).all())
+            for each in range(1, entries // length + 1) if entries // length % each == 0)

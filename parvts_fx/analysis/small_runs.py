@@ -15,12 +15,13 @@ import math
 from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
+import sympy
 import torch
 from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import _disable_current_modes
 
 from parvts_fx.analysis.tokens import AtMost, AxisLabels, Count, Filling, TokenMap
-from parvts_fx.analysis.values import ancestors, call, hint, hint_shape, is_index, is_tensor, leaves, value, with_leaves
+from parvts_fx.analysis.values import ancestors, call, hint, hint_shape, is_index, is_tensor, leaves, symbols, value, with_leaves
 
 TOKENS, SAMPLES = "tokens", "samples"
 _LARGE, _LARGEST, _SMALL = 1 << 18, 1 << 29, 32
@@ -158,7 +159,8 @@ class SmallRuns:
         """An integer leaf for so many tokens and samples."""
         own = value(leaf) if isinstance(leaf, Node) else leaf
         if isinstance(own, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-            own = hint(own)
+            follows = index not in self.tokens.bindings.get(reader, {}) and leaf not in self.tokens.probed
+            own = self.scalar(leaf, scale.tokens) if follows else hint(own)
         if not isinstance(own, (int, float)):
             raise Unproven("a number depends on data")
         if isinstance(leaf, Node) and leaf in self.tokens.probed:
@@ -171,12 +173,12 @@ class SmallRuns:
             return own + self.length - scale.tokens
         if isinstance(mine, Count) and isinstance(others, Count):
             each, rest = divmod(mine.multiple, self.batch)
-            if rest or others.multiple != each * self.length:
+            if rest or mine.offset or others.offset or others.multiple != each * self.length:
                 raise Unproven("a number of samples and tokens is not understood")
             return each * scale.tokens * scale.samples
         if isinstance(mine, Count):
-            return mine.multiple * scale.tokens
-        return others.multiple * scale.samples if isinstance(others, Count) else own
+            return mine.of(scale.tokens)
+        return others.of(scale.samples) if isinstance(others, Count) else own
 
     def _counted(self, node: Node, own: int) -> Extent:
         """An integer that the decoder computes from sizes."""
@@ -189,6 +191,21 @@ class SmallRuns:
         if mine and others:
             return Extent(own, mine // self.batch, mine // self.batch)
         return Extent(own, mine, others, own - mine * self.length - others * self.batch)
+
+    def scalar(self, leaf: Any, tokens: int) -> Any:
+        """A number that is computed from sizes, for so many tokens."""
+        held = value(leaf) if isinstance(leaf, Node) else leaf
+        of_prompt = symbols(self.tokens.size)
+        if not isinstance(held, (torch.SymInt, torch.SymFloat)) or not of_prompt & symbols(held):
+            return hint(held) if isinstance(held, (torch.SymInt, torch.SymFloat, torch.SymBool)) else held
+        size = self.tokens.size.node.expr
+        if not size.is_Symbol:
+            raise Unproven("a number is computed from the prompt's length")
+        others = {
+            symbol: sympy.Integer(held.node.shape_env.backed_var_to_val[symbol])
+            for symbol in held.node.expr.free_symbols - {size}}
+        number = held.node.expr.xreplace({**others, size: sympy.Integer(tokens)})
+        return int(number) if isinstance(held, torch.SymInt) else float(number)
 
     # -- operands -----------------------------------------------------------------------------------------------------
 

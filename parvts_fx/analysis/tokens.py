@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import operator
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -17,10 +18,13 @@ import torch.nn.functional as F
 from torch.fx import Node
 
 from parvts_fx.analysis.values import (
-    concrete, has_target, hint, is_symbolic_int, is_tensor, leaves, symbols, value,
+    concrete, has_target, hint, is_index, is_symbolic_int, is_tensor, leaves, symbols, value,
 )
 
 _MOST_READINGS = 64
+_OFFSETS = (-1, -2, 1)
+"""Of positions in an index that may be counted from the end."""
+
 _TOPKS = (torch.topk, torch.ops.aten.topk.default)
 _PADS = (F.pad, torch._C._nn.pad, torch.ops.aten.pad.default, torch.ops.aten.constant_pad_nd.default)
 
@@ -41,10 +45,14 @@ class Axis:
 
 @dataclasses.dataclass(frozen=True)
 class Count:
-    """An integer leaf that equals ``multiple`` times the number of tokens; -1 for "the last so many"."""
+    """An integer leaf that equals ``multiple`` times the number of tokens (-1 for "the last so many"), plus ``offset``."""
 
     label: str
     multiple: int
+    offset: int = 0
+
+    def of(self, tokens: int) -> int:
+        return self.multiple * tokens + self.offset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,15 +150,20 @@ def _variables(node: Node, labels: tuple[str, ...], tokens: TokenMap) -> dict[in
                 continue
             if of_prompt and not follows:
                 continue
-            if not number or number % hint(tokens.size):
+            offset = next((o for o in _OFFSETS if number == hint(tokens.size) + o), 0) if _indexes(node) else 0
+            if not number or not offset and number % hint(tokens.size):
                 continue  # no multiple: right as it is, where the tokens are padded up to it
-            counts = [Count(label, number // hint(tokens.size)) for label in labels]
+            counts = [Count(label, (number - offset) // hint(tokens.size), offset) for label in labels]
             variables[index] = counts if follows else [None, *counts]
         elif is_tensor(leaf):
             sides = _side_readings(value(leaf), labels, tokens)
             if sides:
                 variables[index] = sides
     return variables
+
+
+def _indexes(node: Node) -> bool:
+    return is_index(node) or node.target is operator.setitem
 
 
 def _choice(node: Node, tokens: TokenMap) -> tuple[int, str] | tuple[None, None]:

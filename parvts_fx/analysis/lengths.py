@@ -1,0 +1,199 @@
+"""Numbers and tables that may or may not mean the prompt's length, where a wrong reading would be a wrong answer.
+
+Where a number is a size, only one reading works at another prompt length (:mod:`parvts_fx.analysis.probe`). Where it is a
+value, several do: ``x / 640`` may divide by the number of rows or by a constant, and in a graph with static sizes nothing
+tells. The same for tables made from sizes alone: ``arange(640)`` holds positions, which dropped rows take with them, or it
+numbers the rows that are there. Such graphs are refused, unless both readings come to the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterable, Sequence
+
+import torch
+from torch.fx import Node
+
+from parvts_fx.analysis.records import Attention, Layer
+from parvts_fx.analysis.small_runs import SmallRuns, Unproven, local_argument, really
+from parvts_fx.analysis.tokens import AxisLabels
+from parvts_fx.analysis.values import ancestors, call, changed_in_place, is_index, is_tensor, leaves, symbols, value, with_leaves
+from parvts_fx.errors import Refusal
+
+_REMEDY = "compile with dynamic=True, where sizes have names: then it can be told"
+
+
+def check_numbers(runs: SmallRuns, nodes: Sequence[Node]) -> None:
+    """Refuse numbers in a static graph that equal the prompt's length, or one over it, and enter values.
+
+    Raises:
+        Refusal: names the number.
+    """
+    if symbols(runs.tokens.size):
+        return
+    for node in nodes:
+        if changed_in_place(node) is None and not is_tensor(node) or not any(
+                source in runs.tokens.probed for source in node.all_input_nodes):
+            continue
+        bindings = runs.tokens.bindings.get(node, {})
+        for index, leaf in enumerate(leaves(node)):
+            if index not in bindings and _may_count(leaf, runs.length, is_index(node)) and _is_a_value(runs, node, index):
+                raise Refusal(f"the number {leaf} may be the prompt's length or a constant ({_REMEDY})", node)
+
+
+def _may_count(leaf: object, length: int, indexes: bool) -> bool:
+    if isinstance(leaf, bool) or not isinstance(leaf, (int, float)) or length < 3:
+        return False
+    if isinstance(leaf, float):
+        return leaf in (float(length), 1 / length)
+    return leaf != 0 and leaf % length == 0 or indexes and leaf == length - 1
+
+
+def _is_a_value(runs: SmallRuns, node: Node, place: int) -> bool:
+    """Whether another number there leaves the result's sizes as they are, and changes what it holds."""
+    try:
+        results = [_run_with(runs, node, place, more) for more in (0, 2)]
+    except Exception:  # no other number does: it is a size
+        return False
+    one, other = results
+    return one.shape == other.shape and not torch.equal(one.nan_to_num(), other.nan_to_num())
+
+
+def _run_with(runs: SmallRuns, node: Node, place: int, more: int) -> torch.Tensor:
+    """The node's result on noise of the graph's own sizes, with a number that fits a prompt of so many tokens more."""
+    given = []
+    for index, leaf in enumerate(leaves(node)):
+        if is_tensor(leaf):
+            leaf = torch.rand(tuple(value(leaf).shape), generator=torch.Generator().manual_seed(index)) if (
+                value(leaf).is_floating_point()) else torch.zeros(tuple(value(leaf).shape), dtype=value(leaf).dtype)
+        elif isinstance(leaf, Node):
+            leaf = value(leaf)
+        elif index == place:
+            leaf = _for_more(leaf, runs.length, more)
+        given.append(local_argument(leaf, None))
+    args, kwargs = with_leaves(node, given)
+    with really():
+        made = call(runs.module, node.op, node.target, args, kwargs)
+    made = args[0] if made is None else made
+    if not isinstance(made, torch.Tensor):
+        raise Unproven("no tensor")
+    return made
+
+
+def _for_more(number: int | float, length: int, more: int) -> int | float:
+    """The same number for a prompt that is longer."""
+    if isinstance(number, float):
+        return 1 / (length + more) if number < 1 else number + more
+    return number + more if number % length else number // length * (length + more)
+
+
+@dataclasses.dataclass
+class _Table:
+    """A tensor made from sizes alone, with rows along the prompt."""
+
+    extends: bool
+    """Whether a longer prompt only adds rows to it."""
+
+    counts: bool
+    """Whether its first rows are others than those of some choice of tokens."""
+
+
+class Tables:
+    """Looks at the tables that the decoder reads."""
+
+    def __init__(self, runs: SmallRuns):
+        self.runs, self._known = runs, {}
+
+    def check(self, nodes: Sequence[Node], meeting: Collection[Node], attentions: Iterable[Attention], layers: Sequence[Layer]) -> None:
+        """Refuse tables whose reading cannot be told.
+
+        Positions belong to attention (rotary angles, biases, learned positions in front of it). Where tokens meet
+        otherwise, and behind that up to the residual stream, a table may number the rows that are there.
+
+        Raises:
+            Refusal: names the reader.
+        """
+        own = {node for attention in attentions for node in attention.nodes}
+        stops = own | {layer.input for layer in layers}
+        behind: set[Node] = set()
+        for node in nodes:
+            if node in meeting or node not in stops and any(source in behind for source in node.all_input_nodes):
+                behind.add(node)
+            for index, axes in self._tables_read(node):
+                table = self.look(leaves(node)[index], axes)
+                if table is None:
+                    continue
+                if not table.extends:
+                    raise Refusal("a table made for the prompt's length holds numbers that depend on it", node)
+                if table.counts and node in behind and (node in meeting or not self._ends_in(node, own, stops)):
+                    raise Refusal("a table of positions is read where tokens meet other than by attention: whether it numbers "
+                                  "the rows that are there or the prompt's positions cannot be told", node)
+
+    def _tables_read(self, node: Node) -> Iterable[tuple[int, tuple[int, ...]]]:
+        for index, binding in self.runs.tokens.bindings.get(node, {}).items():
+            if isinstance(binding, AxisLabels) and is_tensor(leaves(node)[index]):
+                yield index, tuple(axis for axis, _ in binding.axes)
+
+    def _ends_in(self, node: Node, own: Collection[Node], stops: Collection[Node]) -> bool:
+        """Whether all that a node leads to, up to the next link of the residual stream, is attention."""
+        seen, stack = set(), [node]
+        while stack:
+            for user in stack.pop().users:
+                if user in own or user in seen:
+                    continue
+                if user in stops or user.op == "output":
+                    return False
+                seen.add(user)
+                stack.append(user)
+        return True
+
+    def look(self, side: Node, axes: tuple[int, ...]) -> _Table | None:
+        """None for what an input or a weight enters."""
+        if (side, axes) not in self._known:
+            self._known[side, axes] = self._look(side, axes)
+        return self._known[side, axes]
+
+    def _look(self, side: Node, axes: tuple[int, ...]) -> _Table | None:
+        table = self.runs.constant(side)
+        if table is None:
+            return None
+        length = self.runs.length
+        kept = [row for row in range(length) if row % 3 != 1]
+        first, chosen = table, table
+        for axis in axes:
+            if table.shape[axis] != length:
+                return None
+            first = first.narrow(axis, 0, len(kept))
+            chosen = chosen.index_select(axis, torch.tensor(kept))
+        longer = self._for_more(side, 2)
+        extends = longer is not None
+        if extends:
+            for axis in axes:
+                longer = longer.narrow(axis, 0, min(length, longer.shape[axis]))
+            extends = torch.equal(longer, table)
+        return _Table(extends, not torch.equal(first, chosen))
+
+    def _for_more(self, side: Node, more: int) -> torch.Tensor | None:
+        """The table for a longer prompt; None if it cannot be made."""
+        length, held = self.runs.length, {}
+        of_prompt = symbols(self.runs.tokens.size)
+
+        def changed(leaf: object) -> object:
+            if isinstance(leaf, Node):
+                return held[leaf]
+            if not of_prompt and _may_count(leaf, length, False):
+                return _for_more(leaf, length, more)
+            return local_argument(leaf, None)
+
+        try:
+            with really():
+                for source in sorted(ancestors([side])):
+                    if source.op.startswith("call"):
+                        args, kwargs = with_leaves(source, [changed(leaf) for leaf in leaves(source)])
+                        held[source] = call(self.runs.module, source.op, source.target, args, kwargs)
+                    else:
+                        held[source] = self.runs.scalar(source, length + more)
+            return held[side] if isinstance(held[side], torch.Tensor) else None
+        except Exception:  # it is as long as it is: a table of a fixed size, say
+            return None
+
