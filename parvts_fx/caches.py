@@ -183,6 +183,9 @@ def is_cache(held: object) -> bool:
     return all(hasattr(held, name) for name in ("layers", "get_seq_length", "get_query_offset", "get_mask_sizes"))
 
 
+_CACHE_NAMES = ("cache", "past_key_values")  # what outputs call it: from transformers 5.24 on, and before
+
+
 def find_caches(*given: object) -> list[Any]:
     """The caches among what a call was given and has returned: by themselves, in containers however deep, or in the output
     of a part of the model."""
@@ -196,8 +199,8 @@ def find_caches(*given: object) -> list[Any]:
             stack.extend(held)
         elif isinstance(held, Mapping):
             stack.extend(held.values())
-        elif hasattr(held, "past_key_values"):
-            stack.append(held.past_key_values)
+        else:
+            stack.extend(getattr(held, name) for name in _CACHE_NAMES if hasattr(held, name))
     return list(found.values())
 
 

@@ -267,12 +267,14 @@ def test_transformers_caches_warn_with_the_string(said: Said, conversation: Any,
     assert [NO_POSITIONS in one for one in said.new()] == [True]
 
 
-def test_where_caches_are_found() -> None:
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_where_caches_are_found(name: str) -> None:
     one, other = transformers.DynamicCache(), transformers.DynamicCache()
 
     class Output:
-        past_key_values = other
+        pass
 
+    setattr(Output, name, other)
     assert find_caches((torch.ones(1), {"a": [one]}), None, "text") == [one]
     assert {id(held) for held in find_caches(Output(), [one], {"past_key_values": one})} == {id(one), id(other)}
     assert find_caches(torch.ones(2), [(torch.ones(1), torch.ones(1))], Memory()) == []
