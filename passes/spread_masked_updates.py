@@ -150,8 +150,12 @@ def _updated(editor: Editor, target: Node, mask: Node, new: Node) -> tuple[Node 
 def _drop_assertions(graph: Graph, reads: list[Node]) -> None:
     """Remove what read the masked rows: the update, and Dynamo's checks on their number.
 
-    ``spread`` fails on its own where features are too few.
+    ``spread`` fails on its own where features are too few. A check may read a size that is known by then (torch 2.11).
     """
-    for node in reversed(descendants(graph, reads)):
+    behind = set(reads)
+    for node in graph.nodes:
+        if not behind.isdisjoint(node.all_input_nodes):
+            behind.add(node)
+    for node in [node for node in reversed(graph.nodes) if node in behind]:
         if not node.users and (node in reads or not node.is_impure() or has_target(node, _ASSERTIONS)):
             graph.erase_node(node)
