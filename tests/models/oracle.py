@@ -209,8 +209,9 @@ class Oracle:
         def replaced(*args: Any, **kwargs: Any) -> Any:
             if done:
                 cache = kwargs[CACHE]
-                if kwargs.get("position_ids") is None and "get_seq_length" not in vars(cache):
-                    # the model counts positions from the cache's length, which must be the full prompt's
+                if "get_seq_length" not in vars(cache):
+                    # a model may count positions from the cache's length, which must be the full prompt's, even beside
+                    # those that it is given (git, in transformers 5.17)
                     keys = cache.get_seq_length
                     cache.get_query_offset = keys
                     cache.get_seq_length = lambda *args: keys(*args) + done[0].dropped
