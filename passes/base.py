@@ -195,6 +195,9 @@ class State:
         layers = self.decoder.layers
         if self.depth < len(layers):
             return layers[self.depth].input
+        if self.decoder.period is not None and not self.decoder.period.end_is_known:
+            raise Refusal("tokens meet behind the last layer's matrices: whether that is the layer's or the final norm's cannot "
+                          f"be told (use migration_depth < {len(layers)})", self.decoder.final)
         if self.options.fusion == "attention":
             return self.decoder.final  # rows do not mix any more: dropping them before the MLP is the same
         if self.decoder.output is None:

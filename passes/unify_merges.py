@@ -74,8 +74,8 @@ def _scatter_assignment(editor: Editor, node: Node, stream: Stream) -> list[Node
         return []
     if not is_visual(features) or not stream.is_prompt(target) or stream.is_update(target, features):
         return []
-    shared = [user for user in target.users if is_tensor(user) and user is not node and storage_of(user) == storage_of(target)]
-    if shared:
+    shared = [user for user in target.users if is_tensor(user) and user < node and storage_of(user) == storage_of(target)]
+    if shared:  # what is made behind the assignment reads the merged rows instead
         return []
     graph = editor.graph
     with graph.inserting_before(node):

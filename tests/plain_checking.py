@@ -51,6 +51,8 @@ class Choice:
     data_in_sizes: bool = True
     """Whether graphs may hold numbers that depend on data, as under parvts_fx.compile: weights then share a prefix."""
     skip_dead_rows: bool = True
+    dynamic: bool | None = None
+    """As torch.compile takes it."""
 
     @property
     def semantic(self) -> dict[str, Any]:
@@ -108,7 +110,7 @@ def outcome(spec: Specification, choice: Choice) -> Outcome:
     torch._dynamo.reset()
     model, given = build(spec), prompt(spec)
     try:
-        actual = _call(torch.compile(model, backend="parvts", options=choice.options), given, choice)
+        actual = _call(torch.compile(model, backend="parvts", options=choice.options, dynamic=choice.dynamic), given, choice)
     except Exception as error:  # an outcome like another: what is drawn goes on
         reason = _refusal(error)
         if reason is None:

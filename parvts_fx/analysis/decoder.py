@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import operator
-
 import torch
 from torch.fx import Graph, GraphModule, Node
 
@@ -20,12 +18,11 @@ from parvts_fx.analysis.probe import Probe
 from parvts_fx.analysis.small_runs import SAMPLES, SmallRuns
 from parvts_fx.analysis.tokens import TokenMap
 from parvts_fx.analysis.values import (
-    changed_in_place, descendants, has_target, hint, is_tensor, output_node, storage_of, value,
+    SUMS, changed_in_place, descendants, has_target, hint, hint_shape, is_tensor, output_node, storage_of, value,
 )
 from parvts_fx.errors import Refusal
 
 TOKEN, SAMPLE = "token", "sample"
-_SUMS = (operator.add, operator.iadd, torch.add, torch.ops.aten.add.Tensor)
 _FRESH = (torch.empty, torch.zeros, torch.ones, torch.full)
 
 
@@ -65,7 +62,7 @@ def find_decoder(
         return None
     if hint(size) is None or hint(batch) is None:
         raise Refusal("the prompt's length depends on data", merge.output)
-    nodes = _with_buffers(module.graph, descendants(module.graph, [merge.output]))
+    nodes = _with_buffers(module.graph, descendants(module.graph, [merge.output]), size)
     if not any(node in attention_nodes(module.graph) for node in nodes):
         raise NoDecoder(module, merge)
     tokens = _token_axes(module, nodes, merge.output, size)
@@ -78,10 +75,10 @@ def find_decoder(
     check_numbers(runs, nodes)
     sample_layouts = _apart(runs, nodes, merge.output)
     mixers = find_mixers(runs, nodes, merge.output, attentions)
-    layers, final, output, told_by = find_layers(module, nodes, mixers, tokens, merge.output)
+    layers, final, output, period = find_layers(module, nodes, mixers, tokens, merge.output)
     meeting = {mixer.output for mixer in mixers if mixer.attention is None}
     Tables(runs).check(nodes, meeting, attentions, layers)
-    decoder = Decoder(merge, tuple(nodes), tuple(layers), final, output, tokens, window_caches_follow, told_by, samples,
+    decoder = Decoder(merge, tuple(nodes), tuple(layers), final, output, tokens, window_caches_follow, period, samples,
                       sample_layouts)
     _check(module, decoder)
     return decoder
@@ -124,14 +121,19 @@ def _apart(runs: SmallRuns, nodes: list[Node], start: Node) -> dict[Node, dict[i
     return found.layouts
 
 
-def _with_buffers(graph: Graph, nodes: list[Node]) -> list[Node]:
-    """The nodes, and the fresh tensors that they write into: those are as long as what is written."""
+def _with_buffers(graph: Graph, nodes: list[Node], size: int | torch.SymInt) -> list[Node]:
+    """The nodes, and the fresh tensors that are as long as what the nodes do with them: those that they write into, and those
+    with several entries a token (the rows of all samples, say)."""
     written = {storage_of(target) for node in nodes if (target := changed_in_place(node)) is not None}
     inside, buffers = set(nodes), set()
     for node in graph.nodes:
-        if node not in inside and is_tensor(node) and storage_of(node) in written:
-            if has_target(node, _FRESH) or buffers & set(node.all_input_nodes):
-                buffers.add(node)
+        if node in inside or not is_tensor(node):
+            continue
+        if storage_of(node) in written and (has_target(node, _FRESH) or buffers & set(node.all_input_nodes)):
+            buffers.add(node)
+        elif has_target(node, _FRESH) and not inside.isdisjoint(node.users) and any(
+                entries and entries > hint(size) and entries % hint(size) == 0 for entries in hint_shape(value(node))):
+            buffers.add(node)
     return [node for node in graph.nodes if node in inside or node in buffers]
 
 
@@ -180,5 +182,5 @@ def _joins_residual(node: Node, decoder: Decoder) -> bool:
     """Whether a result is a sum as it stands between layers, not normalised and not projected to a vocabulary."""
     tokens = decoder.tokens
     summands = [source for source in node.all_input_nodes if tokens.plain_axis(source) is not None]
-    return has_target(node, _SUMS, ("add", "add_")) and len(summands) == 2 and all(
+    return has_target(node, SUMS, ("add", "add_")) and len(summands) == 2 and all(
         value(source).shape == value(node).shape for source in summands)

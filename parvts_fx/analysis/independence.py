@@ -24,12 +24,13 @@ from parvts_fx.analysis.values import call, changed_in_place, is_index, is_tenso
 _TOGETHER = 96
 """Most operations that are run together."""
 
-_ROWS, _SAMPLES, _MOST_ROWS = 19, 3, 131
+_ROWS, _FEW_ROWS, _MOST_ROWS, _SAMPLES = 19, 7, 131, 3
 _CHOICES = {TOKENS: ((1, 2, 4), (0, 3, 5, 7, 11), (2, 3, 6, 9, -2, -1)), SAMPLES: ((0,), (2,), (0, 2))}
 """Rows that runs are given, in order; negative ones count from the end."""
 
 Layout = dict[int, int]
-"""By axis, how many entries of one token (or sample) follow one another, where an axis has several of each."""
+"""By axis, how many entries of one token (or sample) follow one another, where an axis has several of each. Where an axis
+holds samples and tokens, and all of the other kind lie within, the negative of how many there are for each of those."""
 
 
 @dataclasses.dataclass
@@ -195,7 +196,7 @@ class _Search:
     def _rows(self, node: Node) -> int:
         """More than any distance that the operation may look across; with fewer samples only where no index needs them."""
         if self.label == SAMPLES and not is_index(node):
-            return 5
+            return _FEW_ROWS
         numbers = [abs(leaf) for leaf in leaves(node) if isinstance(leaf, int) and not isinstance(leaf, bool)]
         return min(_MOST_ROWS, max([_ROWS, *(2 * number + 3 for number in numbers if number <= _MOST_ROWS // 2)]))
 
@@ -232,7 +233,7 @@ class _Search:
 
     def _few(self) -> int:
         """Rows of a run of several operations: no more than the prompt has, for tables as long as it is."""
-        return min(_ROWS if self.label == TOKENS else 5, self.runs.length)
+        return min(_ROWS if self.label == TOKENS else _FEW_ROWS, self.runs.length)
 
     def _region(self, node: Node) -> list[Node]:
         """The node and the open ones in front of it, in graph order."""
@@ -276,6 +277,7 @@ class _Together:
         self.search, self.runs, self.label, self.precision = search, search.runs, search.label, precision
         samples = 1 if self.runs.batch == 1 else _SAMPLES if self.label == SAMPLES else 2
         self.scale = Scale(rows, samples, precision)
+        self.others = samples if self.label == TOKENS else rows
         self.smaller, self.positive = smaller, positive
         self.sizes: dict[int, int] = {}
         self.drawn: dict[Node, torch.Tensor] = {}
@@ -305,7 +307,7 @@ class _Together:
                 rows: (part if place is None else part[place])
                 for rows in self.choices() for part in (self.result(node, rows),)
             }
-            layout = self._layout(full, some, extents)
+            layout = self._layout(full, some, extents, self._operands_layout(node, extents))
             if layout is None:
                 return None
             layouts[place] = layout
@@ -316,17 +318,41 @@ class _Together:
         placed = [sorted({row % count for row in rows if -count <= row < count}) for rows in _CHOICES[self.label]]
         return [tuple(rows) for rows in placed if rows and len(rows) < count]
 
-    def _layout(self, full: torch.Tensor, some: dict, extents: Sequence[Extent]) -> Layout | None:
-        """How the entries of each token lie in a result; None if the runs on choices have other numbers."""
+    def _operands_layout(self, node: Node, extents: Sequence[Extent]) -> Layout:
+        """How the entries lie in an operand with axes like the result's."""
+        for source in node.all_input_nodes:
+            if source in self.search.layouts and is_tensor(source) and self.runs.extents(source) == tuple(extents):
+                return self.search.layouts[source]
+        return {}
+
+    def _layout(
+        self, full: torch.Tensor, some: dict, extents: Sequence[Extent], likely: Layout
+    ) -> Layout | None:
+        """How the entries of each token lie in a result; None if the runs on choices have other numbers.
+
+        Args:
+            likely: what is tried first: where all numbers are alike, many would do.
+        """
         followed = [axis for axis, extent in enumerate(extents) if _count(extent, self.label)]
         if any(extents[axis].rest for axis in followed):
             return None
         ways = [_divisors(full.shape[axis] // self.scale.of(self.label)) for axis in followed]
-        for inner in itertools.product(*ways):
-            layout = dict(zip(followed, inner))
+        layouts = [{axis: self._relative(extents[axis], count) for axis, count in zip(followed, inner)}
+                   for inner in itertools.product(*ways)]
+        usual = {axis: self._usual(extents[axis]) for axis in followed}  # where all numbers are alike, any would do
+        for layout in sorted(layouts, key=lambda layout: (layout != likely, layout != usual)):
             if all(self._equal(self._choose(full, layout, rows), part) for rows, part in some.items()):
                 return layout
         return None
+
+    def _usual(self, extent: Extent) -> int:
+        """Sample behind sample, and in each token behind token."""
+        each = _count(extent, self.label)
+        return -each if self.label == SAMPLES and extent.tokens and extent.samples else each
+
+    def _relative(self, extent: Extent, inner: int) -> int:
+        each, rest = divmod(inner, self.others)
+        return -each if extent.tokens and extent.samples and not rest else inner
 
     def _equal(self, one: torch.Tensor, other: torch.Tensor) -> bool:
         if one.shape != other.shape or one.dtype != other.dtype:
@@ -344,6 +370,7 @@ class _Together:
     def _choose(self, full: torch.Tensor, layout: Layout, rows: tuple[int, ...]) -> torch.Tensor:
         for axis, inner in layout.items():
             count = self.scale.of(self.label)
+            inner = inner if inner > 0 else -inner * self.others
             outer = full.shape[axis] // (count * inner)
             index = torch.arange(full.shape[axis]).view(outer, count, inner)[:, list(rows)].flatten()
             full = full.index_select(axis, index)

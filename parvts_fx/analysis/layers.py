@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 
 from parvts_fx.analysis.calls import fused_arguments, is_fused_attention
 from parvts_fx.analysis.last_rows import is_state
-from parvts_fx.analysis.period import blocks_of, find_period
+from parvts_fx.analysis.period import Period, blocks_of, find_period
 from parvts_fx.analysis.records import Layer, Mixer
 from parvts_fx.analysis.tokens import TokenMap
 from parvts_fx.analysis.values import ancestors, descendants, output_node
@@ -21,7 +21,7 @@ _SINK = "sink"
 
 def find_layers(
     module: GraphModule, nodes: list[Node], mixers: list[Mixer], tokens: TokenMap, start: Node
-) -> tuple[list[Layer], Node, Node | None, str]:
+) -> tuple[list[Layer], Node, Node | None, Period]:
     """Cut the decoder into layers along the chain of dominators from its first token mixer to its result.
 
     Returns:
@@ -85,14 +85,14 @@ def find_layers(
     final = next((link for link in chain if link not in before_last), None)
     if final is None:
         raise Refusal("no link of the residual stream follows the last token mixer", last.output)
-    starts, told_by = find_period(blocks_of(chain, groups, nodes, tokens, touched))
-    ends = [*starts[1:], len(groups)]
+    period = find_period(blocks_of(chain, groups, nodes, tokens, touched), len(groups))
+    starts, ends = period.starts, [*period.starts[1:], len(groups)]
     layers = [
         Layer(index, groups[begin][0], tuple(mixer for _, own in groups[begin:end] for mixer in own))
         for index, (begin, end) in enumerate(zip(starts, ends))
     ]
     layers, output = _without_entries(chain, layers, _output_of_last_layer(chain, layers))
-    return layers, final, output, told_by
+    return layers, final, output, period
 
 
 def _bypasses(mixer: Mixer, mixers: list[Mixer], module: GraphModule) -> bool:

@@ -17,42 +17,48 @@ from torch.fx import Node
 from parvts_fx.analysis.records import Attention, Layer
 from parvts_fx.analysis.small_runs import SmallRuns, Unproven, local_argument, really
 from parvts_fx.analysis.tokens import AxisLabels
-from parvts_fx.analysis.values import ancestors, call, changed_in_place, is_index, is_tensor, leaves, symbols, value, with_leaves
+from parvts_fx.analysis.values import ancestors, call, changed_in_place, hint_shape, is_index, is_tensor, leaves, symbols, value, with_leaves
 from parvts_fx.errors import Refusal
 
 _REMEDY = "compile with dynamic=True, where sizes have names: then it can be told"
 
 
 def check_numbers(runs: SmallRuns, nodes: Sequence[Node]) -> None:
-    """Refuse numbers in a static graph that equal the prompt's length, or one over it, and enter values.
+    """Refuse numbers in a static graph that equal the prompt's length, or one over it, and enter values; and positions in an
+    index that may be counted from the prompt's end, which Dynamo writes as plain numbers in any graph.
 
     Raises:
         Refusal: names the number.
     """
-    if symbols(runs.tokens.size):
-        return
+    static = not symbols(runs.tokens.size)
     for node in nodes:
         if changed_in_place(node) is None and not is_tensor(node) or not any(
                 source in runs.tokens.probed for source in node.all_input_nodes):
             continue
         bindings = runs.tokens.bindings.get(node, {})
         for index, leaf in enumerate(leaves(node)):
-            if index not in bindings and _may_count(leaf, runs.length, is_index(node)) and _is_a_value(runs, node, index):
+            if index in bindings or isinstance(leaf, bool):
+                continue
+            if static and _may_count(leaf, runs.length) and _is_a_value(runs, node, index):
                 raise Refusal(f"the number {leaf} may be the prompt's length or a constant ({_REMEDY})", node)
+            near_end = is_index(node) and isinstance(leaf, int) and 2 < runs.length - 3 <= leaf < runs.length
+            if near_end and _is_a_value(runs, node, index):
+                raise Refusal(f"the position {leaf} may be counted from the prompt's end or from its beginning (a negative "
+                              "index tells)", node)
 
 
-def _may_count(leaf: object, length: int, indexes: bool) -> bool:
+def _may_count(leaf: object, length: int) -> bool:
     if isinstance(leaf, bool) or not isinstance(leaf, (int, float)) or length < 3:
         return False
     if isinstance(leaf, float):
         return leaf in (float(length), 1 / length)
-    return leaf != 0 and leaf % length == 0 or indexes and leaf == length - 1
+    return leaf != 0 and leaf % length == 0
 
 
 def _is_a_value(runs: SmallRuns, node: Node, place: int) -> bool:
     """Whether another number there leaves the result's sizes as they are, and changes what it holds."""
     try:
-        results = [_run_with(runs, node, place, more) for more in (0, 2)]
+        results = [_run_with(runs, node, place, more) for more in (0, 2 if _may_count(leaves(node)[place], runs.length) else -1)]
     except Exception:  # no other number does: it is a size
         return False
     one, other = results
@@ -64,10 +70,10 @@ def _run_with(runs: SmallRuns, node: Node, place: int, more: int) -> torch.Tenso
     given = []
     for index, leaf in enumerate(leaves(node)):
         if is_tensor(leaf):
-            leaf = torch.rand(tuple(value(leaf).shape), generator=torch.Generator().manual_seed(index)) if (
-                value(leaf).is_floating_point()) else torch.zeros(tuple(value(leaf).shape), dtype=value(leaf).dtype)
+            leaf = torch.rand(hint_shape(value(leaf)), generator=torch.Generator().manual_seed(index)) if (
+                value(leaf).is_floating_point()) else torch.zeros(hint_shape(value(leaf)), dtype=value(leaf).dtype)
         elif isinstance(leaf, Node):
-            leaf = value(leaf)
+            leaf = runs.scalar(leaf, runs.length)
         elif index == place:
             leaf = _for_more(leaf, runs.length, more)
         given.append(local_argument(leaf, None))
@@ -181,7 +187,7 @@ class Tables:
         def changed(leaf: object) -> object:
             if isinstance(leaf, Node):
                 return held[leaf]
-            if not of_prompt and _may_count(leaf, length, False):
+            if not of_prompt and _may_count(leaf, length):
                 return _for_more(leaf, length, more)
             return local_argument(leaf, None)
 

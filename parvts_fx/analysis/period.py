@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from parvts_fx.analysis.records import Mixer
 from parvts_fx.analysis.tokens import AxisLabels, TokenMap
-from parvts_fx.analysis.values import hint_shape, is_tensor, leaves, value
+from parvts_fx.analysis.values import SUMS, has_target, hint_shape, is_tensor, leaves, value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,11 @@ class Block:
     """(operation, shape) of its matrices."""
 
     operations: frozenset
+    adds: bool = True
+    """Whether it ends with a sum, as what stands within layers does."""
+
+    loose: int = 0
+    """How many groups of mixers without a matrix of their own follow it (norms over tokens)."""
 
     @property
     def mixes(self) -> bool:
@@ -51,27 +56,38 @@ def blocks_of(
     blocks: list[Block] = []
     group: int | None = 0
     for link in chain:
-        own: list[Node] = []
-        stack = [link]
-        while stack:
-            node = stack.pop()
-            if node in inside and node not in seen:
-                seen.add(node)
-                own.append(node)
-                stack.extend(node.all_input_nodes)
+        own = _newly_reached(link, inside, seen)
         if link is not groups[0][0]:
             weights = frozenset(
                 (str(node.target), hint_shape(value(side))) for node in own for side in _matrices(node, tokens))
-            block = Block(group, weights, frozenset(str(node.target) for node in own))
+            block = Block(group, weights, frozenset(str(node.target) for node in own), has_target(link, SUMS, ("add", "add_")))
             beside = len(reading) > 1 and group is None and max(b.group or 0 for b in blocks) == 0 and any(
                 source in inside and source not in touched for source in link.all_input_nodes)
             if beside:
                 before = blocks.pop()
-                block = Block(before.group, before.weights | weights, before.operations | block.operations)
-            if block.mixes or weights:
+                blocks.append(dataclasses.replace(
+                    before, weights=before.weights | weights, operations=before.operations | block.operations))
+            elif blocks and block.mixes and not weights:
+                blocks[-1] = dataclasses.replace(blocks[-1], loose=blocks[-1].loose + 1)
+            elif block.mixes or weights:
                 blocks.append(block)
         group = reading.get(link)
+    while not blocks[-1].mixes and not blocks[-1].adds:  # the head
+        blocks.pop()
     return blocks
+
+
+def _newly_reached(link: Node, inside: set[Node], seen: set[Node]) -> list[Node]:
+    """The decoder's nodes that a link is computed from, and no link in front of it."""
+    own: list[Node] = []
+    stack = [link]
+    while stack:
+        node = stack.pop()
+        if node in inside and node not in seen:
+            seen.add(node)
+            own.append(node)
+            stack.extend(node.all_input_nodes)
+    return own
 
 
 def _matrices(node: Node, tokens: TokenMap) -> Iterable[Node]:
@@ -82,11 +98,29 @@ def _matrices(node: Node, tokens: TokenMap) -> Iterable[Node]:
                 yield leaf
 
 
-def find_period(blocks: Sequence[Block]) -> tuple[list[int], str]:
-    """The groups of mixers with which layers begin, and by what that was told."""
-    count = max(block.group for block in blocks if block.mixes) + 1
+@dataclasses.dataclass(frozen=True)
+class Period:
+    """Which blocks make up a layer."""
+
+    starts: list[int]
+    """The groups of mixers with which layers begin."""
+
+    told_by: str
+    end_is_known: bool = True
+    """Whether all that mixes behind the last layer's matrices is the layer's: else it may be a final norm over tokens."""
+
+
+def find_period(blocks: Sequence[Block], count: int) -> Period:
+    """Which of ``count`` groups of mixers begin layers."""
+    starts, told_by = _find_starts(blocks, count)
+    last = [block for block in blocks if block.mixes and block.group in starts]
+    ends = [blocks[blocks.index(block) - 1] for block in last[1:]]
+    return Period(starts, told_by, all(end.loose == blocks[-1].loose for end in ends) if ends else not blocks[-1].loose)
+
+
+def _find_starts(blocks: Sequence[Block], count: int) -> tuple[list[int], str]:
     behind_others = _behind_blocks_that_do_not_mix(blocks)
-    if _is_regular(behind_others, count):
+    if _is_regular(behind_others, blocks):
         return behind_others, "each ends with blocks in which tokens do not meet"
     for period in range(1, len(blocks) // 2 + 1):
         starts = _ending_alike(blocks, period)
@@ -96,7 +130,7 @@ def find_period(blocks: Sequence[Block]) -> tuple[list[int], str]:
         starts = _repeating(blocks, period)
         if starts is not None:
             return starts, f"{period} blocks of the residual stream, which repeat"
-    if len(behind_others) > 1:
+    if len(behind_others) > 1 or not blocks[-1].mixes:
         return behind_others, "each ends with blocks in which tokens do not meet, and has its own number of mixers"
     if count == 1:
         return [0], "one block in which tokens meet"
@@ -111,16 +145,19 @@ def _behind_blocks_that_do_not_mix(blocks: Sequence[Block]) -> list[int]:
     return starts
 
 
-def _is_regular(starts: Sequence[int], count: int) -> bool:
-    """Whether there are several layers, all with as many groups of mixers."""
-    return len(starts) > 1 and len({end - start for start, end in zip(starts, [*starts[1:], count])}) == 1
+def _is_regular(starts: Sequence[int], blocks: Sequence[Block]) -> bool:
+    """Whether there are several layers, all with as many blocks that mix."""
+    mixing = [block.group for block in blocks if block.mixes]
+    sizes = {sum(start <= group < end for group in mixing) for start, end in zip(starts, [*starts[1:], len(blocks) + max(mixing)])}
+    return len(starts) > 1 and len(sizes) == 1
 
 
 def _chunks(blocks: Sequence[Block], period: int) -> list[Sequence[Block]] | None:
     """Cut into as many blocks each as far as tokens meet; None where one chunk is short or without a mixer."""
     last = max(index for index, block in enumerate(blocks) if block.mixes)
     chunks = [blocks[start:start + period] for start in range(0, last + 1, period)]
-    fits = len(chunks) > 1 and len(chunks[-1]) == period and all(any(block.mixes for block in chunk) for chunk in chunks)
+    rest = len(blocks) - period * len(chunks)
+    fits = rest <= 0 and len(chunks) > 1 and len(chunks[-1]) == period and all(any(block.mixes for block in chunk) for chunk in chunks)
     return chunks if fits else None
 
 
@@ -146,4 +183,6 @@ def _repeating(blocks: Sequence[Block], period: int) -> list[int] | None:
     def shape(chunk: Sequence[Block]) -> list:
         return [(block.mixes, block.weights, block.operations) for block in chunk]
 
-    return _starts(chunks) if all(shape(chunk) == shape(chunks[-1]) for chunk in chunks[1:-1]) else None
+    alike = all(shape(chunk) == shape(chunks[-1]) for chunk in chunks[1:-1])
+    first = [block.weights for block in chunks[0]] == [block.weights for block in chunks[-1]]  # it begins with the embeddings
+    return _starts(chunks) if alike and first else None

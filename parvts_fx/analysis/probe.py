@@ -56,6 +56,9 @@ class Probe:
         self.lengths = dict(lengths)
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.found = TokenMap(concrete(size), length=max(lengths.values()))
+        self._inner: dict[Node, dict[int, int]] = {}
+        """For axes of several entries a token: how many of one token follow one another, where that is known."""
+
         self._sides: dict[tuple[Node, tuple], torch.Tensor] = {}
         self._memo = Memo()
 
@@ -135,9 +138,22 @@ class Probe:
         if axes is not None:
             self.found.axes[node] = axes
         self.found.bindings[node] = choice
+        if axes and any(kind.multiple > 1 for kind in axes.values()):
+            self._inner[node] = self._layout(node, choice, axes)
+
+    def _layout(self, node: Node, choice: Mapping[int, Binding], axes: Mapping[int, Axis]) -> dict[int, int]:
+        """How the entries of each token lie in the result: as moved, or else as in an operand with such an axis."""
+        current = leaves(node)
+        moved = self._moved_axes(node, current, choice, dict(axes))
+        if moved is not None:
+            return moved
+        return {
+            axis: self._inner[source][axis] for axis, kind in axes.items() for source in node.all_input_nodes
+            if axis in self._inner.get(source, {}) and self.found.axes[source].get(axis) == kind
+        }
 
     def _forget(self, node: Node) -> None:
-        for held in (self.found.probed, self.found.axes, self.found.bindings):
+        for held in (self.found.probed, self.found.axes, self.found.bindings, self._inner):
             held.pop(node, None)
 
     def _findings(self, node: Node) -> Iterator[Finding]:
@@ -245,27 +261,39 @@ class Probe:
 
         Needed where sizes collide and several readings work, as in ``view(1, 64, -1)`` with S = hidden = 64.
         """
+        return self._moved_axes(node, current, choice, axes) is not None
+
+    def _moved_axes(
+        self, node: Node, current: list[Any], choice: Mapping[int, Binding], axes: dict[int, Axis] | None
+    ) -> dict[int, int] | None:
+        """By axis, how many entries of one token follow one another behind a node that only moves data; None for others."""
         sources = [leaf for leaf in current if isinstance(leaf, Node) and leaf in self.found.probed]
         if len(sources) != 1 or axes is None:
-            return False
-        origin = self.found.axes.get(sources[0], {})
+            return None
+        (source,) = sources
+        origin = self.found.axes.get(source, {})
         if len(origin) != len(axes):
-            return False
+            return None
+        found: dict[int, int] = {}
         for (source_axis, kind), (axis, out_kind) in zip(sorted(origin.items()), sorted(axes.items())):
             if kind.label != out_kind.label:
-                return False
-            if not any(
-                self._moves_whole(node, current, choice, sources[0], source_axis, axis, inner)
-                for inner in dict.fromkeys((kind.multiple, 1))
-            ):
-                return False
-        return True
+                return None
+            known = self._inner.get(source, {}).get(source_axis)
+            for inner in dict.fromkeys((kind.multiple, 1)) if known is None else (known,):
+                each = self._moves_whole(node, current, choice, source, source_axis, axis, inner)
+                if each:
+                    found[axis] = each
+                    break
+            else:
+                return None
+        return found
 
     def _moves_whole(
         self, node: Node, current: list[Any], choice: Mapping[int, Binding], source: Node, source_axis: int, axis: int,
         inner: int,
-    ) -> bool:
-        """Whether the entries of each token, ``inner`` of which follow one another in the source, are together again."""
+    ) -> int:
+        """How many entries of each token, ``inner`` of which follow one another in the source, do so in the result; 0 if they
+        do not lie in order there."""
         probed, length = self.found.probed[source], next(iter(self.lengths.values()))
         shape = [1] * probed.dim()
         shape[source_axis] = probed.shape[source_axis]
@@ -283,12 +311,14 @@ class Probe:
             args, kwargs = with_leaves(node, [real_leaf(leaf, choice.get(i)) for i, leaf in enumerate(current)])
             moved = call(self.module, node.op, node.target, args, kwargs)
         except Exception:  # no data movement (a product with weights, say): nothing to learn here
-            return False
+            return 0
         entries = moved.shape[axis]
         if entries % length:
-            return False
+            return 0
         view = [1] * moved.dim()
         view[axis] = entries
-        return any(
-            bool((moved == (torch.arange(entries, dtype=torch.int32) // each % length).view(view)).all())
-            for each in range(1, entries // length + 1) if entries // length % each == 0)
+        for each in range(1, entries // length + 1):
+            if entries // length % each == 0 and bool(
+                    (moved == (torch.arange(entries, dtype=torch.int32) // each % length).view(view)).all()):
+                return each
+        return 0

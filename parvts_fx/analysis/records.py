@@ -13,6 +13,7 @@ from parvts_fx.analysis.values import concrete, value
 
 if TYPE_CHECKING:
     from parvts_fx.analysis.modality import Origin
+    from parvts_fx.analysis.period import Period
     from parvts_fx.analysis.tokens import TokenMap
 
 
@@ -148,7 +149,7 @@ class Decoder:
     window_caches_follow: bool = False
     """Whether sliding-window caches may be shortened: their own count of tokens is corrected after the prefill."""
 
-    layers_told_by: str = ""
+    period: Period | None = None
     """What a layer was taken to be."""
 
     samples: TokenMap | None = None

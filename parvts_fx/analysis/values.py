@@ -84,6 +84,8 @@ def is_equality(node: Node) -> bool:
     return has_target(node, (operator.eq, torch.eq, torch.ops.aten.eq.Scalar), ("eq", "__eq__"))
 
 
+SUMS = (operator.add, operator.iadd, torch.add, torch.ops.aten.add.Tensor)
+
 _IN_PLACE = (
     operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.iand, operator.ior,
 )
