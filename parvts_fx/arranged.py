@@ -82,7 +82,7 @@ class _Frames:
         limit = max(_RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
         handler.register_start_callback(self._start)
         try:
-            with torch._dynamo.config.patch(**_SETTINGS[0], recompile_limit=limit), _checks_of_tensors():
+            with torch._dynamo.config.patch(**_SETTINGS[0], recompile_limit=limit), _as_newer_torch():
                 yield
         finally:
             handler.remove_start_callback(self._start)
@@ -100,15 +100,25 @@ class _Frames:
         return True
 
 
-def _checks_of_tensors() -> contextlib.AbstractContextManager[object]:
-    """Let torch 2.11 capture ``torch._check_tensor_all``, which leaves a symbol behind that no result of it holds.
+@contextlib.contextmanager
+def _as_newer_torch() -> Iterator[None]:
+    """Let torch 2.11 capture what newer versions do, as they do; 2.13 is known to need none of it.
 
-    Only there: the setting turns an error into a warning, and newer versions name the symbol.
+    ``torch._check_tensor_all`` leaves a symbol behind that no result of it holds: an error, which a setting turns into a
+    warning. And ``torch.compiler.is_exporting()`` is answered with True, so that models take their slow way for exports.
     """
-    config, name = torch.fx.experimental._config, "soft_pending_unbacked_not_found_error"
-    if torch.torch_version.TorchVersion(torch.__version__) >= (2, 12) or not hasattr(config, name):
-        return contextlib.nullcontext()
-    return config.patch(name, True)
+    if torch.torch_version.TorchVersion(torch.__version__) >= (2, 13):
+        yield
+        return
+    checks, name = torch.fx.experimental._config, "soft_pending_unbacked_not_found_error"
+    answers = getattr(torch._dynamo.variables.torch, "tracing_state_functions", dict)()
+    kept = {asked: answers[asked] for asked in [torch.compiler.is_exporting] if asked in answers}
+    try:
+        answers.update((asked, asked()) for asked in kept)
+        with checks.patch(name, True) if hasattr(checks, name) else contextlib.nullcontext():
+            yield
+    finally:
+        answers.update(kept)
 
 
 def _read(
