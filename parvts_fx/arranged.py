@@ -107,7 +107,7 @@ def _as_newer_torch() -> Iterator[None]:
     ``torch._check_tensor_all`` leaves a symbol behind that no result of it holds: an error, which a setting turns into a
     warning. And ``torch.compiler.is_exporting()`` is answered with True, so that models take their slow way for exports.
     """
-    if torch.torch_version.TorchVersion(torch.__version__) >= (2, 13):
+    if torch.__version__ >= (2, 13):
         yield
         return
     checks, name = torch.fx.experimental._config, "soft_pending_unbacked_not_found_error"
