@@ -20,6 +20,9 @@ class LayerReport:
     rows: dict[str, int]
     """Rows that run through the layer, by path."""
 
+    other_mixers: tuple[str, ...] = ()
+    """Graph nodes at which tokens meet other than by attention, or may do so: what is not shown to work row by row."""
+
 
 @dataclasses.dataclass(frozen=True)
 class MergeReport:
@@ -52,6 +55,9 @@ class GraphReport:
     subject_tokens: int = 0
     migration_depth: int = 0
     layers: tuple[LayerReport, ...] = ()
+    layers_told_by: str = ""
+    """What one layer was taken to be: ``migration_depth`` counts these."""
+
     passes: tuple[PassRecord, ...] = ()
     merges: tuple[MergeReport, ...] = ()
     """Everything that this graph merges into a prompt's embeddings, visual or not; what earlier graphs merged is theirs."""
@@ -131,11 +137,12 @@ def _tables(graph: GraphReport) -> list[object]:
         facts.add_row("FLOPs before", f"{graph.flops_before:.4g}")
         facts.add_row("FLOPs after", f"{graph.flops_after:.4g} ({graph.flops_after / graph.flops_before:.1%}, "
                                      f"a bound of {graph.flops_before / graph.flops_after:.2f}x)")
-    layers = Table(title="Layers", title_justify="left")
-    for heading in ("layer", "attention", "rows"):
+    layers = Table(title=f"Layers: {graph.layers_told_by}", title_justify="left")
+    for heading in ("layer", "attention", "tokens also meet at", "rows"):
         layers.add_column(heading)
     for layer in graph.layers:
-        layers.add_row(str(layer.index), layer.attention, ", ".join(f"{k} {n}" for k, n in layer.rows.items()))
+        others = ", ".join(layer.other_mixers[:3]) + (" ..." if len(layer.other_mixers) > 3 else "")
+        layers.add_row(str(layer.index), layer.attention, others, ", ".join(f"{k} {n}" for k, n in layer.rows.items()))
     passes = Table(title="Passes", title_justify="left")
     for heading in ("", "pass", "matches", "nodes added", "removed", "ms", "notes"):
         passes.add_column(heading)

@@ -103,7 +103,7 @@ def rewrite_graph(
     stream = stream_input(work, merge)
     refuse_unseen_merges(work, merge, example_inputs, handed, stream)
     normalise(work, merge)
-    decoder = find_decoder(work, window_caches_follow, merge)
+    decoder = find_decoder(work, window_caches_follow, merge, given)
     if decoder is None:
         return Rewriting(GraphReport("untouched", _UNSEEN, nodes, merges=merges))
     analysis = 1e3 * (time.perf_counter() - start)
@@ -130,8 +130,8 @@ def rewrite_graph(
     records = run_pipeline(build_pipeline(options) if passes is None else passes, State(work, decoder, options), hooks)
     work.recompile()
     layers = tuple(_layer_report(layer, options, facts) for layer in decoder.layers)
-    return Rewriting(GraphReport("rewritten", layers=layers, passes=tuple(records), **facts), work, precondition,
-                     merge, mask, stream=stream, padding=padding)
+    report = GraphReport("rewritten", layers=layers, layers_told_by=decoder.period.told_by, passes=tuple(records), **facts)
+    return Rewriting(report, work, precondition, merge, mask, stream=stream, padding=padding)
 
 
 def normalise(module: GraphModule, merge: VisualMerge) -> None:
@@ -180,7 +180,8 @@ def _layer_report(layer: Any, options: Options, facts: Mapping[str, int]) -> Lay
         rows = {"text": size - visuals, "subject": subjects, "non-subject": visuals - subjects}
     else:
         rows = {"subject path": kept, "non-subject path": size - subjects}
-    return LayerReport(layer.index, kinds, rows)
+    others = tuple(mixer.output.name for mixer in layer.mixers if mixer.attention is None)
+    return LayerReport(layer.index, kinds, rows, others)
 
 
 def rewrite(

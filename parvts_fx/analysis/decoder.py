@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.fx import Graph, GraphModule, Node
 
@@ -38,13 +40,15 @@ class NoDecoder(Refusal):
 
 
 def find_decoder(
-    module: GraphModule, window_caches_follow: bool = False, merge: VisualMerge | None = None
+    module: GraphModule, window_caches_follow: bool = False, merge: VisualMerge | None = None,
+    given: Sequence[object] = (),
 ) -> Decoder | None:
     """Find the multimodal decoder in a captured graph.
 
     Args:
         merge: where visual features enter, if that is known; None to look for it.
         window_caches_follow: the caller corrects the token counts of sliding-window caches after each prefill.
+        given: the graph's inputs in order, for proofs about weights that noise cannot stand for (quantised ones).
 
     Returns:
         The anatomy, or None where no visual features are merged into embeddings (a text prompt, a decode step, a
@@ -71,7 +75,8 @@ def find_decoder(
         raise Refusal("no attention call reads the merged tokens as both queries and keys (a preallocated cache, say, "
                       "whose length the graph cannot change)", merge.output)
     samples = _sample_axes(module, nodes, merge.output, batch) if hint(batch) > 1 else None
-    runs = SmallRuns(module, tokens, samples)
+    inputs = (node for node in module.graph.nodes if node.op == "placeholder")
+    runs = SmallRuns(module, tokens, samples, dict(zip(inputs, given)))
     check_numbers(runs, nodes)
     sample_layouts = _apart(runs, nodes, merge.output)
     mixers = find_mixers(runs, nodes, merge.output, attentions)

@@ -262,7 +262,7 @@ class SmallRuns:
                 held = self.given(node)
                 self._identities[node] = None if held is None else id(held)
             else:
-                self._identities[node] = hashlib.sha1(held.contiguous().view(-1).numpy().tobytes()).hexdigest()
+                self._identities[node] = hashlib.sha1(held.contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()
         return self._identities[node]
 
     def given(self, node: Node) -> torch.Tensor | None:
