@@ -9,7 +9,8 @@ numbers the rows that are there. Such graphs are refused, unless both readings c
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import torch
 from torch.fx import Node
@@ -20,6 +21,12 @@ from parvts_fx.analysis.tokens import AxisLabels
 from parvts_fx.analysis.values import ancestors, call, changed_in_place, hint_shape, is_index, is_tensor, leaves, symbols, value, with_leaves
 from parvts_fx.errors import Refusal
 
+_FUNCTIONS: tuple[Callable[[int], float], ...] = (
+    float, lambda length: 1 / length, lambda length: length ** 0.5, lambda length: length ** -0.5, math.log, math.log2,
+)
+"""What a graph with static sizes may hold in place of the prompt's length as a fraction."""
+
+_NEAR = 3
 _REMEDY = "compile with dynamic=True, where sizes have names: then it can be told"
 
 
@@ -39,7 +46,8 @@ def check_numbers(runs: SmallRuns, nodes: Sequence[Node]) -> None:
         for index, leaf in enumerate(leaves(node)):
             if index in bindings or isinstance(leaf, bool):
                 continue
-            if static and _may_count(leaf, runs.length) and _is_a_value(runs, node, index):
+            counts = static and _may_count(leaf, runs.length) and not _is_explained(runs, node, leaf)
+            if counts and _is_a_value(runs, node, index):
                 raise Refusal(f"the number {leaf} may be the prompt's length or a constant ({_REMEDY})", node)
             near_end = is_index(node) and isinstance(leaf, int) and 2 < runs.length - 3 <= leaf < runs.length
             if near_end and _is_a_value(runs, node, index):
@@ -51,8 +59,23 @@ def _may_count(leaf: object, length: int) -> bool:
     if isinstance(leaf, bool) or not isinstance(leaf, (int, float)) or length < 3:
         return False
     if isinstance(leaf, float):
-        return leaf in (float(length), 1 / length)
+        return any(leaf == function(length) for function in _FUNCTIONS)
     return leaf != 0 and leaf % length == 0
+
+
+def _is_explained(runs: SmallRuns, node: Node, leaf: object) -> bool:
+    """Whether a fraction belongs to another size that happens to equal the prompt's length: a scale by the head's size."""
+    if not isinstance(leaf, float) or leaf == runs.length:
+        return False
+    near, known = {node}, set()
+    for _ in range(_NEAR):
+        known |= near
+        near = {source for found in near for source in found.all_input_nodes if is_tensor(source)} - known
+        for source in near:
+            axes = runs.tokens.axes.get(source, {})
+            if any(size == runs.length and axis not in axes for axis, size in enumerate(hint_shape(value(source)))):
+                return True
+    return False
 
 
 def _is_a_value(runs: SmallRuns, node: Node, place: int) -> bool:
@@ -89,7 +112,7 @@ def _run_with(runs: SmallRuns, node: Node, place: int, more: int) -> torch.Tenso
 def _for_more(number: int | float, length: int, more: int) -> int | float:
     """The same number for a prompt that is longer."""
     if isinstance(number, float):
-        return 1 / (length + more) if number < 1 else number + more
+        return next(function(length + more) for function in _FUNCTIONS if function(length) == number)
     return number + more if number % length else number // length * (length + more)
 
 
