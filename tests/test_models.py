@@ -19,9 +19,14 @@ GENERATE = (
 
 FORWARD = ("llava", "qwen2_5_vl", "qwen3_vl", "idefics3", "kosmos-2", "git", "mistral_large4")
 
+BROKEN = {("llama4", "5.24.0"): "the model's forward reads image_outputs, which its decoder does not return"}
+"""What the installed transformers cannot run at all, compiled or not."""
+
 
 def build(name: str) -> Built:
-    """Skips what the installed transformers does not have yet."""
+    """Skips what the installed transformers does not have yet, and what does not run in it."""
+    if (name, transformers.__version__) in BROKEN:
+        pytest.skip(f"transformers {transformers.__version__}: {BROKEN[name, transformers.__version__]}")
     try:
         return BUILDERS[name]()
     except AttributeError as error:
