@@ -25,6 +25,9 @@ from parvts_fx.analysis.values import ancestors, call, concrete, hint, hint_shap
 from parvts_fx.errors import Refusal
 
 _MOST_RETREATS = 400
+_FEW_READINGS = 4
+"""So many are all tried before it is looked at what becomes of the tokens, which takes longer."""
+
 _FAKE_LOG = logging.getLogger("torch._subclasses.fake_tensor")
 
 Finding = tuple[dict[int, Binding], Any, dict[int, Axis] | None]
@@ -59,6 +62,7 @@ class Probe:
         self._inner: dict[Node, dict[int, int]] = {}
         """For axes of several entries a token: how many of one token follow one another, where that is known."""
 
+        self._moved: dict[tuple, int] = {}
         self._sides: dict[tuple[Node, tuple], torch.Tensor] = {}
         self._memo = Memo()
 
@@ -171,7 +175,7 @@ class Probe:
             axes = self._axes_of(node, result)
             if axes is False:
                 continue
-            if first and len(choices) > 1 and self._keeps_tokens_whole(node, current, choice, axes):
+            if first and len(choices) > _FEW_READINGS and self._keeps_tokens_whole(node, current, choice, axes):
                 yield choice, result, axes  # the best there can be: others are tried only if it turns out wrong later on
             else:
                 working.append((choice, result, axes))
@@ -280,7 +284,11 @@ class Probe:
                 return None
             known = self._inner.get(source, {}).get(source_axis)
             for inner in dict.fromkeys((kind.multiple, 1)) if known is None else (known,):
-                each = self._moves_whole(node, current, choice, source, source_axis, axis, inner)
+                key = (node.op, node.target, str(node.args), str(node.kwargs), tuple(choice.items()), source_axis, axis, inner)
+                key = (*key[:2], key[2].replace(source.name, ""), *key[3:], tuple(self.found.probed[source].shape))
+                if key not in self._moved:
+                    self._moved[key] = self._moves_whole(node, current, choice, source, source_axis, axis, inner)
+                each = self._moved[key]
                 if each:
                     found[axis] = each
                     break
