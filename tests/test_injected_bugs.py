@@ -144,9 +144,9 @@ def ungathered_positions(original: Callable, self: Editor, node: Any, axis: int,
         return self.method("narrow", node, axis, 0, rows.count)
 
 
-def mask_by_slot(original: Callable, self: Editor, queries: Any, keys: Any, like: Any) -> Any:
+def mask_by_slot(original: Callable, self: Editor, *given: Any) -> Any:
     """A causal mask over the compacted rows, as if both sides had the same positions."""
-    node = original(self, queries, keys, like)
+    node = original(self, *given)
     with self.graph.inserting_before(node.next):
         return self.inline(lambda mask: torch.ones_like(mask).tril(), node)
 
