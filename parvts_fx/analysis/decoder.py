@@ -21,6 +21,7 @@ from parvts_fx.analysis.small_runs import SAMPLES, SmallRuns
 from parvts_fx.analysis.tokens import TokenMap
 from parvts_fx.analysis.values import (
     SUMS, changed_in_place, descendants, has_target, hint, hint_shape, is_tensor, output_node, storage_of, value,
+    writes_unseen,
 )
 from parvts_fx.errors import Refusal
 
@@ -69,6 +70,9 @@ def find_decoder(
     nodes = _with_buffers(module.graph, descendants(module.graph, [merge.output]), size)
     if not any(node in attention_nodes(module.graph) for node in nodes):
         raise NoDecoder(module, merge)
+    unseen = next(filter(writes_unseen, nodes), None)
+    if unseen is not None:
+        raise Refusal("an operation of the model's own library writes into its arguments", unseen)
     tokens = _token_axes(module, nodes, merge.output, size)
     attentions = find_attentions(module, nodes, tokens)
     if not attentions:

@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from parvts_fx.analysis.records import Attention, Layer
 from parvts_fx.analysis.small_runs import SmallRuns, Unproven, local_argument, really
-from parvts_fx.analysis.tokens import AxisLabels
+from parvts_fx.analysis.tokens import AtMost, AxisLabels
 from parvts_fx.analysis.values import ancestors, call, changed_in_place, hint_shape, is_index, is_tensor, leaves, symbols, value, with_leaves
 from parvts_fx.errors import Refusal
 
@@ -148,15 +148,27 @@ class Tables:
         for node in nodes:
             if node in meeting or node not in stops and any(source in behind for source in node.all_input_nodes):
                 behind.add(node)
+            if node in meeting and self._chooses(node):
+                raise Refusal("how many tokens are chosen where tokens meet may follow from the prompt's length", node)
             for index, axes in self._tables_read(node):
-                table = self.look(leaves(node)[index], axes)
+                side = leaves(node)[index]
+                table = self.look(side, axes)
                 if table is None:
+                    if node in meeting and any(isinstance(value(source), torch.nn.Parameter) for source in ancestors([side])):
+                        raise Refusal("weights for each of the prompt's positions are read where tokens meet", node)
                     continue
                 if not table.extends:
                     raise Refusal("a table made for the prompt's length holds numbers that depend on it", node)
                 if table.counts and node in behind and (node in meeting or not self._ends_in(node, own, stops)):
                     raise Refusal("a table of positions is read where tokens meet other than by attention: whether it numbers "
                                   "the rows that are there or the prompt's positions cannot be told", node)
+
+    def _chooses(self, node: Node) -> bool:
+        """Whether a node takes a number of tokens that may be a constant or a share of the prompt."""
+        bindings = self.runs.tokens.bindings.get(node, {})
+        static = not symbols(self.runs.tokens.size)
+        return any(isinstance(binding, AtMost) and (static or isinstance(leaves(node)[index], Node))
+                   for index, binding in bindings.items())
 
     def _tables_read(self, node: Node) -> Iterable[tuple[int, tuple[int, ...]]]:
         for index, binding in self.runs.tokens.bindings.get(node, {}).items():

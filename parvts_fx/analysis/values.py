@@ -102,6 +102,18 @@ def changed_in_place(node: Node) -> Node | None:
     return node.args[0] if writes and node.args and is_tensor(node.args[0]) else None
 
 
+def writes_unseen(node: Node) -> bool:
+    """Whether an operation of somebody's library writes into its arguments, of which a graph shows nothing."""
+    if node.op != "call_function" or changed_in_place(node) is not None:
+        return False
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return value(node) is None
+    overloads = [node.target] if isinstance(node.target, torch._ops.OpOverload) else []
+    if isinstance(node.target, torch._ops.OpOverloadPacket):
+        overloads = [getattr(node.target, name) for name in node.target.overloads()]
+    return any(overload._schema.is_mutable for overload in overloads)
+
+
 def storage_of(node: Node) -> int:
     """Equal for tensors that are views of one another."""
     tensor = value(node)
