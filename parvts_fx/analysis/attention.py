@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from parvts_fx.analysis.calls import fused_arguments, is_fused_attention, is_softmax
 from parvts_fx.analysis.last_rows import is_state
+from parvts_fx.analysis.pairs import keeps_pairs_apart
 from parvts_fx.analysis.probe import Probe
 from parvts_fx.analysis.records import Attention, Operand
 from parvts_fx.analysis.tokens import AxisLabels, TokenMap
@@ -161,17 +162,18 @@ def _written_out(module: GraphModule, softmax: Node, nodes: Collection[Node], to
         normalised = {kind.label for axis, kind in found.axes[softmax].items() if axis == _softmax_axis(softmax)}
         return [kind.label for kind in axes.values()] == [QUERY] and normalised == {KEY}
 
-    return _labelled(module, ordered, output, tokens, explains, "written out")
+    return _labelled(module, ordered, output, tokens, explains, "written out", softmax=softmax)
 
 
 def _labelled(
     module: GraphModule, ordered: tuple[Node, ...], output: Node, tokens: TokenMap, explains: Callable[[TokenMap], bool],
-    kind: str, known: Mapping[Node, str] = MappingProxyType({}),
+    kind: str, known: Mapping[Node, str] = MappingProxyType({}), softmax: Node | None = None,
 ) -> Attention:
     """Find out which operands of a region hold queries and which hold keys, by probes with two lengths.
 
     Args:
         known: what is known of some of them.
+        softmax: the one whose scores are to be shown to belong to single pairs of a query and a key.
     """
     inputs = [
         source for source in dict.fromkeys(s for node in ordered for s in node.all_input_nodes)
@@ -191,6 +193,8 @@ def _labelled(
             continue
         if explains(probe.found):
             split = {label: tuple(o for o, own in zip(operands, labels) if own == label) for label in (QUERY, KEY)}
+            if softmax is not None and not keeps_pairs_apart(module, ordered, softmax, output, probe.found, split):
+                raise Refusal("attention scores are not computed pair by pair, or that cannot be shown", softmax)
             bindings = {node: dict(probe.found.bindings.get(node, {})) for node in ordered}
             axis = next(iter(probe.found.axes[output]))
             return Attention(ordered, split[QUERY], split[KEY], output, axis, kind, bindings)

@@ -1,0 +1,126 @@
+"""Shows that an attention written out computes each score from its own query and key alone.
+
+Its scores are then written again for some queries and some keys. That is right if L(q[rows], k[columns]) = L(q, k)[rows,
+columns] for all that comes in front of the softmax, and if behind it no query's output depends on another query. Both are
+shown on small real tensors, as for other operations in :mod:`parvts_fx.analysis.independence`: a shift of scores by
+reshaping, say, does neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from parvts_fx.analysis.records import Operand
+from parvts_fx.analysis.small_runs import Scale, SmallRuns, Unproven, local_argument, really
+from parvts_fx.analysis.tokens import AtMost, AxisLabels, Count, TokenMap
+from parvts_fx.analysis.values import ancestors, call, hint, hint_shape, is_tensor, leaves, value, with_leaves
+
+_COUNTS = {"query": 11, "key": 13}
+_CHOICES = ((1, 2, 5, 9), (0, 3, 4, 7, 10))
+
+
+def keeps_pairs_apart(
+    module: GraphModule, region: Sequence[Node], softmax: Node, output: Node, labelled: TokenMap,
+    operands: Mapping[str, Sequence[Operand]],
+) -> bool:
+    """Whether scores and outputs commute with every choice of queries, and scores with every choice of keys.
+
+    Args:
+        region: the attention's own nodes, in graph order.
+        labelled: what a probe has found of them, with the labels "query" and "key".
+        operands: what enters, by those labels.
+    """
+    in_front = ancestors([softmax]) - {softmax}
+    scores = [node for node in region if node in in_front and _is_plain_pair(labelled, node)]
+    for precision in ("double", "single", "own"):
+        try:
+            with really():
+                return _commute(_Runs(module, region, labelled, operands, precision), scores, output, labelled)
+        except Exception:  # these numbers are not what some operation takes
+            continue
+    return False
+
+
+def _is_plain_pair(labelled: TokenMap, node: Node) -> bool:
+    kinds = labelled.axes.get(node, {}).values()
+    return {kind.label for kind in kinds} == set(_COUNTS) and all(kind.is_plain for kind in kinds)
+
+
+def _commute(runs: _Runs, scores: Sequence[Node], output: Node, labelled: TokenMap) -> bool:
+    full = runs.run({})
+    for rows in _CHOICES:
+        for columns in _CHOICES:
+            some = runs.run({"query": rows, "key": columns})
+            for node in scores:
+                chosen = full[node]
+                for axis, kind in labelled.axes[node].items():
+                    chosen = chosen.index_select(axis, torch.tensor(rows if kind.label == "query" else columns))
+                if not runs.equal(chosen, some[node]):
+                    return False
+        some = runs.run({"query": rows})
+        ((axis, _),) = labelled.axes[output].items()
+        if not runs.equal(full[output].index_select(axis, torch.tensor(rows)), some[output]):
+            return False
+    return True
+
+
+class _Runs:
+    """Evaluates the region on noise, for some queries and some keys."""
+
+    def __init__(
+        self, module: GraphModule, region: Sequence[Node], labelled: TokenMap, operands: Mapping[str, Sequence[Operand]],
+        precision: str,
+    ):
+        self._module, self._region, self._labelled = module, region, labelled
+        self._scale, self._noise = Scale(1, 1, precision), SmallRuns(module, labelled, None)
+        self._axes = {operand.node: {operand.axis: label} for label, own in operands.items() for operand in own}
+        self._drawn: dict[tuple, torch.Tensor] = {}
+
+    def equal(self, one: torch.Tensor, other: torch.Tensor) -> bool:
+        """Up to rounding; what is masked in one is masked in the other."""
+        if one.shape != other.shape:
+            return False
+        return torch.allclose(one, other, rtol=self._scale.tolerance, atol=self._scale.tolerance, equal_nan=True)
+
+    def run(self, choice: Mapping[str, tuple[int, ...]]) -> dict[Node, Any]:
+        held: dict[Node, Any] = {}
+        for node in self._region:
+            bindings = self._labelled.bindings.get(node, {})
+            given = [self._leaf(leaf, bindings.get(index), choice, held) for index, leaf in enumerate(leaves(node))]
+            args, kwargs = with_leaves(node, given)
+            held[node] = call(self._module, node.op, node.target, args, kwargs)
+        return held
+
+    def _leaf(self, leaf: Any, binding: object, choice: Mapping[str, tuple[int, ...]], held: dict[Node, Any]) -> Any:
+        if isinstance(leaf, Node) and leaf in held:
+            return held[leaf]
+        if isinstance(binding, Count):
+            return binding.of(self._count(binding.label, choice))
+        if isinstance(binding, AtMost):
+            return min(hint(value(leaf)) if isinstance(leaf, Node) else leaf, self._count(binding.label, choice))
+        if is_tensor(leaf):
+            axes = self._axes.get(leaf) or (dict(binding.axes) if isinstance(binding, AxisLabels) else {})
+            return self._tensor(leaf, axes, choice)
+        if isinstance(leaf, Node):
+            return self._noise.scalar(leaf, hint(self._labelled.size))
+        return local_argument(leaf, self._scale)
+
+    def _count(self, label: str, choice: Mapping[str, tuple[int, ...]]) -> int:
+        return len(choice[label]) if label in choice else _COUNTS[label]
+
+    def _tensor(self, node: Node, axes: Mapping[int, str], choice: Mapping[str, tuple[int, ...]]) -> torch.Tensor:
+        key = (node, tuple(axes.items()))
+        if key not in self._drawn:
+            shape = tuple(_COUNTS[axes[axis]] if axis in axes else size for axis, size in enumerate(hint_shape(value(node))))
+            if None in shape:
+                raise Unproven("a size depends on data")
+            self._drawn[key] = self._noise.draw(value(node).dtype, shape, self._scale, len(self._drawn) + 1, False)
+        tensor = self._drawn[key]
+        for axis, label in axes.items():
+            if label in choice:
+                tensor = tensor.index_select(axis, torch.tensor(choice[label]))
+        return tensor
