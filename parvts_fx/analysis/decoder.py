@@ -85,6 +85,9 @@ def find_decoder(
     sample_layouts = _apart(runs, nodes, merge.output)
     mixers = find_mixers(runs, nodes, merge.output, attentions)
     layers, final, output, period = find_layers(module, nodes, mixers, tokens, merge.output)
+    # scales of the head's logits are constants: no row is counted there
+    head = set() if output is None else set(descendants(module.graph, [output]))
+    check_numbers(runs, (node for node in nodes if node not in head), float)
     meeting = {mixer.output for mixer in mixers if mixer.attention is None}
     Tables(runs).check(nodes, meeting, attentions, layers)
     decoder = Decoder(merge, tuple(nodes), tuple(layers), final, output, tokens, window_caches_follow, period, samples,

@@ -30,9 +30,12 @@ _NEAR = 3
 _REMEDY = "compile with dynamic=True, where sizes have names: then it can be told"
 
 
-def check_numbers(runs: SmallRuns, nodes: Sequence[Node]) -> None:
+def check_numbers(runs: SmallRuns, nodes: Iterable[Node], kind: type = int) -> None:
     """Refuse numbers in a static graph that equal the prompt's length, or one over it, and enter values; and positions in an
     index that may be counted from the prompt's end, which Dynamo writes as plain numbers in any graph.
+
+    Args:
+        kind: int or float, of the numbers to look at.
 
     Raises:
         Refusal: names the number.
@@ -44,7 +47,7 @@ def check_numbers(runs: SmallRuns, nodes: Sequence[Node]) -> None:
             continue
         bindings = runs.tokens.bindings.get(node, {})
         for index, leaf in enumerate(leaves(node)):
-            if index in bindings or isinstance(leaf, bool):
+            if index in bindings or isinstance(leaf, bool) or not isinstance(leaf, kind):
                 continue
             counts = static and _may_count(leaf, runs.length) and not _is_explained(runs, node, leaf)
             if counts and _is_a_value(runs, node, index):
