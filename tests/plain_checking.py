@@ -74,7 +74,7 @@ class Choice:
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     kind: str
-    """"rewritten" (and right), "refused" (and the plain answer), or "wrong"."""
+    """"rewritten" (and right), "refused" (and the plain answer), "wrong", or "unfit": a model too sensitive to compare."""
 
     reason: str = ""
     """Of a refusal, or what is wrong."""
@@ -120,10 +120,19 @@ def outcome(spec: Specification, choice: Choice) -> Outcome:
         expected = reference(model, given, RULES[choice.rule], **choice.semantic)
     error = error_of(spec, actual, expected)
     if not error < TOLERANCE:
+        if _noise(spec, model, given, choice) > TOLERANCE / 2:
+            return Outcome("unfit", "the eager model itself is as far from the reference: its numbers are rounding")
         return Outcome("wrong", _diagnosis(spec, choice, model, given, actual, error))
     if choice.kept(spec) == spec.length and not _alike(spec, actual, model, given):
         return Outcome("wrong", "keeps all and differs from the unmodified model")
     return Outcome("rewritten")
+
+
+def _noise(spec: Specification, model: Plain, given: Prompt, choice: Choice) -> float:
+    """How far the unmodified model is from the reference that keeps all."""
+    with torch.no_grad():
+        wanted = reference(model, given, RULES[choice.rule], migration_depth=choice.depth, keep_ratio=1.0)
+        return error_of(spec, model(*given.arguments), wanted)
 
 
 def _alike(spec: Specification, actual: Any, model: Plain, given: Prompt) -> bool:

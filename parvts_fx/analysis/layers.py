@@ -91,7 +91,9 @@ def find_layers(
         Layer(index, groups[begin][0], tuple(mixer for _, own in groups[begin:end] for mixer in own))
         for index, (begin, end) in enumerate(zip(starts, ends))
     ]
-    layers, output = _without_entries(chain, layers, _output_of_last_layer(chain, layers))
+    output = None
+    if len({end - begin for begin, end in zip(starts, ends)}) == 1:  # else what follows their last mixers is not alike
+        layers, output = _without_entries(chain, layers, _output_of_last_layer(chain, layers))
     return layers, final, output, period
 
 
