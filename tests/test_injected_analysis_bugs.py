@@ -25,8 +25,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from parvts_fx import prompt_merges
-from parvts_fx.analysis import attention, decoder, independence, layers, lengths, merge, mixers, modality, period
-from parvts_fx.analysis.independence import Findings, Layout
+from parvts_fx.analysis import attention, commuting, decoder, independence, layers, lengths, merge, mixers, modality, period
+from parvts_fx.analysis.commuting import Layout
+from parvts_fx.analysis.independence import Findings
 from parvts_fx.analysis.probe import Probe
 from parvts_fx.analysis.records import Decoder, VisualMerge
 from parvts_fx.analysis.small_runs import TOKENS, Scale, SmallRuns
@@ -156,7 +157,7 @@ def without_numbers(original: Callable, self: Any, node: Node) -> tuple:
 
 
 def choices(*rows: tuple[int, ...]) -> Patch:
-    return put(independence, "_CHOICES", {**independence._CHOICES, TOKENS: rows})
+    return put(commuting, "_CHOICES", {**commuting._CHOICES, TOKENS: rows})
 
 
 MIXERS: dict[str, tuple[Patch, Comparison]] = {
@@ -174,7 +175,7 @@ MIXERS: dict[str, tuple[Patch, Comparison]] = {
         Choice(depth=2, keep=1, rule="norm"), feed_mixing=Mixing("first", combine="add"), rows=VISUAL_FIRST)),
     "too few rows to choose from": (put(independence, "_ROWS", 1), of(feed_mixing=MEAN)),
     "shapes compared in place of numbers": (
-        wrap(independence._Together, "_equal", lambda original, self, one, other: one.shape == other.shape),
+        wrap(commuting.Together, "_equal", lambda original, self, one, other: one.shape == other.shape),
         of(feed_mixing=SHIFT)),
     "too large a tolerance": (put(Scale, "tolerance", property(lambda self: 1.0)), of(feed_mixing=MEAN)),
     "proven for other numbers": (

@@ -180,6 +180,10 @@ class SmallRuns:
             return mine.of(scale.tokens)
         return others.of(scale.samples) if isinstance(others, Count) else own
 
+    def numbers(self, reader: Node, index: int, leaf: Any) -> tuple[Any, ...]:
+        """What an integer leaf is with two numbers of tokens and samples."""
+        return tuple(self.number(reader, index, leaf, scale) for scale in (Scale(7, 2), Scale(11, 3)))
+
     def _counted(self, node: Node, own: int) -> Extent:
         """An integer that the decoder computes from sizes."""
         def per(found: TokenMap | None) -> int:
