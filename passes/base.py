@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Protocol
 
-import torch
 from torch.fx import GraphModule, Node
 
 from parvts_fx.analysis.records import Attention, Decoder, Mixer
@@ -182,10 +181,6 @@ class State:
     @property
     def depth(self) -> int:
         return self.options.migration_depth
-
-    @property
-    def batch(self) -> int | torch.SymInt:
-        return self.decoder.merge.output.meta["example_value"].shape[0]
 
     @property
     def cut(self) -> Node:

@@ -7,7 +7,8 @@ import pytest
 from parvts_fx.analysis.period import Block, find_period
 
 MATRICES = {
-    "A": "qkvo", "B": "qkvo2", "M": "inout", "F": "updown", "G": "updown", "E": "experts", "P": "qkvo updown", "Q": "inout updown",
+    "A": "qkvo", "B": "qkvo2", "M": "inout", "F": "updown", "G": "updown", "E": "experts", "P": "qkvo updown",
+    "Q": "inout updown",
 }
 """Attention, a second one, another mixer, a feed-forward, one in which tokens meet, experts, attention and another mixer
 beside a feed-forward."""

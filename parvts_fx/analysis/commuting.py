@@ -73,7 +73,7 @@ class Together:
             extents = self.runs.extents(output)
             if tuple(full.shape) != tuple(self._sized(extent, self.scale) for extent in extents):
                 raise Unproven("sizes do not fit")
-            if full.is_floating_point() and full.numel() and bool(full.sum().isnan()) and 2 * int(full.isnan().sum()) > full.numel():
+            if _is_mostly_undefined(full):
                 raise Unproven("undefined numbers")
             some = {
                 rows: (part if place is None else part[place])
@@ -229,3 +229,9 @@ def _count(extent: Extent, label: str) -> int:
 
 def _divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def _is_mostly_undefined(numbers: torch.Tensor) -> bool:
+    if not numbers.is_floating_point() or not bool(numbers.sum().isnan()):
+        return False
+    return 2 * int(numbers.isnan().sum()) > numbers.numel()

@@ -18,7 +18,9 @@ from torch.fx import Node
 from parvts_fx.analysis.records import Attention, Layer
 from parvts_fx.analysis.small_runs import SmallRuns, Unproven, local_argument, really
 from parvts_fx.analysis.tokens import AtMost, AxisLabels
-from parvts_fx.analysis.values import ancestors, call, changed_in_place, hint_shape, is_index, is_tensor, leaves, symbols, value, with_leaves
+from parvts_fx.analysis.values import (
+    ancestors, call, changed_in_place, hint_shape, is_index, is_tensor, leaves, symbols, value, with_leaves,
+)
 from parvts_fx.errors import Refusal
 
 _FUNCTIONS: tuple[Callable[[int], float], ...] = (
@@ -136,7 +138,9 @@ class Tables:
     def __init__(self, runs: SmallRuns):
         self.runs, self._known = runs, {}
 
-    def check(self, nodes: Sequence[Node], meeting: Collection[Node], attentions: Iterable[Attention], layers: Sequence[Layer]) -> None:
+    def check(
+        self, nodes: Sequence[Node], meeting: Collection[Node], attentions: Iterable[Attention], layers: Sequence[Layer]
+    ) -> None:
         """Refuse tables whose reading cannot be told.
 
         Positions belong to attention (rotary angles, biases, learned positions in front of it). Where tokens meet

@@ -148,7 +148,8 @@ def _behind_blocks_that_do_not_mix(blocks: Sequence[Block]) -> list[int]:
 def _is_regular(starts: Sequence[int], blocks: Sequence[Block]) -> bool:
     """Whether there are several layers, all with as many blocks that mix."""
     mixing = [block.group for block in blocks if block.mixes]
-    sizes = {sum(start <= group < end for group in mixing) for start, end in zip(starts, [*starts[1:], len(blocks) + max(mixing)])}
+    ends = [*starts[1:], len(blocks) + max(mixing)]
+    sizes = {sum(start <= group < end for group in mixing) for start, end in zip(starts, ends)}
     return len(starts) > 1 and len(sizes) == 1
 
 
@@ -156,8 +157,8 @@ def _chunks(blocks: Sequence[Block], period: int) -> list[Sequence[Block]] | Non
     """Cut into as many blocks each as far as tokens meet; None where one chunk is short or without a mixer."""
     last = max(index for index, block in enumerate(blocks) if block.mixes)
     chunks = [blocks[start:start + period] for start in range(0, last + 1, period)]
-    rest = len(blocks) - period * len(chunks)
-    fits = rest <= 0 and len(chunks) > 1 and len(chunks[-1]) == period and all(any(block.mixes for block in chunk) for chunk in chunks)
+    whole = len(chunks[-1]) == period and len(blocks) <= period * len(chunks)
+    fits = whole and len(chunks) > 1 and all(any(block.mixes for block in chunk) for chunk in chunks)
     return chunks if fits else None
 
 
