@@ -263,8 +263,9 @@ class SmallRuns:
         if node not in self._identities:
             held = self.constant(node)
             if held is None:
-                held = self.given(node)
-                self._identities[node] = None if held is None else id(held)
+                held = self.given(node)  # quantised alike, weights of equal sizes are alike
+                kind = None if held is None else (type(held), str(getattr(held, "__tensor_flatten__", lambda: None)()))
+                self._identities[node] = kind
             else:
                 self._identities[node] = hashlib.sha1(held.contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()
         return self._identities[node]
@@ -276,7 +277,7 @@ class SmallRuns:
         real = self._given.get(node)
         if not isinstance(real, torch.Tensor) or isinstance(real, torch._subclasses.FakeTensor):
             raise Unproven(f"a tensor of the subclass {type(value(node)).__name__} is not at hand")
-        return real
+        return real.to("cpu")
 
 
 def shrunk(shapes: list[tuple[int, ...]], numbers: list[int]) -> dict[int, int]:
