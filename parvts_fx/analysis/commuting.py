@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from parvts_fx.analysis.small_runs import (
-    SAMPLES, TOKENS, Extent, Scale, SmallRuns, Unproven, is_large, is_part_of_tuple, local_argument, shrunk,
+    NOISES, SAMPLES, TOKENS, Extent, Scale, SmallRuns, Unproven, is_large, is_part_of_tuple, local_argument, shrunk,
 )
 from parvts_fx.analysis.values import call, changed_in_place, is_tensor, leaves, value, with_leaves
 
@@ -39,18 +39,18 @@ class Together:
         members: operations that are run together with the one that is looked at; all others' results are noise.
         rows: how many tokens there are.
         smaller: whether large sizes that tokens do not change are made small.
-        positive: whether all numbers are.
+        noise: a kind of numbers.
     """
 
     def __init__(
         self, runs: SmallRuns, label: str, layouts: Mapping[Node, Layout], members: Collection[Node], precision: str,
-        rows: int, smaller: bool = False, positive: bool = False,
+        rows: int, smaller: bool = False, noise: str = NOISES[0],
     ):
         self.runs, self.label, self.layouts, self.members, self.precision = runs, label, layouts, members, precision
         samples = 1 if self.runs.batch == 1 else _SAMPLES if self.label == SAMPLES else 2
         self.scale = Scale(rows, samples, precision)
         self.others = samples if self.label == TOKENS else rows
-        self.smaller, self.positive = smaller, positive
+        self.smaller, self.noise = smaller, noise
         self.sizes: dict[int, int] = {}
         self.drawn: dict[Node, torch.Tensor] = {}
         self.results: dict[tuple[Node, tuple[int, ...] | None], Any] = {}
@@ -203,7 +203,7 @@ class Together:
             real = self.runs.given(leaf)
             if real is not None:
                 return real
-        return self.runs.draw(value(leaf).dtype, shape, self.scale, len(self.drawn) + 1, self.positive)
+        return self.runs.draw(value(leaf).dtype, shape, self.scale, len(self.drawn) + 1, self.noise)
 
     def _sized(self, extent: Extent, scale: Scale) -> int:
         size = extent.at(scale.tokens, scale.samples)

@@ -17,7 +17,7 @@ import torch
 from torch.fx import Node
 
 from parvts_fx.analysis.commuting import Layout, Together, outputs_of
-from parvts_fx.analysis.small_runs import SAMPLES, TOKENS, Extent, SmallRuns, Unproven, is_part_of_tuple, really
+from parvts_fx.analysis.small_runs import NOISES, SAMPLES, TOKENS, Extent, SmallRuns, Unproven, is_part_of_tuple, really
 from parvts_fx.analysis.values import changed_in_place, is_index, is_tensor, leaves, value
 
 _TOGETHER = 96
@@ -169,17 +169,12 @@ class _Search:
         return self.label, node.op, node.target, tuple(described), outputs, tuple(map(str, node.kwargs))
 
     def _prove(self, node: Node) -> dict[int | None, Layout] | None:
-        for precision, smaller in itertools.product(("double", "single", "own"), (True, False)):
-            for positive in (False, True):
-                attempt = Together(
-                    self.runs, self.label, self.layouts, (), precision, self._rows(node), smaller, positive)
-                try:
-                    found = attempt.compare(node)
-                except Unproven:
-                    continue
-                except Exception:  # this way of running it does not work; another may
-                    break
-                return found
+        for precision, smaller, noise in itertools.product(("double", "single", "own"), (True, False), NOISES):
+            try:
+                return Together(
+                    self.runs, self.label, self.layouts, (), precision, self._rows(node), smaller, noise).compare(node)
+            except Exception:  # this way of running it does not work, or tells nothing; another may
+                continue
         return None
 
     def _rows(self, node: Node) -> int:

@@ -118,7 +118,7 @@ class _Runs:
             shape = tuple(_COUNTS[axes[axis]] if axis in axes else size for axis, size in enumerate(hint_shape(value(node))))
             if None in shape:
                 raise Unproven("a size depends on data")
-            self._drawn[key] = self._noise.draw(value(node).dtype, shape, self._scale, len(self._drawn) + 1, False)
+            self._drawn[key] = self._noise.draw(value(node).dtype, shape, self._scale, len(self._drawn) + 1)
         tensor = self._drawn[key]
         for axis, label in axes.items():
             if label in choice:

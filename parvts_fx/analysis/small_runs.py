@@ -24,6 +24,10 @@ from parvts_fx.analysis.tokens import AtMost, AxisLabels, Count, Filling, TokenM
 from parvts_fx.analysis.values import ancestors, call, hint, hint_shape, is_index, is_tensor, leaves, symbols, value, with_leaves
 
 TOKENS, SAMPLES = "tokens", "samples"
+NOISES = ("any", "positive", "first index")
+"""Kinds of numbers, each for where the one before does not do: of any sign; positive ones, for what is undefined else;
+integers that are all 0, for axes of one entry."""
+
 _LARGE, _LARGEST, _SMALL = 1 << 18, 1 << 29, 32
 _BUFFER = 1 << 20
 _HALVES = (torch.float16, torch.bfloat16)
@@ -213,7 +217,7 @@ class SmallRuns:
 
     # -- operands -----------------------------------------------------------------------------------------------------
 
-    def draw(self, dtype: torch.dtype, shape: tuple[int, ...], scale: Scale, turn: int, positive: bool) -> torch.Tensor:
+    def draw(self, dtype: torch.dtype, shape: tuple[int, ...], scale: Scale, turn: int, noise: str = "any") -> torch.Tensor:
         """A tensor of noise, another one each turn; integers are 0 and 1, so that they may be indices of anything.
 
         Large ones repeat themselves in memory: no run should wait for noise.
@@ -231,8 +235,10 @@ class SmallRuns:
                 longest = max(range(len(shape)), key=lambda axis: steps[axis] * shape[axis])
                 steps[longest] = max(1, steps[longest] // 2) if steps[longest] > 1 else 0
             held = torch.as_strided(source, shape, steps, start)
-        if positive and source is _noise():
+        if noise == "positive" and source is _noise():
             held = held.abs() + 0.05
+        if noise == "first index" and source is not _noise():
+            held = torch.zeros_like(held)
         return held.to(scale.dtype(dtype))
 
     def constant(self, node: Node) -> torch.Tensor | None:
