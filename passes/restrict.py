@@ -69,7 +69,7 @@ def restrict(
                         new_in_front = value(leaf).dim() - rank  # of axes, one of which holds the samples
                         held = dataclasses.replace(samples, axis=0) if new_in_front else samples
                         leaf = editor.gather(leaf, axis + new_in_front, rows, held, node)
-                elif isinstance(leaf, Node) and isinstance(value(leaf), (torch.SymInt, torch.SymFloat)) and leaf not in inside:
+                elif isinstance(leaf, Node) and isinstance(value(leaf), torch.SymFloat) and leaf not in inside:
                     leaf = editor.rescaled(leaf, tokens.size, rows.count)
                 elif isinstance(leaf, Node) and (leaf in tokens.axes or leaf in inside):
                     leaf = gather_rows(state, leaf, rows, node)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -20,7 +20,7 @@ from parvts_fx.analysis.probe import Probe
 from parvts_fx.analysis.small_runs import SAMPLES, SmallRuns
 from parvts_fx.analysis.tokens import TokenMap
 from parvts_fx.analysis.values import (
-    SUMS, changed_in_place, descendants, has_target, hint, hint_shape, is_tensor, output_node, storage_of, value,
+    SUMS, changed_in_place, descendants, has_target, hint, hint_shape, is_tensor, leaves, output_node, storage_of, value,
     writes_unseen,
 )
 from parvts_fx.errors import Refusal
@@ -85,9 +85,7 @@ def find_decoder(
     sample_layouts = _apart(runs, nodes, merge.output)
     mixers = find_mixers(runs, nodes, merge.output, attentions)
     layers, final, output, period = find_layers(module, nodes, mixers, tokens, merge.output)
-    # scales of the head's logits are constants: no row is counted there
-    head = set() if output is None else set(descendants(module.graph, [output]))
-    check_numbers(runs, (node for node in nodes if node not in head), float)
+    check_numbers(runs, nodes, float, _in_head(module.graph, nodes, final, output))
     meeting = {mixer.output for mixer in mixers if mixer.attention is None}
     Tables(runs).check(nodes, meeting, attentions, layers)
     decoder = Decoder(merge, tuple(nodes), tuple(layers), final, output, tokens, window_caches_follow, period, samples,
@@ -131,6 +129,18 @@ def _apart(runs: SmallRuns, nodes: list[Node], start: Node) -> dict[Node, dict[i
         raise Refusal("the samples of a batch are not computed apart from one another here, or that cannot be shown",
                       found.meeting[0])
     return found.layouts
+
+
+def _in_head(
+    graph: Graph, nodes: Sequence[Node], final: Node, output: Node | None
+) -> Callable[[Node, float], bool]:
+    """Whether a fraction scales the head's logits, where no row is counted.
+
+    Where the last layer's end is not known, the head's are those that stand behind all mixers and nowhere else.
+    """
+    head = set(descendants(graph, [final if output is None else output]))
+    others = {leaf for node in nodes if node not in head for leaf in leaves(node) if isinstance(leaf, float)}
+    return lambda node, leaf: node in head and (output is not None or leaf >= 1 and leaf not in others)
 
 
 def _with_buffers(graph: Graph, nodes: list[Node], size: int | torch.SymInt) -> list[Node]:

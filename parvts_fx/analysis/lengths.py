@@ -32,12 +32,15 @@ _NEAR = 3
 _REMEDY = "compile with dynamic=True, where sizes have names: then it can be told"
 
 
-def check_numbers(runs: SmallRuns, nodes: Iterable[Node], kind: type = int) -> None:
+def check_numbers(
+    runs: SmallRuns, nodes: Iterable[Node], kind: type = int, constant: Callable[[Node, float], bool] = lambda node, leaf: False
+) -> None:
     """Refuse numbers in a static graph that equal the prompt's length, or one over it, and enter values; and positions in an
     index that may be counted from the prompt's end, which Dynamo writes as plain numbers in any graph.
 
     Args:
         kind: int or float, of the numbers to look at.
+        constant: whether one is known to be none that follows the prompt.
 
     Raises:
         Refusal: names the number.
@@ -49,15 +52,26 @@ def check_numbers(runs: SmallRuns, nodes: Iterable[Node], kind: type = int) -> N
             continue
         bindings = runs.tokens.bindings.get(node, {})
         for index, leaf in enumerate(leaves(node)):
-            if index in bindings or isinstance(leaf, bool) or not isinstance(leaf, kind):
+            if index in bindings or isinstance(leaf, bool):
                 continue
-            counts = static and _may_count(leaf, runs.length) and not _is_explained(runs, node, leaf)
+            if kind is int and _is_computed(runs, leaf) and _is_a_value(runs, node, index):
+                raise Refusal("a number that is computed from the prompt's length enters values", node)
+            if not isinstance(leaf, kind):
+                continue
+            counts = static and _may_count(leaf, runs.length) and not (
+                _is_explained(runs, node, leaf) or constant(node, leaf))
             if counts and _is_a_value(runs, node, index):
                 raise Refusal(f"the number {leaf} may be the prompt's length or a constant ({_REMEDY})", node)
             near_end = is_index(node) and isinstance(leaf, int) and 2 < runs.length - 3 <= leaf < runs.length
             if near_end and _is_a_value(runs, node, index):
                 raise Refusal(f"the position {leaf} may be counted from the prompt's end or from its beginning (a negative "
                               "index tells)", node)
+
+
+def _is_computed(runs: SmallRuns, leaf: object) -> bool:
+    """Whether an integer is another one than the prompt's length, computed from it outside of the decoder."""
+    held = value(leaf) if isinstance(leaf, Node) and leaf not in runs.tokens.probed else None
+    return isinstance(held, torch.SymInt) and bool(symbols(held) & symbols(runs.tokens.size))
 
 
 def _may_count(leaf: object, length: int) -> bool:
@@ -86,7 +100,9 @@ def _is_explained(runs: SmallRuns, node: Node, leaf: object) -> bool:
 def _is_a_value(runs: SmallRuns, node: Node, place: int) -> bool:
     """Whether another number there leaves the result's sizes as they are, and changes what it holds."""
     try:
-        results = [_run_with(runs, node, place, more) for more in (0, 2 if _may_count(leaves(node)[place], runs.length) else -1)]
+        leaf = leaves(node)[place]
+        other = 2 if isinstance(leaf, Node) or _may_count(leaf, runs.length) else -1
+        results = [_run_with(runs, node, place, more) for more in (0, other)]
     except Exception:  # no other number does: it is a size
         return False
     one, other = results
@@ -101,7 +117,7 @@ def _run_with(runs: SmallRuns, node: Node, place: int, more: int) -> torch.Tenso
             leaf = torch.rand(hint_shape(value(leaf)), generator=torch.Generator().manual_seed(index)) if (
                 value(leaf).is_floating_point()) else torch.zeros(hint_shape(value(leaf)), dtype=value(leaf).dtype)
         elif isinstance(leaf, Node):
-            leaf = runs.scalar(leaf, runs.length)
+            leaf = runs.scalar(leaf, runs.length + (more if index == place else 0))
         elif index == place:
             leaf = _for_more(leaf, runs.length, more)
         given.append(local_argument(leaf, None))

@@ -163,7 +163,7 @@ class SmallRuns:
         """An integer leaf for so many tokens and samples."""
         own = value(leaf) if isinstance(leaf, Node) else leaf
         if isinstance(own, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-            follows = index not in self.tokens.bindings.get(reader, {}) and leaf not in self.tokens.probed
+            follows = isinstance(own, torch.SymFloat) and leaf not in self.tokens.probed
             own = self.scalar(leaf, scale.tokens) if follows else hint(own)
         if not isinstance(own, (int, float)):
             raise Unproven("a number depends on data")
