@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 import torch
 from torch.fx import Node
+from torch.fx.node import map_aggregate
 
 from parvts_fx.analysis.records import Attention, Layer
 from parvts_fx.analysis.small_runs import SmallRuns, Unproven, local_argument, really
@@ -52,7 +54,7 @@ def check_numbers(
             continue
         bindings = runs.tokens.bindings.get(node, {})
         for index, leaf in enumerate(leaves(node)):
-            if index in bindings or isinstance(leaf, bool):
+            if index in bindings or isinstance(leaf, bool) or _picks_no_token(runs, node, leaf):
                 continue
             if kind is int and _is_computed(runs, leaf) and _is_a_value(runs, node, index):
                 raise Refusal("a number that is computed from the prompt's length enters values", node)
@@ -66,6 +68,32 @@ def check_numbers(
             if near_end and _is_a_value(runs, node, index):
                 raise Refusal(f"the position {leaf} may be counted from the prompt's end or from its beginning (a negative "
                               "index tells)", node)
+
+
+def _picks_no_token(runs: SmallRuns, node: Node, leaf: object) -> bool:
+    """Whether a number stands in an index for an axis that does not run along the prompt (ids of a vocabulary, say)."""
+    if not (is_index(node) or node.target is operator.setitem) or not is_tensor(node.args[0]):
+        return False
+    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    axes, rank = runs.tokens.axes.get(node.args[0], {}), value(node.args[0]).dim()
+    places = [place for place, part in enumerate(index) if _holds(part, leaf)]
+    if not places or node.target is operator.setitem and _holds(node.args[2], leaf):
+        return False
+    return not any(_axis_of_index(index, place, rank) in axes for place in places)
+
+
+def _axis_of_index(index: tuple, place: int, rank: int) -> int:
+    """Which axis an entry of an index is for."""
+    behind = any(part is Ellipsis for part in index[:place])
+    entries = index[place + 1:] if behind else index[:place]
+    taken = sum(part is not None for part in entries)
+    return rank - 1 - taken if behind else taken
+
+
+def _holds(part: object, leaf: object) -> bool:
+    found: list[object] = []
+    map_aggregate((part,), found.append)
+    return any(one is leaf for one in found)
 
 
 def _is_computed(runs: SmallRuns, leaf: object) -> bool:
@@ -141,8 +169,8 @@ def _for_more(number: int | float, length: int, more: int) -> int | float:
 class _Table:
     """A tensor made from sizes alone, with rows along the prompt."""
 
-    extends: bool
-    """Whether a longer prompt only adds rows to it."""
+    extends: bool | None
+    """Whether a longer prompt only adds rows to it; None if that cannot be tried."""
 
     counts: bool
     """Whether its first rows are others than those of some choice of tokens."""
@@ -180,7 +208,9 @@ class Tables:
                     if node in meeting and any(isinstance(value(source), torch.nn.Parameter) for source in ancestors([side])):
                         raise Refusal("weights for each of the prompt's positions are read where tokens meet", node)
                     continue
-                if not table.extends:
+                if node in own:
+                    continue  # masks and biases belong to pairs of positions
+                if table.extends is False or table.extends is None and node in behind:
                     raise Refusal("a table made for the prompt's length holds numbers that depend on it", node)
                 if table.counts and node in behind and (node in meeting or not self._ends_in(node, own, stops)):
                     raise Refusal("a table of positions is read where tokens meet other than by attention: whether it numbers "
@@ -230,8 +260,8 @@ class Tables:
             first = first.narrow(axis, 0, len(kept))
             chosen = chosen.index_select(axis, torch.tensor(kept))
         longer = self._for_more(side, 2)
-        extends = longer is not None
-        if extends:
+        extends = None
+        if longer is not None:
             for axis in axes:
                 longer = longer.narrow(axis, 0, min(length, longer.shape[axis]))
             extends = torch.equal(longer, table)
