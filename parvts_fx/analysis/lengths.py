@@ -17,6 +17,7 @@ import torch
 from torch.fx import Node
 from torch.fx.node import map_aggregate
 
+from parvts_fx.analysis.calls import is_fused_attention
 from parvts_fx.analysis.records import Attention, Layer
 from parvts_fx.analysis.small_runs import SmallRuns, Unproven, local_argument, really
 from parvts_fx.analysis.tokens import AtMost, AxisLabels
@@ -208,7 +209,7 @@ class Tables:
                     if node in meeting and any(isinstance(value(source), torch.nn.Parameter) for source in ancestors([side])):
                         raise Refusal("weights for each of the prompt's positions are read where tokens meet", node)
                     continue
-                if node in own:
+                if node in own or is_fused_attention(node):
                     continue  # masks and biases belong to pairs of positions
                 if table.extends is False or table.extends is None and node in behind:
                     raise Refusal("a table made for the prompt's length holds numbers that depend on it", node)
