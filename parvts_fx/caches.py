@@ -32,6 +32,9 @@ class Watch:
     dropped: list[int] = dataclasses.field(default_factory=list)
     """Tokens per sample that each rewritten prefill dropped."""
 
+    lost: set[tuple[int, ...]] = dataclasses.field(default_factory=set)
+    """[batch, seq] of merged embeddings that died before a graph took them."""
+
     merged: bool = False
     """Whether a graph has merged visual features into embeddings, rewritten or not."""
 
@@ -60,6 +63,11 @@ def tell_pruning(dropped: int) -> None:
     watch = _WATCH.get()
     if watch is not None:
         watch.dropped.append(dropped)
+
+
+def current_call() -> Watch | None:
+    """The call that is being watched; None under the plain backend."""
+    return _WATCH.get()
 
 
 def is_watched() -> bool:

@@ -22,7 +22,7 @@ from parvts_fx.analysis.merge import find_merge
 from parvts_fx.analysis.modality import Origin
 from parvts_fx.analysis.records import Merge
 from parvts_fx.analysis.values import fake_mode_of, output_node, value
-from parvts_fx.caches import is_watched, merged_rows
+from parvts_fx.caches import Watch, current_call, is_watched, merged_rows
 from parvts_fx.capture import capture
 from parvts_fx.errors import ParvtsWarning
 from parvts_fx.origins import is_lost, note_lost, noted_origins, noting_origins
@@ -39,6 +39,9 @@ class _Merged:
     merged: torch.Tensor
     by_graph: bool
     """Whether a graph has merged them, whose report lists what they are."""
+
+    call: Watch | None
+    """In which call; None under the plain backend."""
 
     received: bool = False
     """Whether a decoder's graph has taken it."""
@@ -63,11 +66,12 @@ def hand_over(
     def forget(_: object) -> None:
         held = _MERGED.pop(key, None)
         if held is not None and not held.received and held.visual.any():
-            note_lost(tuple(held.visual.shape))
+            note_lost(tuple(held.visual.shape), held.call)
             if unreceived is not None:
                 unreceived()
 
-    _MERGED[key] = _Merged(weakref.ref(embeddings, forget), visual, visual if merged is None else merged, merged is not None)
+    _MERGED[key] = _Merged(weakref.ref(embeddings, forget), visual, visual if merged is None else merged, merged is not None,
+                           current_call())
 
 
 def _held(embeddings: object) -> _Merged | None:
@@ -163,7 +167,7 @@ def lost_merges(embeddings: torch.Tensor) -> bool:
     """Whether an earlier graph of the running call has merged visual features into embeddings [batch, seq, hidden] of this
     size that no graph took, or none has taken yet."""
     size = tuple(embeddings.shape[:2])
-    waiting = any(not held.received and tuple(held.visual.shape) == size and bool(held.visual.any())
+    waiting = any(not held.received and held.call is current_call() and tuple(held.visual.shape) == size and bool(held.visual.any())
                   for held in _MERGED.values() if held.reference() is not embeddings)
     return waiting or is_lost(size)
 

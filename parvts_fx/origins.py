@@ -16,12 +16,14 @@ from torch.fx import GraphModule, Node
 
 from parvts_fx.analysis.modality import Origin, content_before, origin_by_name
 from parvts_fx.analysis.values import is_tensor, output_node, value
+from parvts_fx.caches import Watch, current_call
 
 TEXT = Origin(frozenset(("text",)))
 """Of embeddings that have been looked up by integers."""
 
 _LOST: set[tuple[int, ...]] = set()
-"""[batch, seq] of merged embeddings that died before a graph took them, until the next prompt's ids are looked up."""
+"""[batch, seq] of merged embeddings that died before a graph took them, until the next prompt's ids are looked up; under the
+plain backend alone, which sees no call begin and end."""
 
 _ORIGINS: dict[int, tuple[weakref.ref[torch.Tensor], Origin]] = {}
 """By identity of tensors that are alive: what they are computed from."""
@@ -38,12 +40,13 @@ def note_origin(held: torch.Tensor, origin: Origin) -> None:
     _ORIGINS[key] = weakref.ref(held, lambda _: _ORIGINS.pop(key, None)), origin
 
 
-def note_lost(size: tuple[int, ...]) -> None:
-    _LOST.add(size)
+def note_lost(size: tuple[int, ...], call: Watch | None) -> None:
+    (_LOST if call is None else call.lost).add(size)
 
 
 def is_lost(size: tuple[int, ...]) -> bool:
-    return size in _LOST
+    call = current_call()
+    return size in (_LOST if call is None else call.lost)
 
 
 def noted_origins(module: GraphModule, example_inputs: Sequence[object]) -> tuple[set[Node], dict[Node, Origin]]:

@@ -7,6 +7,8 @@ import logging
 import pytest
 import torch
 
+from parvts_fx import handover, origins
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -24,3 +26,5 @@ def fresh_dynamo():
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # graph breaks of Hugging Face models
     yield
     torch._dynamo.reset()
+    handover._MERGED.clear()  # of embeddings that a failed call has left behind
+    origins._LOST.clear()

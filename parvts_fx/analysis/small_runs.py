@@ -237,7 +237,7 @@ class SmallRuns:
             held = torch.as_strided(source, shape, steps, start)
         if noise == "positive" and source is _noise():
             held = held.abs() + 0.05
-        if noise == "first index" and source is not _noise():
+        if noise == "first index" and source is not _noise() and dtype != torch.bool:
             held = torch.zeros_like(held)
         return held.to(scale.dtype(dtype))
 
