@@ -66,13 +66,8 @@ def tell_pruning(dropped: int) -> None:
 
 
 def current_call() -> Watch | None:
-    """The call that is being watched; None under the plain backend."""
+    """The call that is being watched, whose end notices what its graphs have not done; None under the plain backend."""
     return _WATCH.get()
-
-
-def is_watched() -> bool:
-    """Whether a call is being watched, whose end notices what its graphs have not done."""
-    return _WATCH.get() is not None
 
 
 def merged_rows(embeddings: torch.Tensor) -> torch.Tensor | None:

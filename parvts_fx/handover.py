@@ -22,7 +22,7 @@ from parvts_fx.analysis.merge import find_merge
 from parvts_fx.analysis.modality import Origin
 from parvts_fx.analysis.records import Merge
 from parvts_fx.analysis.values import fake_mode_of, output_node, value
-from parvts_fx.caches import Watch, current_call, is_watched, merged_rows
+from parvts_fx.caches import Watch, current_call, merged_rows
 from parvts_fx.capture import capture
 from parvts_fx.errors import ParvtsWarning
 from parvts_fx.origins import is_lost, note_lost, noted_origins, noting_origins
@@ -200,7 +200,7 @@ def hand_on(
     def announcing(*inputs: object) -> Any:
         outputs = lowered(*inputs)
         visual, everything = _masks(done, inputs, handed)
-        watched = is_watched()  # then a caller notices if no graph takes it
+        watched = current_call() is not None  # then a caller notices if no graph takes it
         hand_over(outputs[position], visual, None if watched else _tell_unreceived, everything)
         return outputs
 

@@ -190,8 +190,6 @@ class _Search:
         """Whether a node behind open ones, run together with them, has its rows in order."""
         try:
             region = self._region(node)
-            if self.together is None:
-                self.together = self._run_together("double")
             key = ("together", self.label, tuple(self._key_in(region, member) for member in region))
             if key not in self.memo:
                 self.memo[key] = self._compare_together(node)

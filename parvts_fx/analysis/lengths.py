@@ -22,7 +22,7 @@ from parvts_fx.analysis.records import Attention, Layer
 from parvts_fx.analysis.small_runs import SmallRuns, Unproven, local_argument, really
 from parvts_fx.analysis.tokens import AtMost, AxisLabels
 from parvts_fx.analysis.values import (
-    ancestors, call, changed_in_place, hint_shape, is_index, is_tensor, leaves, symbols, value, with_leaves,
+    ancestors, call, changed_in_place, hint_shape, is_index, is_indexing, is_tensor, leaves, symbols, value, with_leaves,
 )
 from parvts_fx.errors import Refusal
 
@@ -73,7 +73,7 @@ def check_numbers(
 
 def _picks_no_token(runs: SmallRuns, node: Node, leaf: object) -> bool:
     """Whether a number stands in an index for an axis that does not run along the prompt (ids of a vocabulary, say)."""
-    if not (is_index(node) or node.target is operator.setitem) or not is_tensor(node.args[0]):
+    if not is_indexing(node) or not is_tensor(node.args[0]):
         return False
     index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
     axes, rank = runs.tokens.axes.get(node.args[0], {}), value(node.args[0]).dim()

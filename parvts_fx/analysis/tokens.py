@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import operator
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch.fx import Node
 
 from parvts_fx.analysis.values import (
-    concrete, has_target, hint, is_index, is_symbolic_int, is_tensor, leaves, symbols, value,
+    concrete, has_target, hint, is_indexing, is_symbolic_int, is_tensor, leaves, symbols, value,
 )
 
 _MOST_READINGS = 64
@@ -150,7 +149,7 @@ def _variables(node: Node, labels: tuple[str, ...], tokens: TokenMap) -> dict[in
                 continue
             if of_prompt and not follows:
                 continue
-            offset = next((o for o in _OFFSETS if number == hint(tokens.size) + o), 0) if _indexes(node) else 0
+            offset = next((o for o in _OFFSETS if number == hint(tokens.size) + o), 0) if is_indexing(node) else 0
             if not number or not offset and number % hint(tokens.size):
                 continue  # no multiple: right as it is, where the tokens are padded up to it
             counts = [Count(label, (number - offset) // hint(tokens.size), offset) for label in labels]
@@ -160,10 +159,6 @@ def _variables(node: Node, labels: tuple[str, ...], tokens: TokenMap) -> dict[in
             if sides:
                 variables[index] = sides
     return variables
-
-
-def _indexes(node: Node) -> bool:
-    return is_index(node) or node.target is operator.setitem
 
 
 def _choice(node: Node, tokens: TokenMap) -> tuple[int, str] | tuple[None, None]:

@@ -80,6 +80,11 @@ def is_index(node: Node) -> bool:
     return node.op == "call_function" and node.target is operator.getitem
 
 
+def is_indexing(node: Node) -> bool:
+    """Whether a node reads or writes by an index."""
+    return is_index(node) or node.op == "call_function" and node.target is operator.setitem
+
+
 def is_equality(node: Node) -> bool:
     return has_target(node, (operator.eq, torch.eq, torch.ops.aten.eq.Scalar), ("eq", "__eq__"))
 
