@@ -1,0 +1,170 @@
+"""A schedule is data: where visual tokens are chosen, by what, how many stay, and what becomes of the rest.
+
+Every published way of dropping visual tokens inside a language model answers these four questions, once or several times.
+A schedule is a tuple of :class:`Stage`, one for each time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+Rule = Callable[..., torch.Tensor]
+
+
+def _fail(field: str, value: object, expected: str, remedy: str, number: int | None = None) -> None:
+    place = "" if number is None else f"[{number}]"
+    raise ValueError(f"parvts_fx: option stages{place}.{field}={value!r}: expected {expected}. {remedy}".rstrip())
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, float) and math.isfinite(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One choice of visual tokens, and what becomes of those not chosen (the non-subject tokens).
+
+    Raises:
+        ValueError: for a value outside its range; the message names the field, the value and what to do.
+    """
+
+    at: int | float = 0
+    """The layer at whose input the choice is made; a share of the layers (rounded half up) if a float in (0, 1)."""
+
+    keep: int | float = 1 / 9
+    """How many visual tokens per sample stay: a count if an int, else a share of the sample's original visual tokens, of
+    which ``max(1, floor(keep * n + 0.5))`` stay. Never more than there still are."""
+
+    rule: str | Rule = "auto"
+    """A rule's name or a callable (:mod:`parvts_fx.scores`): it ranks the visual tokens that are still there."""
+
+    migrate: int | float = 0
+    """Layers ``at`` to ``at + migrate - 1`` run both groups; the non-subject rows leave at the input of layer ``at + migrate``.
+    A share of the layers if a float in (0, 1)."""
+
+    paths: str = "parallel"
+    """"parallel": while both groups run they do not see each other. "joint": they do."""
+
+    fusion: str | float = "attention"
+    """How text rows take in both groups: "attention", or the constant weight of the subject path in [0, 1], with which each
+    path has its own copy of the text until the non-subject rows leave (ParVTS, arXiv 2511.18875)."""
+
+    merge: str | None = None
+    """What the kept tokens take over of the dropped ones: nothing."""
+
+    def __post_init__(self) -> None:
+        if not (_is_count(self.at) and self.at >= 0 or _is_share(self.at) and 0 < self.at < 1):
+            _fail("at", self.at, "a layer's number from 0 on, or a share of the layers as a float between 0 and 1",
+                  "0 chooses in front of the first layer.")
+        if not (_is_count(self.keep) and self.keep >= 1 or _is_share(self.keep) and 0 < self.keep <= 1):
+            _fail("keep", self.keep, "a count of at least 1 as an int, or a share in (0, 1] as a float",
+                  "64 keeps 64 tokens, 1/9 keeps 64 of 576, 1.0 keeps all.")
+        if not (isinstance(self.rule, str) or callable(self.rule)):
+            _fail("rule", self.rule, "a rule's name or a callable", 'Use "auto" if unsure.')
+        if not (_is_count(self.migrate) and self.migrate >= 0 or _is_share(self.migrate) and 0 < self.migrate < 1):
+            _fail("migrate", self.migrate, "a number of layers from 0 on, or a share of them as a float between 0 and 1",
+                  "0 drops the other tokens where the choice is made.")
+        if self.paths not in ("parallel", "joint"):
+            _fail("paths", self.paths, '"parallel" or "joint"', 'Use "parallel" for ParVTS.')
+        weighed = not isinstance(self.fusion, (str, bool)) and isinstance(self.fusion, (int, float))
+        if not (0 <= self.fusion <= 1 if weighed else self.fusion == "attention"):
+            _fail("fusion", self.fusion, '"attention" or a number in [0, 1] (the subject path\'s weight)',
+                  'Use "attention" if unsure.')
+        if self.paths == "joint" and weighed:
+            _fail("fusion", self.fusion, '"attention" together with paths="joint"',
+                  "With joint paths there is one copy of the text rows and nothing to weigh.")
+        if self.migrate == 0 and (self.paths == "joint" or weighed):
+            field, held = ("paths", self.paths) if self.paths == "joint" else ("fusion", self.fusion)
+            _fail(field, held, f"the default together with migrate={self.migrate!r}",
+                  "Where the other tokens leave at once there is no second group; give migrate, or leave this out.")
+        if self.merge is not None:
+            _fail("merge", self.merge, "None", "Dropped tokens are not merged into the kept ones.")
+
+    def kept(self, live: Any, original: Any) -> Any:
+        """How many of ``live`` visual tokens stay, of ``original`` ones that the sample had (ints or torch.SymInt)."""
+        if isinstance(self.keep, int):
+            return torch.sym_min(live, self.keep)
+        if isinstance(original, int):
+            share = max(1, math.floor(self.keep * original + 0.5))
+        else:  # the same arithmetic; sym_int rounds towards zero
+            share = torch.sym_max(1, torch.sym_int(self.keep * torch.sym_float(original) + 0.5))
+        return torch.sym_min(live, share)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlacedStage:
+    """A stage in a decoder whose number of layers is known."""
+
+    number: int
+    stage: Stage
+    at: int
+    end: int
+    """The layer at whose input the non-subject rows leave; the number of layers for "behind the last layer"."""
+
+    @property
+    def is_weighed(self) -> bool:
+        """Whether each path has its own copy of the text rows."""
+        return self.stage.fusion != "attention" and self.end > self.at
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether both groups run beside each other, over one copy of the text rows."""
+        return self.stage.paths == "parallel" and self.end > self.at and not self.is_weighed
+
+    def runs_both(self, layer: int) -> bool:
+        """Whether a layer runs subject and non-subject rows."""
+        return self.at <= layer < self.end
+
+
+def check_order(stages: Sequence[Stage]) -> None:
+    """What can be told of a schedule before the model is known.
+
+    Raises:
+        ValueError: stages that run backwards or overlap, or that would keep more than the one before.
+    """
+    for number, (before, stage) in enumerate(zip(stages, stages[1:]), start=1):
+        if type(before.at) is type(stage.at) and stage.at < before.at:
+            _fail("at", stage.at, f"at least {before.at!r}, where the stage before chooses", "Put stages in the order of "
+                  "their layers.", number)
+        counted = all(_is_count(held) for held in (before.at, before.migrate, stage.at))
+        if counted and stage.at < before.at + before.migrate:
+            _fail("at", stage.at, f"at least {before.at + before.migrate}, where the non-subject tokens of the stage before "
+                  "leave", "A stage begins where the one before it has ended, or behind.", number)
+        if type(before.keep) is type(stage.keep) and stage.keep > before.keep:
+            _fail("keep", stage.keep, f"at most {before.keep!r}, what the stage before keeps",
+                  "What was dropped does not come back.", number)
+
+
+def placed(stages: Sequence[Stage], layers: int) -> tuple[PlacedStage, ...]:
+    """The stages in a decoder of so many layers.
+
+    Raises:
+        ValueError: a stage that lies beyond the layers, or overlaps with the one before.
+    """
+    found: list[PlacedStage] = []
+    for number, stage in enumerate(stages):
+        at = _layers(stage.at, layers)
+        end = at + _layers(stage.migrate, layers)
+        if at >= layers:
+            _fail("at", stage.at, f"a layer of this model, at most {layers - 1}", f"It has {layers} decoder layers.", number)
+        if end > layers:
+            _fail("migrate", stage.migrate, f"at most {layers - at} (layer {at} of {layers} on)",
+                  "The non-subject tokens leave behind the last layer at the latest.", number)
+        if found and at < found[-1].end:
+            _fail("at", stage.at, f"at least layer {found[-1].end}, where the non-subject tokens of the stage before leave "
+                  f"(it came to layer {at})", "A stage begins where the one before it has ended, or behind.", number)
+        found.append(PlacedStage(number, stage, at, end))
+    return tuple(found)
+
+
+def _layers(given: int | float, layers: int) -> int:
+    return math.floor(given * layers + 0.5) if isinstance(given, float) else given
