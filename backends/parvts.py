@@ -11,15 +11,15 @@ from torch.fx import GraphModule
 
 from parvts_fx.analysis.calls import attention_nodes
 from parvts_fx.analysis.decoder import NoDecoder
-from parvts_fx.backends.dispatch import Dispatch
+from parvts_fx.runtime.dispatch import Dispatch
 from parvts_fx.backends.lowering import Compiled, lower
-from parvts_fx.caches import cache_outputs, tell_merge, watch_short_caches
+from parvts_fx.runtime.caches import cache_outputs, tell_merge, watch_short_caches
 from parvts_fx.errors import NotRewritten, ParvtsWarning, Refusal
-from parvts_fx.handover import MergedInput, can_hand_on, hand_on
+from parvts_fx.runtime.merged_embeddings import MergedInput, can_hand_on, hand_on
 from parvts_fx.options import Options, parse_options
-from parvts_fx.origins import noting_origins
-from parvts_fx.precondition import merged_mask, visual_mask
-from parvts_fx.prompt_merges import report_merges
+from parvts_fx.runtime.input_origins import noting_origins
+from parvts_fx.runtime.guards import merged_mask, visual_mask
+from parvts_fx.runtime.prompt_merges import report_merges
 from parvts_fx.report import GraphReport
 from parvts_fx.rewriting import Rewriting, rewrite_graph
 
@@ -50,16 +50,19 @@ def parvts(
         def attempt(module: GraphModule, inputs: Sequence[object], handed: MergedInput | None) -> Rewriting:
             return _attempt(module, inputs, parsed, window_caches_follow, handed)
 
+        def lower_as_asked(module: GraphModule, inputs: Sequence[object]) -> Compiled:
+            return lower(module, inputs, parsed)
+
         done = attempt(module, example_inputs, handed)
         if on_rewriting is not None:
             on_rewriting(module, example_inputs, done)
         if done.module is not None:
-            lowered = lower(done.module, example_inputs, parsed) if handed is None else None
-            return Dispatch(done, lowered, module, parsed, handed and handed.position, attempt)
+            lowered = lower_as_asked(done.module, example_inputs) if handed is None else None
+            return Dispatch(done, lowered, module, parsed, handed and handed.position, attempt, lower_as_asked)
         if done.merge is not None:
-            return hand_on(module, done, lambda copy: lower(copy, example_inputs, parsed), handed, example_inputs)
+            return hand_on(module, done, lambda copy: lower_as_asked(copy, example_inputs), handed, example_inputs)
         caches = cache_outputs(module)
-        lowered = noting_origins(module, example_inputs, lower(module, example_inputs, parsed))
+        lowered = noting_origins(module, example_inputs, lower_as_asked(module, example_inputs))
         if done.report.status == "unrewritten" or done.report.visual_tokens or done.report.merges or handed:
             return _telling_merge(lowered)
         if attention_nodes(module.graph):  # it may go on from a shortened cache whose count nobody corrects

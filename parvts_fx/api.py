@@ -13,10 +13,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from parvts_fx.analysis.values import fake_mode_of, value
-from parvts_fx.arranged import arranged
+from parvts_fx.runtime.compiled_call import watched_call
 from parvts_fx.backends.parvts import parvts
 from parvts_fx.capture import WithPrefix, capture
-from parvts_fx.noting import NotingGenerate
+from parvts_fx.runtime.watched_generate import WatchedGenerate
 from parvts_fx.options import parse_options
 from parvts_fx.report import GraphReport, Report
 from parvts_fx.rewriting import Rewriting
@@ -31,7 +31,7 @@ def compile(model: Model, **options: Any) -> Model:
 
     Unlike the plain backend, it has a say in how Dynamo captures the model, for the duration of each call and nowhere
     else: data-dependent checks stay in the graph, so that more models reach the backend in one piece, and many models
-    may be compiled side by side. And it keeps the cache's count of seen tokens right (:mod:`parvts_fx.caches`), so that
+    may be compiled side by side. And it keeps the cache's count of seen tokens right (:mod:`parvts_fx.runtime.caches`), so that
     a conversation may go on from a pruned prompt.
 
     Args:
@@ -47,9 +47,9 @@ def compile(model: Model, **options: Any) -> Model:
     parsed = parse_options(options, mode)
     for module in (model, *_generating_parts(model)):
         module.compile(backend=functools.partial(parvts, options=parsed, window_caches_follow=True), **arguments)
-        module._compiled_call_impl = arranged(module._compiled_call_impl, parsed, module)
+        module._compiled_call_impl = watched_call(module._compiled_call_impl, parsed, module)
         if _generating_parts(module) and callable(getattr(type(module), "generate", None)):
-            module.generate = NotingGenerate(module, parsed)
+            module.generate = WatchedGenerate(module, parsed)
     return model
 
 
@@ -90,7 +90,7 @@ def explain(model: torch.nn.Module, /, *args: Any, options: Mapping[str, Any] | 
     traced = dataclasses.replace(parsed, lowering="eager", mode=None, lowering_options={})
     backend = functools.partial(parvts, options=traced, window_caches_follow=True, on_rewriting=collect)
     with torch.no_grad():  # static sizes, so that every count is a number
-        arranged(torch.compile(model._call_impl, backend=backend, dynamic=False), parsed, model)(*args, **inputs)
+        watched_call(torch.compile(model._call_impl, backend=backend, dynamic=False), parsed, model)(*args, **inputs)
     return Report(tuple(reports))
 
 

@@ -18,20 +18,20 @@ from parvts_fx.analysis.calls import attention_nodes
 from parvts_fx.analysis.values import hint, value
 from parvts_fx.capture import capture, copy_graph_module
 from parvts_fx.errors import NotRewritten, Refusal
-from parvts_fx.handover import MergedInput
-from parvts_fx.observe import dump_hook, log_hook
+from parvts_fx.runtime.merged_embeddings import MergedInput
+from parvts_fx.passes.dumps import dump_hook, log_hook
 from parvts_fx.options import Options, parse_options
-from parvts_fx.padding import padding_check
+from parvts_fx.runtime.padding import padding_check
 from parvts_fx.passes import Pass, State, build_pipeline, run_pipeline
-from parvts_fx.passes.invert_permutations import InvertPermutations
-from parvts_fx.passes.spread_masked_updates import SpreadMaskedUpdates
-from parvts_fx.passes.version_writes import VersionWrites
-from parvts_fx.passes.write_out_sizes import WriteOutSizes
-from parvts_fx.precondition import Precondition, same_count, visual_mask
-from parvts_fx.prompt_merges import is_without_visuals, prompt_merge, refuse_unseen_merges, report_merges, stream_input
+from parvts_fx.capture.invert_permutations import InvertPermutations
+from parvts_fx.capture.spread_masked_updates import SpreadMaskedUpdates
+from parvts_fx.capture.version_writes import VersionWrites
+from parvts_fx.capture.write_out_sizes import WriteOutSizes
+from parvts_fx.runtime.guards import Precondition, same_count, visual_mask
+from parvts_fx.runtime.prompt_merges import is_without_visuals, prompt_merge, refuse_unseen_merges, report_merges, stream_input
 from parvts_fx.report import GraphReport, LayerReport
 from parvts_fx.scores import reads_text
-from parvts_fx.verify import CHEAP_CHECKS, Check, verifier
+from parvts_fx.passes.verify import CHEAP_CHECKS, Check, verifier
 
 
 _UNSEEN = "no visual features are merged into embeddings"

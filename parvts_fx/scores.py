@@ -17,12 +17,12 @@ import torch.nn.functional as F
 
 from parvts_fx.analysis.records import VisualMerge
 from parvts_fx.analysis.values import ancestors, concrete, hint, is_tensor, value
-from parvts_fx.tower import trace_attended
+from parvts_fx.analysis.tower import trace_attended
 
 if TYPE_CHECKING:
     from torch.fx import Node
 
-    from parvts_fx.passes.editing import Editor
+    from parvts_fx.capture.editing import Editor
 
 Rule = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 

@@ -14,7 +14,7 @@ from parvts_fx.analysis.tokens import AxisLabels
 from parvts_fx.analysis.values import hint, output_node, value
 from parvts_fx.errors import Refusal
 from parvts_fx.options import Options
-from parvts_fx.passes.editing import Editor, Rows, Samples, Size
+from parvts_fx.passes.editing import RowEditor, Rows, Samples, Size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ class State:
     module: GraphModule
     decoder: Decoder
     options: Options
-    editor: Editor = dataclasses.field(init=False)
+    editor: RowEditor = dataclasses.field(init=False)
     partition: Partition | None = None
     prefix: Prefix | None = None
     """With constant weights: what path B leaves to path A."""
@@ -114,7 +114,7 @@ class State:
 
 
     def __post_init__(self) -> None:
-        self.editor = Editor(self.module)
+        self.editor = RowEditor(self.module)
         self.side_nodes = frozenset(self.module.graph.nodes) - frozenset(self.decoder.nodes)
         self.original_inputs = [node.name for node in self.module.graph.nodes if node.op == "placeholder"]
         outputs = output_node(self.module.graph).args[0]

@@ -1,25 +1,16 @@
-"""Editing a graph with metadata: new nodes get example values at once, so a wrong shape fails where it is written."""
+"""Rows of the prompt in a graph: which there are, tensors with some of them, masks between them."""
 
 from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.node import map_aggregate
 
-from parvts_fx.analysis.memo import Memo
-from parvts_fx.analysis.probe import quiet_trials
-from parvts_fx.analysis.tokens import Count
-from parvts_fx.analysis.values import call, changed_in_place, concrete, fake_mode_of, storage_of, symbols, value
+from parvts_fx.analysis.values import storage_of, value
+from parvts_fx.capture.editing import Editor, Size
 from parvts_fx.errors import Refusal
-
-Size = int | Node
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,134 +58,13 @@ def along(rows: torch.Tensor, samples: Samples | None, axis: int, rank: int) -> 
     return rows[tuple(slice(None) if i in (samples.axis, axis) else None for i in range(rank))]
 
 
-class Editor:
-    """Adds nodes to one graph."""
+class RowEditor(Editor):
+    """Adds nodes to one graph, and knows rows. What it has gathered once, it does not gather again."""
 
     def __init__(self, module: GraphModule):
-        self.module = module
-        self.graph = module.graph
-        self.mode = fake_mode_of(module.graph)
-        self._memo = Memo()
+        super().__init__(module)
         self._gathered: dict[tuple, Node] = {}
         self._masks: dict[tuple, Node] = {}
-        self._writes: dict[int, list[Node]] = {}
-        for node in self.graph.nodes:
-            self._note_write(node)
-
-    def _note_write(self, node: Node) -> None:
-        target = changed_in_place(node)
-        if target is not None:
-            self._writes.setdefault(storage_of(target), []).append(node)
-
-    # -- single nodes -----------------------------------------------------------------------------------------------
-
-    def _evaluate(self, node: Node) -> Node:
-        args, kwargs = map_aggregate((node.args, node.kwargs), lambda leaf: value(leaf) if isinstance(leaf, Node) else leaf)
-        try:
-            with self.mode, torch.no_grad(), enable_python_dispatcher(), quiet_trials():
-                node.meta["example_value"] = self._memo.evaluate(
-                    node.op, node.target, args, kwargs, lambda: call(self.module, node.op, node.target, args, kwargs))
-        except Refusal:
-            raise
-        except Exception as error:
-            detail = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-            raise Refusal(f"a rewritten operation does not work on its new sizes ({detail})", node) from error
-        return node
-
-    def call(self, target: Callable, *args: Any, **kwargs: Any) -> Node:
-        """A call_function node with its example value."""
-        return self._evaluate(self.graph.call_function(target, args, kwargs))
-
-    def method(self, name: str, *args: Any, **kwargs: Any) -> Node:
-        """A call_method node with its example value."""
-        return self._evaluate(self.graph.call_method(name, args, kwargs))
-
-    def copy(self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
-        """The same operation on other arguments, with its own example value."""
-        new = self.graph.create_node(node.op, node.target, args, kwargs, name=node.name)
-        new.meta = {key: held for key, held in node.meta.items() if key not in ("example_value", "val")}
-        if node.op == "get_attr":
-            new.meta["example_value"] = value(node)
-            return new
-        self._evaluate(new)
-        self._note_write(new)
-        return new
-
-    def size(self, node: Node, axis: int) -> Size:
-        """The size of an axis: an int where it is one, else a node."""
-        size = concrete(value(node).shape[axis])
-        return size if isinstance(size, int) else self.call(torch.ops.aten.sym_size.int, node, axis)
-
-    def times(self, count: Size, multiple: Size) -> Size:
-        if multiple == 1:
-            return count
-        if isinstance(count, int) and isinstance(multiple, int):
-            return count * multiple
-        return self.call(operator.mul, count, multiple)
-
-    def counted(self, count: Size, binding: Count) -> Size:
-        """What an integer that counts tokens is for so many of them."""
-        number = self.times(count, binding.multiple)
-        return self.plus(number, binding.offset) if binding.offset else number
-
-    def rescaled(self, number: Node, size: int | torch.SymInt, count: Size) -> Any:
-        """A number that is computed from the prompt's length ``size``, for so many rows in its place."""
-        held = value(number)
-        if not isinstance(held, (torch.SymInt, torch.SymFloat)) or not symbols(size) & symbols(held):
-            return number
-        if held.node.expr == size.node.expr:
-            return count
-        if number.op == "placeholder":
-            raise Refusal("a number that depends on the prompt's length comes from outside", number)
-        args, kwargs = map_aggregate(
-            (number.args, number.kwargs),
-            lambda leaf: self.rescaled(leaf, size, count) if isinstance(leaf, Node) else leaf)
-        return self.copy(number, args, kwargs)
-
-    def plus(self, one: Size, other: Size, sign: int = 1) -> Size:
-        """``one + other``, or with a sign of -1 ``one - other``."""
-        if isinstance(one, int) and isinstance(other, int):
-            return one + sign * other
-        return self.call(operator.add if sign > 0 else operator.sub, one, other)
-
-    def least(self, one: Size, other: Size) -> Size:
-        """The smaller of two sizes."""
-        if isinstance(one, int) and isinstance(other, int):
-            return min(one, other)
-        return self.call(torch.sym_min, one, other)
-
-    def check(self, condition: Node) -> Node:
-        """Assume a comparison of sizes to be true: ``torch._check``, for sizes that depend on data."""
-        torch._check(value(condition))
-        return self.graph.call_function(torch._check, (condition,))
-
-    # -- whole functions --------------------------------------------------------------------------------------------
-
-    def inline(self, function: Callable, *sources: Node) -> Any:
-        """Trace a function of tensors and write its operations at the insertion point.
-
-        Returns:
-            What the function returns, with a node in place of every tensor and symbolic size.
-        """
-        with self.mode, torch.no_grad(), enable_python_dispatcher():
-            traced = make_fx(function)(*(value(source) for source in sources))
-        inputs = iter(sources)
-        copies: dict[Node, Any] = {}
-        for node in traced.graph.nodes:
-            if node.op == "placeholder":
-                copies[node] = next(inputs)
-            elif node.op == "output":
-                return map_aggregate(node.args[0], lambda leaf: copies[leaf] if isinstance(leaf, Node) else leaf)
-            elif node.op == "get_attr":
-                raise Refusal(f"a constant tensor ({node.target}) is made inside a traced function")
-            else:
-                args, kwargs = map_aggregate(
-                    (node.args, node.kwargs), lambda leaf: copies[leaf] if isinstance(leaf, Node) else leaf)
-                copies[node] = self.graph.call_function(node.target, args, kwargs)
-                copies[node].meta["example_value"] = node.meta.get("val")
-        raise AssertionError("a traced graph has an output")
-
-    # -- rows -------------------------------------------------------------------------------------------------------
 
     def gather(
         self, node: Node, axis: int, rows: Rows, samples: Samples | None, reader: Node | None = None

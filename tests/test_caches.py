@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 import parvts_fx
-from parvts_fx.caches import find_caches
+from parvts_fx.runtime.caches import find_caches
 from tests import llava
 from tests.comparing import TOLERANCE, pruned
 from tests.reference import relative_error

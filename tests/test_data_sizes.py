@@ -12,12 +12,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
 
 import parvts_fx
-from parvts_fx import precondition, scores
-from parvts_fx.analysis.memo import Memo
+from parvts_fx import scores
+from parvts_fx.analysis.evaluation_cache import EvaluationCache
 from parvts_fx.analysis.values import value
 from parvts_fx.errors import Refusal
-from parvts_fx.passes.editing import Editor
-from parvts_fx.precondition import size_reader
+from parvts_fx.passes.editing import RowEditor
+from parvts_fx.runtime import guards
+from parvts_fx.runtime.guards import size_reader
 from tests.plain import Plain, Row, Specification, prompt
 from tests.plain_graphs import Call
 from tests.plain_reference import largest_error, reference
@@ -25,23 +26,23 @@ from tests.plain_reference import largest_error, reference
 SPEC = Specification(layers=2, attention="masked", length=13, rows=(Row(before=2),))
 
 
-def evaluated(memo: Memo, function: Any, *args: Any) -> Any:
-    return memo.evaluate("call_function", function, args, {}, lambda: function(*args))
+def evaluated(cache: EvaluationCache, function: Any, *args: Any) -> Any:
+    return cache.evaluate("call_function", function, args, {}, lambda: function(*args))
 
 
 def test_results_whose_size_is_data_are_not_shared() -> None:
-    memo, mode = Memo(), FakeTensorMode(shape_env=ShapeEnv(allow_dynamic_output_shape_ops=True))
+    cache, mode = EvaluationCache(), FakeTensorMode(shape_env=ShapeEnv(allow_dynamic_output_shape_ops=True))
     with mode:
         one, other = (torch.empty(7, dtype=torch.bool) for _ in range(2))
-        found = [evaluated(memo, torch.nonzero, mask) for mask in (one, other)]
+        found = [evaluated(cache, torch.nonzero, mask) for mask in (one, other)]
         assert free_unbacked_symbols(found[0]).isdisjoint(free_unbacked_symbols(found[1]))
-        assert evaluated(memo, torch.neg, found[0]).shape == found[0].shape
-        held = len(memo._results)
-        assert evaluated(memo, torch.neg, found[0]).shape == found[0].shape  # a size that its argument has
-        assert evaluated(memo, torch.neg, found[1]).shape == found[1].shape
-        assert (held, len(memo._results)) == (1, 2)
-        evaluated(memo, torch.neg, one.float())
-        assert len(memo._results) == 3
+        assert evaluated(cache, torch.neg, found[0]).shape == found[0].shape
+        held = len(cache._results)
+        assert evaluated(cache, torch.neg, found[0]).shape == found[0].shape  # a size that its argument has
+        assert evaluated(cache, torch.neg, found[1]).shape == found[1].shape
+        assert (held, len(cache._results)) == (1, 2)
+        evaluated(cache, torch.neg, one.float())
+        assert len(cache._results) == 3
 
 
 class Counting(Plain):
@@ -58,7 +59,7 @@ def test_two_sizes_that_are_data_through_the_rewriting() -> None:
     found = []
 
     def ask_again(state: Any) -> None:
-        editor: Editor = state.editor
+        editor: RowEditor = state.editor
         masks = [node for node in state.module.graph.nodes if node.op == "call_method" and node.target == "nonzero"]
         assert len(masks) == 2
         for node in masks:
@@ -97,9 +98,9 @@ def test_a_size_that_no_input_tells_is_refused() -> None:
 def test_a_refusal_when_the_reader_is_made_leaves_the_prefill_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the user's call there is a warning, and the untouched model's answer."""
     given, model = prompt(SPEC), Plain(SPEC)
-    read = precondition.size_reader
+    read = guards.size_reader
     unknown = ShapeEnv().create_unbacked_symint()
-    monkeypatch.setattr(precondition, "size_reader", lambda module, size: read(module, unknown))
+    monkeypatch.setattr(guards, "size_reader", lambda module, size: read(module, unknown))
     with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         ours = torch.compile(model, backend="parvts", options={"keep_tokens": 2, "migration_depth": 1, "lowering": "eager"})(

@@ -15,7 +15,7 @@ import parvts_fx
 from parvts_fx.analysis.values import output_node, value
 from parvts_fx.passes import Pass, PassResult, PruneBranch, State, build_pipeline
 from parvts_fx.rewriting import no_collections, rewrite_graph
-from parvts_fx.verify import ALL_CHECKS, VerificationError, drops_branch
+from parvts_fx.passes.verify import ALL_CHECKS, VerificationError, drops_branch
 from tests.plain_graphs import CHOICES, SPECIFICATIONS, Call, captured, options
 
 

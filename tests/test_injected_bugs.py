@@ -19,7 +19,7 @@ from parvts_fx import scores
 from parvts_fx.analysis.values import ancestors, value
 from parvts_fx.passes import DuplicateLayers, PruneBranch, State, duplicate_attention, insert_partition, keep_last_rows
 from parvts_fx.passes import prune_branch, share_prefix, skip_dead_rows
-from parvts_fx.passes.editing import Editor
+from parvts_fx.passes.editing import RowEditor
 from tests.plain import Plain, Row, Specification, prompt
 from tests.plain_reference import largest_error, reference
 
@@ -69,13 +69,13 @@ def wrap(owner: Any, name: str, bug: Callable[..., Any]) -> Patch:
 def attention_calls(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Patch:
     """In the attention calls that the passes write, change the keyword arguments."""
 
-    def bug(original: Callable, self: Editor, target: Callable, *args: Any, **kwargs: Any) -> Any:
+    def bug(original: Callable, self: RowEditor, target: Callable, *args: Any, **kwargs: Any) -> Any:
         return original(self, target, *args, **(change(kwargs) if target is F.scaled_dot_product_attention else kwargs))
 
-    return wrap(Editor, "call", bug)
+    return wrap(RowEditor, "call", bug)
 
 
-def copied_attention_without_mask(original: Callable, self: Editor, node: Any, args: tuple, kwargs: dict) -> Any:
+def copied_attention_without_mask(original: Callable, self: RowEditor, node: Any, args: tuple, kwargs: dict) -> Any:
     return original(self, node, args, {name: held for name, held in kwargs.items() if name != "attn_mask"})
 
 
@@ -106,7 +106,7 @@ def one_more_within(rows: str) -> Callable[[Tensor, dict[str, Tensor]], Tensor]:
     return lambda held, tensors: (held + 1).clamp(max=tensors[rows].shape[1] - 1)
 
 
-def swapped_branches(original: Callable, self: Editor, target: Callable, *args: Any, **kwargs: Any) -> Any:
+def swapped_branches(original: Callable, self: RowEditor, target: Callable, *args: Any, **kwargs: Any) -> Any:
     if target is torch.cat and len(args[0]) == 3:
         args = ([args[0][1], args[0][0], args[0][2]], *args[1:])
     return original(self, target, *args, **kwargs)
@@ -135,7 +135,7 @@ def whole_outputs(original: Callable, state: State, node: Any, *rest: Any) -> An
     return node if any(user.op == "output" for user in node.users) else original(state, node, *rest)
 
 
-def ungathered_positions(original: Callable, self: Editor, node: Any, axis: int, rows: Any, batch: Any, *more: Any) -> Any:
+def ungathered_positions(original: Callable, self: RowEditor, node: Any, axis: int, rows: Any, batch: Any, *more: Any) -> Any:
     """The first rows of what does not depend on the prompt's embeddings (rotary angles) in place of the chosen ones."""
     follows = any("masked_scatter" in str(source.target) for source in ancestors([node]))
     if follows or not value(node).is_floating_point():
@@ -144,7 +144,7 @@ def ungathered_positions(original: Callable, self: Editor, node: Any, axis: int,
         return self.method("narrow", node, axis, 0, rows.count)
 
 
-def mask_by_slot(original: Callable, self: Editor, *given: Any) -> Any:
+def mask_by_slot(original: Callable, self: RowEditor, *given: Any) -> Any:
     """A causal mask over the compacted rows, as if both sides had the same positions."""
     node = original(self, *given)
     with self.graph.inserting_before(node.next):
@@ -175,13 +175,13 @@ LAST_VISUAL = Comparison(dataclasses.replace(MASKED, last_only=True, scale=0.1, 
                          migration_depth=3, skip_dead_rows=True)
 BUGS: dict[str, tuple[Patch, Comparison]] = {
     "mask dropped in migration": (attention_calls(lambda named: {**named, "attn_mask": None}), Comparison()),
-    "mask dropped behind pruning": (wrap(Editor, "copy", copied_attention_without_mask), Comparison()),
-    "causal mask by slot": (wrap(Editor, "causal_mask", mask_by_slot), Comparison(CAUSAL)),
+    "mask dropped behind pruning": (wrap(RowEditor, "copy", copied_attention_without_mask), Comparison()),
+    "causal mask by slot": (wrap(RowEditor, "causal_mask", mask_by_slot), Comparison(CAUSAL)),
     "scale dropped": (attention_calls(lambda named: {**named, "scale": None}), Comparison()),
     "rows off by one": (partitioning("subject", one_less), Comparison()),
     "rows off by one, written out": (partitioning("subject", one_less), Comparison(WRITTEN)),
     "rows of another sample": (partitioning("subject", of_the_first_sample), Comparison()),
-    "branches swapped": (wrap(Editor, "call", swapped_branches), Comparison()),
+    "branches swapped": (wrap(RowEditor, "call", swapped_branches), Comparison()),
     "pruned one layer late": (depth_off_by(1), Comparison()),
     "pruned one layer early": (depth_off_by(-1), Comparison()),
     "pruned one layer late, weights": (depth_off_by(1), WEIGHT),
@@ -200,8 +200,8 @@ BUGS: dict[str, tuple[Patch, Comparison]] = {
     "text rows misplaced": (partitioning("subject_slots", one_less), DEAD),
     "queries of other rows": (partitioning("text_in_subject", one_more_within("subject")), DEAD),
     "mask dropped, without dead rows": (attention_calls(lambda named: {**named, "attn_mask": None}), DEAD),
-    "positions not gathered, without dead rows": (wrap(Editor, "gather", ungathered_positions), DEAD),
-    "positions not gathered": (wrap(Editor, "gather", ungathered_positions), Comparison()),
+    "positions not gathered, without dead rows": (wrap(RowEditor, "gather", ungathered_positions), DEAD),
+    "positions not gathered": (wrap(RowEditor, "gather", ungathered_positions), Comparison()),
     "weight on the other path": (wrap(PruneBranch, "_fuse", weight_on_the_other_path), WEIGHT),
     "fused with the next token, without dead rows": (
         partitioning("text_partners", one_more_within("text")), LEAN_WEIGHT),

@@ -22,10 +22,10 @@ import transformers
 from torch import Tensor
 
 import parvts_fx
-from parvts_fx import caches, handover, scores
-from parvts_fx.backends import dispatch
-from parvts_fx.backends.dispatch import Dispatch
-from parvts_fx.precondition import Precondition
+from parvts_fx import scores
+from parvts_fx.runtime import caches, compiled_call, dispatch, guards, merged_embeddings
+from parvts_fx.runtime.dispatch import Dispatch
+from parvts_fx.runtime.guards import Precondition
 from tests import llava
 from tests.comparing import pruned
 from tests.plain import Plain, Prompt, Row, Specification, prompt
@@ -33,9 +33,7 @@ from tests.plain_reference import largest_error, reference
 from tests.reference import relative_error
 from tests.test_caches import NO_POSITIONS, OPTIONS as CHATTING, Chat, prefilled, prompt as chat_prompt
 
-arranged = sys.modules["parvts_fx.arranged"]
 backend = sys.modules["parvts_fx.backends.parvts"]
-precondition = sys.modules["parvts_fx.precondition"]
 rewriting = sys.modules["parvts_fx.rewriting"]
 
 FOUND, TOLERANCE = 1e-3, 2e-5
@@ -283,7 +281,7 @@ def stale() -> Patch:
         seen.append(visual)
         original(embeddings, seen[0], *rest)
 
-    return lambda patch: (seen.clear(), wrap(handover, "hand_over", bug)(patch))
+    return lambda patch: (seen.clear(), wrap(merged_embeddings, "hand_over", bug)(patch))
 
 
 def next_rows(original: Callable, *given: Any) -> Tensor | None:
@@ -304,7 +302,7 @@ def one_watch() -> Patch:
             finally:
                 caches._WATCH.reset(token)
 
-        monkeypatch.setattr(arranged, "watch_call", watching)
+        monkeypatch.setattr(compiled_call, "watch_call", watching)
 
     return patch
 
@@ -340,31 +338,31 @@ def every_output(original: Callable, module: Any, *rest: Any) -> frozenset[int]:
 
 BUGS: dict[str, tuple[Patch, Callable[[], float]]] = {
     "guard always true": (put(Precondition, "holds", lambda *_: True), uneven_rows),
-    "precondition reads another size": (
-        wrap(precondition, "size_reader", lambda original, module, size: original(module, module_rows(module))), even_rows),
+    "guard reads another size": (
+        wrap(guards, "size_reader", lambda original, module, size: original(module, module_rows(module))), even_rows),
     "padding check off": (put(rewriting, "padding_check", lambda *_: None), padding_behind),
     "labels not noticed": (put(dispatch, "_has_labels", lambda: False), labels),
     "labels seen everywhere": (put(dispatch, "_has_labels", lambda: True), even_rows),
     "compiled form of another number": (wrap(Dispatch, "__init__", one_form), another_number),
     "a merge handed over for another tensor": (stale(), handed_over),
-    "rows of features off by one": (wrap(arranged, "_rows_of_none_of", next_rows), told_by_ids),
+    "rows of features off by one": (wrap(compiled_call, "_rows_of_none_of", next_rows), told_by_ids),
     "dropped count off by one": (
         wrap(dispatch, "tell_pruning", lambda original, dropped: original(dropped + 1)), conversation),
-    "cache count not corrected": (put(arranged, "remember_dropped", lambda *_: None), conversation),
+    "cache count not corrected": (put(compiled_call, "remember_dropped", lambda *_: None), conversation),
     "cache count corrected twice": (
-        wrap(arranged, "remember_dropped", lambda original, *given: (original(*given), original(*given))), conversation),
+        wrap(compiled_call, "remember_dropped", lambda original, *given: (original(*given), original(*given))), conversation),
     "positional caches not found": (
-        wrap(arranged, "find_caches", lambda original, output, args, kwargs: original(kwargs)),
+        wrap(compiled_call, "find_caches", lambda original, output, args, kwargs: original(kwargs)),
         positional_conversation),
     "dropped keys counted as keys": (wrap(caches, "_counting", counted_everywhere), conversation),
-    "window counts not corrected": (wrap(arranged, "remember_dropped", windows_as_they_were), sliding_conversation),
+    "window counts not corrected": (wrap(compiled_call, "remember_dropped", windows_as_they_were), sliding_conversation),
     "count kept by an emptied cache": (wrap(caches, "_counting", without_reset), emptied_cache),
     "watch kept between calls": (one_watch(), text_after_picture),
     "short caches not noted": (put(dispatch, "note_short_caches", lambda *_: None), warned_by_string),
     "positions not warned about": (put(caches, "_warn_of_positions", lambda *_: None), warned_in_place),
     "other caches not watched in place": (
         wrap(backend, "watch_short_caches", lambda original, call, *_, counts_kept: call), warned_in_place),
-    "corrected caches warned about": (wrap(arranged, "remember_dropped", still_short), conversation),
+    "corrected caches warned about": (wrap(compiled_call, "remember_dropped", still_short), conversation),
     "logits taken for a cache": (wrap(dispatch, "cache_outputs", every_output), silent),
 }
 

@@ -10,7 +10,7 @@ import parvts_fx
 from parvts_fx.api import count_flops
 from tests import llava
 from tests.comparing import assert_equal_prefill, expected, uncompile
-from tests.test_observe import attention_flops, linear_flops
+from tests.test_dumps import attention_flops, linear_flops
 
 OPTIONS = {"migration_depth": 2, "fusion": 0.3, "keep_tokens": 4}
 

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from parvts_fx.analysis.memo import Memo
+from parvts_fx.analysis.evaluation_cache import EvaluationCache
 from parvts_fx.analysis.tokens import AtMost, Axis, Binding, Count, Filling, TokenMap, readings_of
 from parvts_fx.analysis.values import ancestors, call, concrete, hint, hint_shape, is_tensor, leaves, value, with_leaves
 from parvts_fx.errors import Refusal
@@ -64,7 +64,7 @@ class Probe:
 
         self._moved: dict[tuple, int] = {}
         self._sides: dict[tuple[Node, tuple], torch.Tensor] = {}
-        self._memo = Memo()
+        self._evaluated = EvaluationCache()
 
     @staticmethod
     def lengths_for(module: GraphModule, size_hint: int, labels: Iterable[str], shorter: bool = False) -> dict[str, int]:
@@ -194,7 +194,7 @@ class Probe:
         with self.mode, torch.no_grad(), quiet_trials():
             if node.target is operator.setitem and isinstance(args[2], torch.Tensor):  # fake tensors do not check this
                 args[2].expand_as(args[0][args[1]])
-            return self._memo.evaluate(
+            return self._evaluated.evaluate(
                 node.op, node.target, args, kwargs, lambda: call(self.module, node.op, node.target, args, kwargs))
 
     def _fake_leaf(self, leaf: Any, binding: Binding | None) -> Any:

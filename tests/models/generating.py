@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import parvts_fx
-from parvts_fx.caches import find_caches
+from parvts_fx.runtime.caches import find_caches
 from tests.models.oracle import Oracle, fill
 from tests.models.registry import Built, stands_for_features
 from tests.reference import relative_error

@@ -18,7 +18,7 @@ from parvts_fx.analysis.masks import Mask, masks_of
 from parvts_fx.analysis.records import Decoder
 from parvts_fx.analysis.values import ancestors, has_target, is_tensor, needed_for, output_node, value
 from parvts_fx.errors import Refusal
-from parvts_fx.precondition import size_reader
+from parvts_fx.runtime.guards import size_reader
 
 _SHAPE_ONLY = (torch.ones_like, torch.zeros_like, torch.full_like, torch.empty_like)
 _SHAPE_ONLY_METHODS = ("size", "new_ones", "new_zeros", "new_full", "new_empty", "dim")

@@ -11,7 +11,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import tree_leaves
 
 
-class Memo:
+class EvaluationCache:
     """Results (and failures) of operations by their arguments' sizes, strides and types, within one fake mode.
 
     A result that has no memory of its own (a view, a tensor changed in place) is evaluated each time, and so is anything

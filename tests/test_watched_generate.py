@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import parvts_fx
-from parvts_fx.handover import hand_over, visual_rows
-from parvts_fx.noting import NotingGenerate, _Noting
+from parvts_fx.runtime.merged_embeddings import hand_over, visual_rows
+from parvts_fx.runtime.watched_generate import WatchedGenerate, _Noting
 from tests.models.builders import BUILDERS
 from tests.models.generating import Comparison, cache_lengths, run_generate
 
@@ -30,7 +30,7 @@ def test_a_copy_generates_by_itself():
     wanted = run_generate(built.model, built.inputs, 2)
     parvts_fx.compile(built.model, strict=True, **OPTIONS)
     for other in (copy.deepcopy(built.model), pickle.loads(pickle.dumps(built.model))):
-        assert isinstance(other.generate, NotingGenerate) and other.generate._model is other
+        assert isinstance(other.generate, WatchedGenerate) and other.generate._model is other
         parvts_fx.compile(other, strict=True, **OPTIONS)
         ours = run_generate(other, built.inputs, 2)
         assert max(cache_lengths(ours.past_key_values)) < max(cache_lengths(wanted.past_key_values))

@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from parvts_fx.backends.lowering import Compiled, lower
-from parvts_fx.caches import cache_outputs, note_short_caches, tell_merge, tell_pruning
+from parvts_fx.runtime.caches import cache_outputs, note_short_caches, tell_merge, tell_pruning
 from parvts_fx.capture import copy_graph_module
 from parvts_fx.errors import NotRewritten, ParvtsWarning
-from parvts_fx.handover import MergedInput, visual_rows
+from parvts_fx.runtime.merged_embeddings import MergedInput, visual_rows
 from parvts_fx.options import Options
-from parvts_fx.precondition import same_count
+from parvts_fx.runtime.guards import same_count
 from parvts_fx.rewriting import Rewriting
+
+Compiled = Callable[..., Any]
+Lower = Callable[[GraphModule, Sequence[object]], Compiled]
 
 _MOST_COUNTS = 8
 """For how many different numbers of visual tokens one graph is compiled, where no size tells the number."""
@@ -37,11 +39,12 @@ class Dispatch:
         original: the graph as it came.
         position: which input holds embeddings that an earlier graph merged, if any does.
         again: rewrites the original for other inputs, with another number of visual tokens.
+        lower: compiles a graph as it is.
     """
 
     def __init__(
         self, done: Rewriting, lowered: Compiled | None, original: GraphModule, options: Options, position: int | None,
-        again: Callable[[GraphModule, Sequence[object], MergedInput | None], Rewriting],
+        again: Callable[[GraphModule, Sequence[object], MergedInput | None], Rewriting], lower: Lower,
     ):
         self._done = done
         self._original = copy_graph_module(original)
@@ -49,13 +52,14 @@ class Dispatch:
         self._position = position
         self._caches = cache_outputs(original, done.module)
         self._again = again
+        self._lower = lower
         self._further: Compiled | None = None
         self._unrewritten: Compiled | None = None
         self._by_count: dict[int | None, Compiled | None] = {}
         """Compiled forms by the number of visual tokens; its key is None for the one that reads it off the sizes, and its
         value None for a number that could not be rewritten."""
         if lowered is None:
-            lowered = torch.compile(done.module, backend=_LowerOnly(options))
+            lowered = torch.compile(done.module, backend=_LowerOnly(lower))
         self._by_count[None if done.precondition else done.merge.count] = lowered
 
     def __call__(self, *inputs: object) -> object:
@@ -109,7 +113,7 @@ class Dispatch:
         if self._further is None:
             done = self._again(self._original, inputs, MergedInput(self._done.stream, visual))
             self._further = self._run_alone if done.module is None else Dispatch(
-                done, None, self._original, self._options, self._done.stream, self._again)
+                done, None, self._original, self._options, self._done.stream, self._again, self._lower)
         return self._further
 
     def _run_alone(self, *inputs: object) -> object:
@@ -139,7 +143,7 @@ class Dispatch:
                           "been compiled already (generate and sizes that the graph knows have no such limit)")
         handed = None if self._position is None else MergedInput(self._position, handed_mask)
         done = self._again(self._original, inputs, handed)
-        self._by_count[count] = done.module and torch.compile(done.module, backend=_LowerOnly(self._options))
+        self._by_count[count] = done.module and torch.compile(done.module, backend=_LowerOnly(self._lower))
         return self._by_count[count], None
 
     def _tell(self, reason: str) -> None:
@@ -150,7 +154,7 @@ class Dispatch:
     def _run_unrewritten(self, inputs: Sequence[object]) -> object:
         """Compiled when first needed; Dynamo guards its sizes, which need not be those of the rewritten graph."""
         if self._unrewritten is None:
-            self._unrewritten = torch.compile(self._original, backend=_LowerOnly(self._options))
+            self._unrewritten = torch.compile(self._original, backend=_LowerOnly(self._lower))
         return self._unrewritten(*inputs)
 
 
@@ -159,11 +163,11 @@ class _LowerOnly:
 
     __name__ = "parvts_lowering"
 
-    def __init__(self, options: Options):
-        self._options = options
+    def __init__(self, lower: Lower):
+        self._lower = lower
 
     def __call__(self, module: GraphModule, example_inputs: Sequence[object]) -> Compiled:
-        return lower(module, example_inputs, self._options)
+        return self._lower(module, example_inputs)
 
 
 def _has_labels() -> bool:

@@ -11,7 +11,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from parvts_fx.analysis.merge import enters_a_layer, is_merge
 from parvts_fx.analysis.values import ancestors, descendants, has_target, hint, is_index, is_tensor, leaves, storage_of, value, with_leaves
-from parvts_fx.passes.editing import Editor
+from parvts_fx.capture.editing import Editor
 
 _POINTWISE = (operator.add, operator.iadd, operator.mul, operator.imul, operator.sub, torch.add, torch.mul, torch.sub)
 _POINTWISE_METHODS = ("add", "add_", "mul", "mul_", "sub", "to", "clone", "type_as")

@@ -15,9 +15,9 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from parvts_fx.caches import find_caches, is_cache, remember_dropped, watch_call
+from parvts_fx.runtime.caches import find_caches, is_cache, remember_dropped, watch_call
 from parvts_fx.errors import NotRewritten, ParvtsWarning
-from parvts_fx.noting import paused
+from parvts_fx.runtime.watched_generate import paused
 from parvts_fx.options import Options
 
 _SETTINGS: tuple[dict[str, bool], ...] = (
@@ -28,7 +28,7 @@ _SETTINGS: tuple[dict[str, bool], ...] = (
 _RECOMPILE_LIMIT = 128  # Dynamo itself stops at 256 per code object, whatever the limit
 
 
-def arranged(call: Callable[..., Any], options: Options, model: torch.nn.Module) -> Callable[..., Any]:
+def watched_call(call: Callable[..., Any], options: Options, model: torch.nn.Module) -> Callable[..., Any]:
     """Run a compiled call under settings of Dynamo's that keep it in one piece, and keep its cache's count right.
 
     Checks on data (``.item()``, boolean indexing) otherwise break the graph between the merge and the decoder, or

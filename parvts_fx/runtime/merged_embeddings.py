@@ -22,11 +22,11 @@ from parvts_fx.analysis.merge import find_merge
 from parvts_fx.analysis.modality import Origin
 from parvts_fx.analysis.records import Merge
 from parvts_fx.analysis.values import fake_mode_of, output_node, value
-from parvts_fx.caches import Watch, current_call, merged_rows
+from parvts_fx.runtime.caches import Watch, current_call, merged_rows
 from parvts_fx.capture import capture
 from parvts_fx.errors import ParvtsWarning
-from parvts_fx.origins import is_lost, note_lost, noted_origins, noting_origins
-from parvts_fx.passes.unify_merges import UnifyMerges
+from parvts_fx.runtime.input_origins import is_lost, note_lost, noted_origins, noting_origins
+from parvts_fx.capture.unify_merges import UnifyMerges
 
 if TYPE_CHECKING:
     from parvts_fx.rewriting import Rewriting

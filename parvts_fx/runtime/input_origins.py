@@ -2,7 +2,7 @@
 
 Where Dynamo breaks a call into several graphs, the features that one of them merges are an input without a telling name.
 The graphs that computed them did see the call's own inputs, so they note it of their results, by the identity of the
-tensors (as :mod:`parvts_fx.handover` does for merged embeddings).
+tensors (as :mod:`parvts_fx.runtime.merged_embeddings` does for merged embeddings).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 
 from parvts_fx.analysis.modality import Origin, content_before, origin_by_name
 from parvts_fx.analysis.values import is_tensor, output_node, value
-from parvts_fx.caches import Watch, current_call
+from parvts_fx.runtime.caches import Watch, current_call
 
 TEXT = Origin(frozenset(("text",)))
 """Of embeddings that have been looked up by integers."""

@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from parvts_fx.analysis.merge import CHOICES, Stream, is_visual
 from parvts_fx.analysis.modality import Origin, origin_of
 from parvts_fx.analysis.values import ancestors, has_target, is_tensor, storage_of, value
-from parvts_fx.passes.editing import Editor
+from parvts_fx.capture.editing import Editor
 
 _PUTS = (torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default, torch.index_put)
 _PUT_METHODS = ("index_put", "index_put_")

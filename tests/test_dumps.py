@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import parvts_fx
-from parvts_fx.observe import DUMP_VARIABLE
+from parvts_fx.passes.dumps import DUMP_VARIABLE
 from tests import llava
 from tests.comparing import compile_with_parvts, uncompile
 

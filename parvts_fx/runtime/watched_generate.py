@@ -2,7 +2,7 @@
 
 Some models merge visual features in ``generate`` and hand the embeddings to their text model's ``generate``. No graph
 holds that merge. While such a method runs, a torch function mode sees the operations that merge, and the text model's
-graph recognises the embeddings (:mod:`parvts_fx.handover`).
+graph recognises the embeddings (:mod:`parvts_fx.runtime.merged_embeddings`).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
 
-from parvts_fx.caches import watch_call
+from parvts_fx.runtime.caches import watch_call
 from parvts_fx.errors import NotRewritten, ParvtsWarning
-from parvts_fx.handover import hand_over, received, visual_rows
+from parvts_fx.runtime.merged_embeddings import hand_over, received, visual_rows
 from parvts_fx.options import Options
 
 _SCATTERS = (torch.Tensor.masked_scatter, torch.masked_scatter, torch.Tensor.masked_scatter_)
@@ -72,7 +72,7 @@ def paused() -> Iterator[None]:
         yield
 
 
-class NotingGenerate:
+class WatchedGenerate:
     """A model's ``generate`` under the mode. An object and not a closure, so that the model can be copied and pickled.
 
     Raises (when called):

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch.fx import GraphModule, Node
 
 from parvts_fx.analysis.values import descendants, is_tensor, storage_of, value
-from parvts_fx.passes.editing import Editor
+from parvts_fx.capture.editing import Editor
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from parvts_fx.analysis.values import has_target, hint_shape, is_index, is_tensor, value
-from parvts_fx.passes.editing import Editor
+from parvts_fx.capture.editing import Editor
 
 _SORTS = (torch.sort, torch.argsort, torch.ops.aten.sort.default, torch.ops.aten.argsort.default)
 _SORT_METHODS = ("sort", "argsort")

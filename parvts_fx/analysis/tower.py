@@ -13,7 +13,7 @@ from parvts_fx.analysis.values import ancestors, hint, hint_shape, value
 if TYPE_CHECKING:
     from torch.fx import Node
 
-    from parvts_fx.passes.editing import Editor
+    from parvts_fx.capture.editing import Editor
 
 
 def trace_attended(editor: Editor, merge: VisualMerge, visual: Node) -> Node:
