@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from transformers import DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from parvts_fx import scores
 from tests import llava, reference
 
 TOLERANCE = 2e-5
+_SAME_RESULT = ("skip_dead_rows", "share_prefix")
+"""Options for the product alone."""
 
 
 def rule(name: str = "auto"):
@@ -18,25 +25,61 @@ def rule(name: str = "auto"):
 
 
 def expected(model: Any, prompt: llava.Prompt, inputs: dict | None = None, **options: Any) -> list[reference.Prefill]:
-    """The reference's prefill; ``migration_depth`` and the other options as the backend takes them."""
-    options = {"migration_depth": 2, **options}
-    depth, score = options.pop("migration_depth"), options.pop("score", "auto")
-    layers = llava.text_model(model).layers
+    """The reference's prefill; ``stages``, or ``migration_depth`` and the like, as the backend takes them."""
+    options = {name: value for name, value in options.items() if name not in _SAME_RESULT}
+    if "stages" not in options:
+        score, depth = options.pop("score", "auto"), options.pop("migration_depth", 2)
+        options |= {"depth": depth, "score": rule(score) if isinstance(score, str) else score}
     return reference.prefill(
-        model, layers, llava.finish(model), inputs or prompt.inputs, prompt.visual, depth=depth,
-        score=rule(score) if isinstance(score, str) else score, **options)
+        model, llava.text_model(model).layers, llava.finish(model), inputs or prompt.inputs, prompt.visual, **options)
 
 
-def pruned(model: Any, **options: Any):
+def pruned(model: Any, **options: Any) -> contextlib.AbstractContextManager:
     """A context in which the eager model prefills as the reference does."""
     def run(inputs: dict) -> list[reference.Prefill]:
         return expected(model, llava.Prompt(inputs, inputs["input_ids"] == llava.IMAGE_TOKEN), **options)
 
-    return reference.pruned(model, run, llava.IMAGE_TOKEN)
+    return prefilled(model, run, llava.IMAGE_TOKEN)
+
+
+@contextlib.contextmanager
+def prefilled(
+    model: Any, run: Callable[[dict[str, Any]], list[reference.Prefill]], token: int
+) -> Iterator[Any]:
+    """While active, the eager model prefills multimodal prompts with what ``run`` gives, so that anything may call it.
+
+    Args:
+        token: the id of visual tokens.
+    """
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        ids, cache = kwargs.get("input_ids"), kwargs.get(reference.CACHE)
+        started = cache is not None and cache.get_seq_length() > 0
+        if ids is None or started or not bool((ids == token).any()):
+            return forward(*args, **kwargs)
+        model.forward = forward
+        inputs = {name: held for name, held in kwargs.items() if name not in (reference.CACHE, "logits_to_keep")}
+        try:
+            done = run(inputs)
+        finally:
+            model.forward = replaced
+        cache = DynamicCache() if cache is None else cache
+        for index in range(len(done[0].keys)):
+            cache.update(torch.cat([d.keys[index] for d in done]), torch.cat([d.values[index] for d in done]), index)
+        return CausalLMOutputWithPast(logits=torch.stack([d.logits for d in done]), past_key_values=cache)
+
+    model.forward = replaced
+    try:
+        yield model
+    finally:
+        del model.forward
 
 
 def compile_with_parvts(model: Any, lowering: Any = "eager", dynamic: bool | None = None, **options: Any) -> None:
-    options = {"migration_depth": 2, "lowering": lowering, "strict": True, **options}
+    own = {} if "stages" in options else {"migration_depth": 2}
+    options = {**own, "lowering": lowering, "strict": True, **options}
     model.compile(backend="parvts", options=options, dynamic=dynamic)
 
 
@@ -45,7 +88,7 @@ def uncompile(model: Any) -> None:
 
 
 def assert_equal_prefill(output: Any, wanted: list[reference.Prefill], tolerance: float = TOLERANCE) -> None:
-    """Whole logits and whole caches, every sample; all cache layers have the length of path A."""
+    """Whole logits and whole caches, every sample; all cache layers have the length of the rows that live."""
     assert output.logits.shape[0] == len(wanted)
     for sample, one in enumerate(wanted):
         error = reference.relative_error(output.logits[sample], one.logits)

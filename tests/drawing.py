@@ -10,8 +10,10 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from parvts_fx.stages import Stage, check_order
 from tests.plain import Mixing, Row, Specification
 from tests.plain_checking import RULES, Choice
+from tests.reference import READINGS, kept, placed
 from tests.token_mixers import CODES
 
 T = TypeVar("T")
@@ -24,6 +26,8 @@ COMBINED = ("add", "subtract", "gate", "divide", "replace")
 LAYERS = ("all", "first", "last", "odd")
 FEED = ("in", "hidden", "active", "gate", "out", "stream")
 NORM = ("before first", "behind first", "before second", "behind second")
+KEPT = (2, 1, 3, 4, 0.05, 1 / 9, 0.25, 0.5, 0.8, 1.0)
+WEIGHTS = (0.25, 0.7, 0.0, 1.0)
 MERGES = ("scatter", "scatter", "scatter", "assign", "put", "choose", "choose the text")
 
 
@@ -108,15 +112,60 @@ def choice(pick: Pick, spec: Specification) -> Choice:
     # Where a single layer ends cannot be told from what follows it; constant weights need that end for K = layers.
     deepest = depths - 1 if kind == "weight" and depths == 1 or ends_in_mixing(spec) else depths
     return Choice(
-        depth=pick([*range(1, deepest + 1), 0]), keep=pick((2, 1, 3, 4, 0.05, 1 / 9, 0.25, 0.5, 0.8, 1.0)),
-        fusion=pick((0.25, 0.7, 0.0, 1.0)) if kind == "weight" else "attention",
+        depth=pick([*range(1, deepest + 1), 0]), keep=pick(KEPT),
+        fusion=pick(WEIGHTS) if kind == "weight" else "attention",
         paths="joint" if kind == "joint" else "parallel", rule=pick(list(RULES)), data_in_sizes=not chance(pick, 2),
         skip_dead_rows=not chance(pick, 4),
     )
 
 
-def case(pick: Pick, features: int | None = None) -> tuple[Specification, Choice]:
-    """A model with so many features beside the base's (none to three where that is not said), and options for it."""
+def schedule(pick: Pick, spec: Specification) -> tuple[Stage, ...]:
+    """Two or three stages anywhere in the layers, each of any kind."""
+    stages: list[Stage] = []
+    begin, layers, count = 0, spec.layers - ends_in_mixing(spec), pick((2, 3))
+    for number in range(count):
+        if begin >= spec.layers:
+            break
+        at = pick(range(begin, min(begin + 3, spec.layers)))
+        kind = pick(("at once", "attention", "weight", "joint")) if at < layers else "at once"
+        most = layers - at if number == count - 1 else min(2, layers - at)
+        both = 0 if kind == "at once" else pick(range(1, most + 1))
+        least = {type(stage.keep): stage.keep for stage in stages}
+        keep = pick([keep for keep in KEPT if keep <= least.get(type(keep), keep)])
+        live = live_tokens(stages, spec)
+        stages.append(Stage(
+            at=_of_layers(pick, at, spec.layers), keep=keep, rule=pick(_rules(spec, at, live)),
+            migrate=_of_layers(pick, both, spec.layers), paths="joint" if kind == "joint" else "parallel",
+            fusion=pick(WEIGHTS) if kind == "weight" else "attention"))
+        begin = at + both
+    return tuple(stages)
+
+
+def _of_layers(pick: Pick, count: int, layers: int) -> int | float:
+    return count / layers if 0 < count < layers and chance(pick, 4) else count
+
+
+def _rules(spec: Specification, at: int, live: int) -> list[str]:
+    """The rules by which so many tokens can be told apart at the input of a layer; simple ones first."""
+    rules = [rule for rule in RULES if live > 2 or rule not in ("diverse", "distinct")]
+    reading = [] if at == 0 or spec.is_hybrid(at - 1) else [*READINGS]
+    return [*rules, *reading, *reading]
+
+
+def live_tokens(stages: Sequence[Stage], spec: Specification) -> int:
+    """How many visual tokens a sample still has."""
+    live = spec.visual
+    for stage in stages:
+        live = kept(stage.keep, live, spec.visual)
+    return live
+
+
+def case(pick: Pick, features: int | None = None, staged: bool = False) -> tuple[Specification, Choice]:
+    """A model with so many features beside the base's (none to three where that is not said), and options for it.
+
+    Args:
+        staged: with a schedule of several stages, and layers enough for it.
+    """
     spec = base(pick, pick(ATTENTIONS))
     count = pick(range(4)) if features is None else features
     drawn: dict[str, Any] = {"merge": pick(MERGES)}
@@ -125,11 +174,17 @@ def case(pick: Pick, features: int | None = None) -> tuple[Specification, Choice
     if not drawn.keys().isdisjoint(("feed_mixing", "norm_mixing", "pair")):
         drawn["layers"] = max(2, spec.layers)  # with one layer nothing repeats: no graph tells where it would end
     spec = with_prompt(pick, dataclasses.replace(spec, **drawn), pick(range(1, 4)))
-    return spec, choice(pick, spec)
+    options = choice(pick, spec)
+    if staged:
+        spec = dataclasses.replace(spec, layers=pick((3, 4, 5)))
+        options = Choice(stages=schedule(pick, spec), data_in_sizes=options.data_in_sizes,
+                         skip_dead_rows=options.skip_dead_rows)
+    return spec, options
 
 
-def random_case(seed: int) -> tuple[Specification, Choice]:
-    return case(random.Random(seed).choice)
+def random_case(seed: int, staged: bool | None = None) -> tuple[Specification, Choice]:
+    """Every third seed has several stages, if nothing is said of that; its model is the same but for its layers."""
+    return case(random.Random(seed).choice, staged=seed % 3 == 0 if staged is None else staged)
 
 
 def simpler(record: Any) -> list[Any]:
@@ -141,14 +196,33 @@ def simpler(record: Any) -> list[Any]:
             others += [dataclasses.replace(record, rows=rows) for rows in ((Row(),), value[:1], value[1:]) if rows]
         elif field.default is not dataclasses.MISSING and value != field.default:
             others.append(dataclasses.replace(record, **{field.name: field.default}))
+        if field.name == "stages":
+            others += [dataclasses.replace(record, stages=stages) for stages in _simpler_stages(value)]
         if isinstance(value, Mixing):
             parts = filter(None, (value.then, *simpler(value)))
             others += [dataclasses.replace(record, **{field.name: part}) for part in parts]
     return [other for other in others if other != record]
 
 
+def _simpler_stages(stages: tuple[Stage, ...]) -> list[tuple[Stage, ...]]:
+    """A stage less, or a stage with a field as by default."""
+    others = [stages[:at] + stages[at + 1:] for at in range(len(stages)) if len(stages) > 1]
+    for at, stage in enumerate(stages):
+        fields = [field for field in dataclasses.fields(stage) if getattr(stage, field.name) != field.default]
+        for field in fields:
+            changes = {field.name: field.default}
+            if field.name == "migrate":  # what goes with it, too
+                changes |= {"paths": "parallel", "fusion": "attention"}
+            if field.name == "rule":
+                changes = {"rule": next(iter(RULES))}
+            others.append((*stages[:at], dataclasses.replace(stage, **changes), *stages[at + 1:]))
+    return others
+
+
 def is_sound(spec: Specification, options: Choice) -> bool:
     """Whether a simplified case can be built and run."""
+    if options.stages and not _are_sound(options.stages, spec):
+        return False
     if spec.heads % spec.groups or options.depth > spec.layers or spec.flat and (spec.layout or spec.stream):
         return False
     least = max(row.padding + row.before + spec.visual + row.between for row in spec.rows) + spec.sound
@@ -157,3 +231,15 @@ def is_sound(spec: Specification, options: Choice) -> bool:
     if spec.layers == 1 and (spec.feed_mixing or spec.norm_mixing or spec.pair):
         return False
     return spec.length >= least and not (spec.cache_form == "one" and not spec.cached_calls)
+
+
+def _are_sound(stages: tuple[Stage, ...], spec: Specification) -> bool:
+    try:
+        check_order(stages)
+        turns = placed(stages, spec.layers)
+    except ValueError:
+        return False
+    if any(turn.end == spec.layers and turn.stage.migrate for turn in turns) and ends_in_mixing(spec):
+        return False
+    live = [live_tokens(stages[:number], spec) for number in range(len(stages))]
+    return all(turn.stage.rule in _rules(spec, turn.begin, left) for turn, left in zip(turns, live))

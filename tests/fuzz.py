@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import functools
 import logging
 import multiprocessing
 import random
@@ -29,6 +30,7 @@ from tests.plain_checking import Choice, Outcome, outcome
 
 _ATTEMPTS = 60
 """Most simplifications that are tried on one failure."""
+_STAGED = {"some": None, "none": False, "all": True}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +52,8 @@ def _prepare() -> None:
     logging.getLogger("torch._dynamo").setLevel(logging.CRITICAL)
 
 
-def draw(seed: int) -> Drawn:
-    spec, choice = random_case(seed)
+def draw(seed: int, staged: bool | None = None) -> Drawn:
+    spec, choice = random_case(seed, staged)
     return Drawn(seed, spec, choice, outcome(spec, choice))
 
 
@@ -75,17 +77,17 @@ def simplified(drawn: Drawn, deadline: float = float("inf")) -> Drawn:
     return drawn
 
 
-def examples(seeds: list[int], workers: int, seconds: float) -> Iterator[Drawn]:
+def examples(seeds: list[int], workers: int, seconds: float, staged: bool | None = None) -> Iterator[Drawn]:
     """What comes of each seed, in any order, until the time is up."""
-    end = time.monotonic() + seconds
+    end, one = time.monotonic() + seconds, functools.partial(draw, staged=staged)
     if workers < 2:
         for seed in seeds:
             if time.monotonic() > end:
                 return
-            yield draw(seed)
+            yield one(seed)
         return
     with multiprocessing.get_context("spawn").Pool(workers, _prepare, maxtasksperchild=200) as pool:
-        for drawn in pool.imap_unordered(draw, seeds):
+        for drawn in pool.imap_unordered(one, seeds):
             yield drawn
             if time.monotonic() > end:
                 pool.terminate()
@@ -113,15 +115,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so many")
     parser.add_argument("--workers", type=int, default=1, help="processes")
     parser.add_argument("--out", type=Path, help="a file for what is wrong, or refused without a good reason")
+    parser.add_argument("--stages", choices=_STAGED, default="some", help="which examples have several stages")
     parser.add_argument("--plain", action="store_true", help="leave what is wrong as it was drawn")
     given = parser.parse_args(arguments)
     _prepare()
     seed = random.SystemRandom().randrange(10**9) if given.seed is None else given.seed
     console, results = Console(stderr=False), []
+    seeds, staged = list(range(seed, seed + given.count)), _STAGED[given.stages]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("drawing", total=given.count)
-        for drawn in examples(list(range(seed, seed + given.count)), given.workers, given.seconds):
+        for drawn in examples(seeds, given.workers, given.seconds, staged):
             results.append(drawn)
             counted = collections.Counter(one.outcome.kind for one in results)
             said = ", ".join(f"{number} {kind}" for kind, number in sorted(counted.items()))

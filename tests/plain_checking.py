@@ -13,11 +13,12 @@ from torch import Tensor
 
 import parvts_fx
 from parvts_fx import scores
+from parvts_fx.stages import Stage
 from tests.plain import Plain, Prompt, Specification, build, prompt, read
-from tests.plain_reference import error_of, reference, steps_of
-from tests.reference import relative_error, subject_count
+from tests.plain_reference import PlainPrefill, begin_of, error_of, reference, steps_of
+from tests.reference import kept, placed, relative_error
 
-TOLERANCE = 2e-5
+TOLERANCE, ROUNDING = 2e-5, 1e-5
 _OPENING = "parvts_fx: this multimodal prefill cannot be rewritten: "
 INTERNAL = ("the rewriting failed", "works only at the traced prompt length")
 """Parts of reasons that say nothing about the model: something went wrong inside."""
@@ -53,22 +54,33 @@ class Choice:
     skip_dead_rows: bool = True
     dynamic: bool | None = None
     """As torch.compile takes it."""
+    stages: tuple[Stage, ...] = ()
+    """In place of depth, keep, fusion, paths and rule. Rules are names, too: of RULES, of READINGS, or registered."""
 
     @property
     def semantic(self) -> dict[str, Any]:
+        if self.stages:
+            return {"stages": tuple(dataclasses.replace(s, rule=RULES.get(s.rule, s.rule)) for s in self.stages)}
         name = "keep_tokens" if isinstance(self.keep, int) else "keep_ratio"
         return {name: self.keep, "migration_depth": self.depth, "fusion": self.fusion, "paths": self.paths}
 
     @property
     def options(self) -> dict[str, Any]:
-        rule = RULES[self.rule]
-        name = self.rule if self.rule in scores.known_rules() else rule
-        own = {"score": name, "lowering": "eager", "strict": True, "skip_dead_rows": self.skip_dead_rows}
-        return {**self.semantic, **own}
+        own = {"lowering": "eager", "strict": True, "skip_dead_rows": self.skip_dead_rows}
+        if self.stages:
+            return {**own, "stages": tuple(dataclasses.replace(one, rule=_given(one.rule)) for one in self.stages)}
+        return {**own, **self.semantic, "score": _given(self.rule)}
 
     def kept(self, spec: Specification) -> int:
-        keep = {"keep_tokens" if isinstance(self.keep, int) else "keep_ratio": self.keep}
-        return spec.length - spec.visual + subject_count(spec.visual, **keep)
+        live = spec.visual
+        for keep in [stage.keep for stage in self.stages] or [self.keep]:
+            live = kept(keep, live, spec.visual)
+        return spec.length - spec.visual + live
+
+
+def _given(rule: str) -> str | Callable[[Tensor, Tensor], Tensor]:
+    """A rule as the product takes it."""
+    return RULES[rule] if rule in RULES and rule not in scores.known_rules() else rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,31 +128,38 @@ def outcome(spec: Specification, choice: Choice) -> Outcome:
         if reason is None:
             return Outcome("wrong", f"raises {type(error).__name__}: {error}")
         return _left_alone(spec, choice, model, given, reason)
-    with torch.no_grad():
-        expected = reference(model, given, RULES[choice.rule], **choice.semantic)
+    expected = wanted(model, given, choice)
     error = error_of(spec, actual, expected)
     if not error < TOLERANCE:
         if _noise(spec, model, given, choice) > TOLERANCE / 2:
             return Outcome("unfit", "the eager model itself is as far from the reference: its numbers are rounding")
+        if choice.stages and min(sample.gap for sample in expected) < ROUNDING:
+            return Outcome("unfit", "which tokens are chosen is rounding")
         return Outcome("wrong", _diagnosis(spec, choice, model, given, actual, error))
     if choice.kept(spec) == spec.length and not _alike(spec, actual, model, given):
         return Outcome("wrong", "keeps all and differs from the unmodified model")
     return Outcome("rewritten")
 
 
+def wanted(model: Plain, given: Prompt, choice: Choice, begin: int | None = None) -> list[PlainPrefill]:
+    """The reference's prefill of an example."""
+    with torch.no_grad():
+        return reference(model, given, RULES[choice.rule], **choice.semantic, begin=begin)
+
+
 def _noise(spec: Specification, model: Plain, given: Prompt, choice: Choice) -> float:
     """How far the unmodified model is from the reference that keeps all."""
     with torch.no_grad():
-        wanted = reference(model, given, RULES[choice.rule], migration_depth=choice.depth, keep_ratio=1.0)
-        return error_of(spec, model(*given.arguments), wanted)
+        whole = reference(model, given, RULES[choice.rule], keep_ratio=1.0)
+        return error_of(spec, model(*given.arguments), whole)
 
 
 def _alike(spec: Specification, actual: Any, model: Plain, given: Prompt) -> bool:
     """Whether that is what the unmodified model gives."""
     with torch.no_grad():
-        wanted = model(*given.arguments)
-    actual, wanted = _tensors(read(spec, actual)), _tensors(read(spec, wanted))
-    return len(actual) == len(wanted) and all(relative_error(*pair) < TOLERANCE for pair in zip(actual, wanted))
+        whole = model(*given.arguments)
+    actual, whole = _tensors(read(spec, actual)), _tensors(read(spec, whole))
+    return len(actual) == len(whole) and all(relative_error(*pair) < TOLERANCE for pair in zip(actual, whole))
 
 
 def _tensors(parts: tuple[Tensor, list, list]) -> list[Tensor]:
@@ -166,10 +185,9 @@ def _diagnosis(spec: Specification, choice: Choice, model: Plain, given: Prompt,
     """How far off, and whether it would be right had layers been counted otherwise, or had nothing been pruned."""
     if _alike(spec, actual, model, given):
         return "not rewritten, without a word"
-    for begin, step in enumerate([*steps_of(spec), "the final norm"]):
-        with torch.no_grad():
-            other = reference(model, given, RULES[choice.rule], **choice.semantic, begin=begin)
-        if error_of(spec, actual, other) < TOLERANCE:
+    first = begin_of(spec, placed(choice.stages, spec.layers)[-1].begin) if choice.stages else 0
+    for begin, step in list(enumerate([*steps_of(spec), "the final norm"]))[first:]:
+        if error_of(spec, actual, wanted(model, given, choice, begin)) < TOLERANCE:
             return f"pruned in front of {step}"
     shapes = [tuple(part.shape) for part in _tensors(read(spec, actual))] if error == float("inf") else []
     return f"error {error:.1e}" + (f", {choice.kept(spec)} rows are kept, shapes are {shapes}" if shapes else "")

@@ -1,25 +1,30 @@
 """The eager reference for the models of :mod:`tests.plain`, and the comparison with it.
 
 It shares the model's weights and none of its code: one sample at a time, one head at a time, rotary positions as
-complex numbers, and no graph. Unlike :mod:`tests.reference` it knows the model, so it needs no hooks to follow it.
+complex numbers, and no graph. Unlike :mod:`tests.reference` it knows the model, so it needs no hooks to follow it, and
+counts in steps: what ends in a residual sum.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from parvts_fx.stages import Stage
 from tests.mixing_reference import filtered, linear_attention, mixed, scanned
 from tests.plain import Plain, Prompt, Specification, read
 from tests.plain_layers import CHOSEN, EXPERTS
 from tests.plain_specification import IMAGE_TOKEN, SOUND_TOKEN, VIDEO_TOKEN
-from tests.reference import Prefill, relative_error, subject_count, subjects_of
+from tests.reference import Placed, Prefill, Rule, chosen, one_stage, placed, relative_error
+
+
+Steps = list[tuple[str, int]]
 
 
 @dataclasses.dataclass
@@ -35,9 +40,11 @@ class _Ran:
     x: Tensor
     cached: list[tuple[Tensor, Tensor]] = dataclasses.field(default_factory=list)
     state: Tensor | None = None
+    weights: Tensor | None = None
+    """[heads, rows, rows] of the last attention call."""
 
 
-def steps_of(spec: Specification) -> list[tuple[str, int]]:
+def steps_of(spec: Specification) -> Steps:
     """What follows what along the residual stream, with its layer: each ends in a residual sum."""
     if spec.parallel:
         return [("whole", layer) for layer in range(spec.layers)]
@@ -101,8 +108,8 @@ class _Sample:
 
         if what == "attend again":
             own = layer.further
-            mixed, cached = self._attend(own, x if post else own.norm(x), rows, allowed)
-            return _Ran(own.norm(x + mixed) if post else x + mixed, [cached])
+            mixed, cached, weights = self._attend(own, x if post else own.norm(x), rows, allowed)
+            return _Ran(own.norm(x + mixed) if post else x + mixed, [cached], weights=weights)
         if what == "feed":
             x = norm(layer.second, "second", x + self._feed(index, x, rows)) if post else (
                 x + self._feed(index, norm(layer.second, "second", x), rows))
@@ -137,28 +144,30 @@ class _Sample:
         layer, spec = self.model.layers[index], self.spec
         if spec.is_hybrid(index):
             return self._replaced(layer, x)
-        first, cached = self._attend(layer, x, rows, allowed)
+        first, cached, weights = self._attend(layer, x, rows, allowed)
         if spec.pair not in ("chain", "sum") and not (spec.pair and spec.parallel):
-            return _Ran(first, [cached])
-        second, further = self._attend(layer.further, first if spec.pair == "chain" else x, rows, allowed)
-        return _Ran(second if spec.pair == "chain" else first + second, [cached, further])
+            return _Ran(first, [cached], weights=weights)
+        second, further, weights = self._attend(layer.further, first if spec.pair == "chain" else x, rows, allowed)
+        return _Ran(second if spec.pair == "chain" else first + second, [cached, further], weights=weights)
 
     def _attend(
-        self, weights: torch.nn.Module, x: Tensor, rows: Tensor, allowed: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        self, own: torch.nn.Module, x: Tensor, rows: Tensor, allowed: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
         spec = self.spec
-        query, key, value = self._project(weights, x)
+        query, key, value = self._project(own, x)
         query, key = self._turn(query, rows), self._turn(key, rows)
-        heads = []
+        heads, weights = [], []
         for head in range(spec.heads):
             group = head // (spec.heads // spec.groups)
             scores = query[:, head] @ key[:, group].T * spec.score_scale
             if spec.attention == "relative":
-                own = self.positions[rows]
-                scores = scores + self.model.slopes[head] * (own[:, None] - own[None, :]).abs()
+                at = self.positions[rows]
+                scores = scores + self.model.slopes[head] * (at[:, None] - at[None, :]).abs()
             scores = scores.masked_fill(~allowed[rows][:, rows], -math.inf)
-            heads.append(torch.softmax(scores, 1) @ value[:, group])
-        return weights.out(torch.cat(heads, dim=1)), (key.transpose(0, 1)[None], value.transpose(0, 1)[None])
+            weights.append(torch.softmax(scores, 1))
+            heads.append(weights[-1] @ value[:, group])
+        cached = key.transpose(0, 1)[None], value.transpose(0, 1)[None]
+        return own.out(torch.cat(heads, dim=1)), cached, torch.stack(weights)
 
     def _replaced(self, layer: torch.nn.Module, x: Tensor) -> _Ran:
         query, key, value = self._project(layer, x)
@@ -199,73 +208,83 @@ class _Sample:
         return self.model.head(x[-1:] if self.spec.last_only else x)
 
 
-def _pruned(sample: _Sample, subject: Tensor, begin: int, fusion: str | float, paths: str) -> PlainPrefill:
-    """One sample with its subject group [seq] bool; behind ``begin`` steps the kept rows are alone."""
-    other, steps = sample.is_visual & ~subject, steps_of(sample.spec)
-    everything, rows_a, rows_b = torch.arange(sample.length), (~other).nonzero()[:, 0], (~subject).nonzero()[:, 0]
-    cached, states, x = [], [], sample.start()
+@dataclasses.dataclass
+class _Path:
+    """Some of a sample's rows on their way through the steps, with all that they have left in caches and states."""
 
-    def keep(ran: _Ran, rows: Tensor | None = None) -> Tensor:
-        cut = slice(None) if rows is None else rows
-        cached.extend((key[:, :, cut], value[:, :, cut]) for key, value in ran.cached)
-        states.extend([] if ran.state is None else [ran.state])
-        return ran.x
+    rows: Tensor
+    x: Tensor
+    cached: list[tuple[Tensor, Tensor]] = dataclasses.field(default_factory=list)
+    states: list[Tensor] = dataclasses.field(default_factory=list)
+    weights: Tensor | None = None
+    """Of the last attention call, as :class:`_Ran` has them."""
 
-    if fusion == "attention" or not other.any():  # with all tokens kept, the unmodified model's result
-        apart = sample.allowed.clone()
-        if paths == "parallel":
-            apart &= ~(subject[:, None] & other | other[:, None] & subject)
-        for step in steps[:begin]:
-            x = keep(sample.run(step, x, everything, apart), rows_a)
-        x = x[rows_a]
-    else:
-        a, b = x[rows_a], x[rows_b]
-        for step in steps[:begin]:
-            a = keep(sample.run(step, a, rows_a, sample.allowed))
-            b = sample.run(step, b, rows_b, sample.allowed).x
-        x, text_a, text_b = a.clone(), ~sample.is_visual[rows_a], ~sample.is_visual[rows_b]
-        if begin:
-            x[text_a] = fusion * a[text_a] + (1 - fusion) * b[text_b]
-    for step in steps[begin:]:
-        x = keep(sample.run(step, x, rows_a, sample.allowed))
-    keys, values = [key for key, _ in cached], [value for _, value in cached]
-    return PlainPrefill(rows_a, sample.finish(x, rows_a), keys, values, states)
+    def only(self, at: Tensor) -> _Path:
+        """The rows where ``at`` [rows] bool is true. States stay: the others have left their trace there."""
+        cached = [(key[:, :, at], value[:, :, at]) for key, value in self.cached]
+        weights = None if self.weights is None else self.weights[:, at][:, :, at]
+        return _Path(self.rows[at], self.x[at], cached, self.states, weights)
+
+    def behind(self, sample: _Sample, steps: Steps, allowed: Tensor) -> _Path:
+        path = self
+        for step in steps:
+            ran = sample.run(step, path.x, path.rows, allowed)
+            states = path.states if ran.state is None else [*path.states, ran.state]
+            weights = path.weights if step[0] == "feed" else ran.weights
+            path = _Path(path.rows, ran.x, path.cached + ran.cached, states, weights)
+        return path
+
+
+def _migrated(sample: _Sample, path: _Path, steps: Steps, turn: Placed, subject: Tensor) -> _Path:
+    """The path behind a stage's steps, without the rows that are neither text nor ``subject`` [rows] bool."""
+    text = ~sample.is_visual[path.rows]
+    other = ~(text | subject)
+    if turn.stage.fusion != "attention" and steps and other.any():  # with all kept, the unmodified model's result
+        a, b = (path.only(at).behind(sample, steps, sample.allowed) for at in (~other, ~subject))
+        x, text_a, text_b, share = a.x.clone(), text[~other], text[~subject], turn.stage.fusion
+        x[text_a] = share * a.x[text_a] + (1 - share) * b.x[text_b]
+        return dataclasses.replace(a, x=x)
+    group = torch.zeros(sample.length, dtype=torch.long)
+    group[path.rows[subject]], group[path.rows[other]] = 1, -1
+    apart = group[:, None] * group == -1 if turn.stage.paths == "parallel" else torch.zeros(()).bool()
+    return path.behind(sample, steps, sample.allowed & ~apart).only(~other)
+
+
+def _prefill(sample: _Sample, turns: Sequence[Placed], end: int | None = None) -> PlainPrefill:
+    """One sample; the last stage's other rows leave in front of step ``end``, where that is given."""
+    spec, steps, done, clear = sample.spec, steps_of(sample.spec), 0, math.inf
+    path = _Path(torch.arange(sample.length), sample.start())
+    for turn in turns:
+        first, last = begin_of(spec, turn.begin), begin_of(spec, turn.end)
+        last = end if turn is turns[-1] and end is not None else last
+        path = path.behind(sample, steps[done:first], sample.allowed)
+        hidden = path.x if first else sample.merged[path.rows]  # the merge's output, not yet with learned positions
+        visual, original = sample.is_visual[path.rows], int(sample.is_visual.sum())
+        subject, gap = chosen(turn.stage, hidden, visual, original, path.weights)
+        path, done, clear = _migrated(sample, path, steps[first:last], turn, subject), last, min(clear, gap)
+    path = path.behind(sample, steps[done:], sample.allowed)
+    keys, values = [key for key, _ in path.cached], [value for _, value in path.cached]
+    return PlainPrefill(path.rows, sample.finish(path.x, path.rows), keys, values, clear, path.states)
 
 
 def reference(
-    model: Plain,
-    given: Prompt,
-    score: Callable[[Tensor, Tensor], Tensor],
-    *,
-    migration_depth: int,
-    keep_ratio: float | None = None,
-    keep_tokens: int | None = None,
-    fusion: str | float = "attention",
-    paths: str = "parallel",
-    begin: int | None = None,
+    model: Plain, given: Prompt, score: Rule | None = None, *, stages: Sequence[Stage] = (), begin: int | None = None,
+    migration_depth: int = 0, **short: Any,
 ) -> list[PlainPrefill]:
     """Each sample's pruned prefill as the design defines it, without a graph.
 
     Args:
-        begin: the number of steps that both groups run, in place of the one that follows from the depth.
+        score, migration_depth, short: where there are no stages, as :func:`one_stage` takes them.
+        begin: the step in front of which the (last stage's) other rows leave, in place of what follows from the depth.
     """
-    begin = begin_of(model.spec, migration_depth) if begin is None else begin
-    results = []
-    for index in range(len(given.ids)):
-        sample = _Sample(model, given, index)
-        visual = sample.is_visual.nonzero()[:, 0].tolist()
-        scores = score(sample.merged[None], sample.is_visual[None])[0].tolist()
-        chosen = subjects_of(scores, visual, subject_count(len(visual), keep_ratio, keep_tokens))
-        subject = torch.zeros(sample.length, dtype=torch.bool)
-        subject[chosen] = True
-        results.append(_pruned(sample, subject, begin, fusion, paths))
-    return results
+    depth = migration_depth if begin is None else 1  # any, as long as there is a second group
+    turns = placed(stages or one_stage(score, depth, **short), model.spec.layers)
+    return [_prefill(_Sample(model, given, index), turns, begin) for index in range(len(given.ids))]
 
 
 def unpruned(model: Plain, given: Prompt) -> list[PlainPrefill]:
     """The model as it is, by the reference's own code: what holds the reference to the model."""
-    samples = [_Sample(model, given, index) for index in range(len(given.ids))]
-    return [_pruned(sample, sample.is_visual, 0, "attention", "parallel") for sample in samples]
+    return [_prefill(_Sample(model, given, index), ()) for index in range(len(given.ids))]
 
 
 def largest_error(

@@ -1,22 +1,27 @@
-"""The eager reference of ParVTS: what a rewritten prefill must equal. No FX, no compilation, one sample at a time.
+"""The eager reference of any schedule: what a rewritten prefill must equal. No graph: eagerly, one sample at a time.
 
 Works on any model whose decoder layers stand in a list and are called with keyword arguments whose token axes are the
-prompt's length. One eager run records what every layer is called with; then the layers are run one by one on chosen
-rows, with block masks in place of separate attention calls.
+prompt's length. One eager run records what every layer is called with; then the layers are run one by one on the rows
+that live, with block masks in place of separate attention calls. :mod:`tests.plain_reference` places stages and chooses
+tokens by the same functions, and shares nothing else.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from parvts_fx.scores import rule_named
+from parvts_fx.stages import Stage
 
 # Where tokens and samples lie in arguments that every transformers decoder names alike; others are cut by size.
 _TOKEN_AXES = {"attention_mask": (-2, -1), "position_ids": (-1,), "position_embeddings": (-2,)}
@@ -26,27 +31,67 @@ CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "
 """What transformers calls a cache: it has another name from 5.24 on, and takes both."""
 
 
+Rule = Callable[..., Tensor]
+
+READINGS: dict[str, tuple[str, Rule]] = {
+    reads: (reads, lambda hidden, visual, attention: attention.mean(1).sum(1)) for reads in ("last_row", "text_rows")
+}
+"""Rules ``rule(hidden, visual, attention)``, and whose weights they read: the last text row's, or all text rows',
+[1, heads, asked rows, rows that live]. Rows in front of the first visual token may be padding, and have zeros."""
+
+
 @dataclasses.dataclass
 class Prefill:
     """One sample's pruned prefill."""
 
-    rows: torch.Tensor
-    """[path A] positions in the padded prompt."""
+    rows: Tensor
+    """[rows that live at the end] positions in the padded prompt."""
 
-    logits: torch.Tensor
-    """[path A, vocabulary]"""
+    logits: Tensor
+    """[rows, vocabulary]"""
 
-    keys: list[torch.Tensor]
-    """Per layer [1, heads, path A, head dim]."""
+    keys: list[Tensor]
+    """Per layer [1, heads, rows, head dim]."""
 
-    values: list[torch.Tensor]
+    values: list[Tensor]
+
+    gap: float = math.inf
+    """How clear the least clear choice of tokens is: where that is about rounding, nothing can be compared."""
 
 
-@dataclasses.dataclass
-class Recorded:
-    hidden: list[torch.Tensor]
-    outputs: list[torch.Tensor]
-    arguments: list[dict[str, Any]]
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """A stage in a decoder of so many layers: both groups run in layers ``begin`` to ``end - 1``."""
+
+    stage: Stage
+    begin: int
+    end: int
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether each path has text rows of its own."""
+        return self.stage.fusion != "attention" and self.end > self.begin
+
+
+def placed(stages: Sequence[Stage], layers: int) -> list[Placed]:
+    """Raises ValueError where a stage has no place."""
+    found: list[Placed] = []
+    for stage in stages:
+        begin, both = (math.floor(n * layers + 0.5) if isinstance(n, float) else n for n in (stage.at, stage.migrate))
+        lowest = max(found[-1].end if found else 0, stage.rule in READINGS)  # what reads weights needs a layer in front
+        if not lowest <= begin < layers or begin + both > layers:
+            raise ValueError(f"{stage} has no place in {layers} layers")
+        found.append(Placed(stage, begin, begin + both))
+    return found
+
+
+def one_stage(
+    score: Rule, depth: int | float, keep_ratio: float | None = None, keep_tokens: int | None = None,
+    fusion: str | float = "attention", paths: str = "parallel",
+) -> tuple[Stage]:
+    """The short form. With depth 0 there is no second group, whatever is said of it."""
+    keep = keep_tokens if keep_tokens is not None else 1 / 9 if keep_ratio is None else float(keep_ratio)
+    return (Stage(keep=keep, rule=score, **(dict(migrate=depth, fusion=fusion, paths=paths) if depth else {})),)
 
 
 def subject_count(visual: int, keep_ratio: float | None = None, keep_tokens: int | None = None) -> int:
@@ -55,10 +100,60 @@ def subject_count(visual: int, keep_ratio: float | None = None, keep_tokens: int
     return max(1, math.floor((1 / 9 if keep_ratio is None else keep_ratio) * visual + 0.5))
 
 
+def kept(keep: int | float, live: int, original: int) -> int:
+    """How many of the live visual tokens a stage keeps, of as many as there were at first."""
+    return min(live, subject_count(original, **{"keep_tokens" if isinstance(keep, int) else "keep_ratio": keep}))
+
+
 def subjects_of(scores: Sequence[float], visual: Sequence[int], count: int) -> list[int]:
     """The highest-scoring visual positions; ties to the earlier one, NaN last."""
     ranked = sorted(visual, key=lambda p: (-math.inf if math.isnan(scores[p]) else scores[p]) * -1)
     return sorted(ranked[:count])
+
+
+def gap(scores: Sequence[float], visual: Sequence[int], subject: Sequence[int]) -> float:
+    """How far the choice is from another one, as a share of the largest score; infinite where exact ties decide."""
+    known = [-math.inf if math.isnan(scores[p]) else scores[p] for p in visual]
+    worst = min((score for p, score in zip(visual, known) if p in subject), default=math.inf)
+    best = max((score for p, score in zip(visual, known) if p not in subject), default=-math.inf)
+    largest = max((abs(score) for score in known if math.isfinite(score)), default=0.0)
+    return (worst - best) / largest if math.isfinite(worst - best) and worst != best else math.inf
+
+
+def chosen(
+    stage: Stage, hidden: Tensor, visual: Tensor, original: int, weights: Tensor | None = None
+) -> tuple[Tensor, float]:
+    """The subject group [rows] bool among the rows that live, and how clear the choice is.
+
+    Args:
+        hidden: [rows, hidden] at the input of the layer.
+        visual: [rows] bool.
+        original: how many visual tokens there were at first.
+        weights: [heads, rows, rows] in the layer in front.
+    """
+    given = [hidden[None], visual[None]]
+    if stage.rule in READINGS:
+        reads, rule = READINGS[stage.rule]
+        text = (~visual).nonzero()[:, 0]
+        asked = weights[:, text[-1:] if reads == "last_row" else text]
+        if reads == "text_rows":
+            asked = asked.masked_fill((visual.cumsum(0) == 0)[text][:, None], 0)
+        given.append(asked[None])
+    else:
+        rule = rule_named(stage.rule) if isinstance(stage.rule, str) else stage.rule
+    ranked = rule(*given)[0].double().tolist()
+    positions = visual.nonzero()[:, 0].tolist()
+    found = subjects_of(ranked, positions, kept(stage.keep, len(positions), original))
+    subject = torch.zeros_like(visual)
+    subject[found] = True
+    return subject, gap(ranked, positions, found)
+
+
+@dataclasses.dataclass
+class Recorded:
+    hidden: list[Tensor]
+    outputs: list[Tensor]
+    arguments: list[dict[str, Any]]
 
 
 def record(model: torch.nn.Module, layers: Sequence[torch.nn.Module], inputs: dict[str, Any]) -> Recorded:
@@ -84,11 +179,39 @@ def record(model: torch.nn.Module, layers: Sequence[torch.nn.Module], inputs: di
     return kept
 
 
-def _cut(name: str, held: Any, rows: torch.Tensor, length: int, sample: int, batch: int) -> Any:
+@contextlib.contextmanager
+def watched() -> Iterator[list[Tensor]]:
+    """The attention weights [batch, heads, rows, keys] of every call inside, in float32."""
+    seen: list[Tensor] = []
+    fused, softmax = F.scaled_dot_product_attention, F.softmax
+
+    def noting_fused(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *further: Any,
+                     scale: float | None = None, **named: Any) -> Tensor:
+        assert attn_mask is not None, "the reference gives every layer its mask"
+        each = key.float().repeat_interleave(query.shape[1] // key.shape[1], 1)
+        scores = query.float() @ each.mT * (query.shape[-1]**-0.5 if scale is None else scale)
+        hidden = attn_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attn_mask, -math.inf) if hidden else scores + attn_mask.float()
+        seen.append(torch.softmax(scores, -1))
+        return fused(query, key, value, attn_mask, *further, scale=scale, **named)
+
+    def noting_written(scores: Tensor, *further: Any, **named: Any) -> Tensor:
+        if scores.dim() == 4:
+            seen.append(torch.softmax(scores.float(), -1))
+        return softmax(scores, *further, **named)
+
+    F.scaled_dot_product_attention, F.softmax = noting_fused, noting_written
+    try:
+        yield seen
+    finally:
+        F.scaled_dot_product_attention, F.softmax = fused, softmax
+
+
+def _cut(name: str, held: Any, rows: Tensor, length: int, sample: int, batch: int) -> Any:
     """One sample's rows of a layer argument."""
     if isinstance(held, (tuple, list)):
         return type(held)(_cut(name, item, rows, length, sample, batch) for item in held)
-    if not isinstance(held, torch.Tensor):
+    if not isinstance(held, Tensor):
         return held
     axes = _TOKEN_AXES.get(name) or [axis for axis, size in enumerate(held.shape) if size == length]
     for axis in axes:
@@ -103,7 +226,7 @@ def _cut(name: str, held: Any, rows: torch.Tensor, length: int, sample: int, bat
     return held
 
 
-def _mask(given: torch.Tensor | None, allowed: torch.Tensor, sample: int) -> torch.Tensor:
+def _mask(given: Tensor | None, allowed: Tensor, sample: int) -> Tensor:
     """The model's mask (causal where it gave none) with what the paths forbid taken out: [1, 1, seq, seq]."""
     if given is None:
         return (allowed & torch.ones_like(allowed).tril())[None, None]
@@ -113,19 +236,93 @@ def _mask(given: torch.Tensor | None, allowed: torch.Tensor, sample: int) -> tor
     return own.masked_fill(~allowed, torch.finfo(own.dtype).min)
 
 
+@dataclasses.dataclass
+class _Path:
+    """Some of a sample's rows on their way through the layers."""
+
+    rows: Tensor
+    hidden: Tensor
+    """[1, rows, hidden]"""
+    cache: DynamicCache
+    weights: Tensor | None = None
+    """[heads, rows, rows] in the layer behind which they stand, where that was watched."""
+
+    def only(self, at: Tensor) -> _Path:
+        """The rows where ``at`` [rows] bool is true."""
+        at, cache = at.nonzero()[:, 0], DynamicCache()
+        for index, layer in enumerate(self.cache.layers):
+            cache.update(layer.keys[:, :, at], layer.values[:, :, at], index)
+        weights = None if self.weights is None else self.weights[:, at][:, :, at]
+        return _Path(self.rows[at], self.hidden[:, at], cache, weights)
+
+
+class _Sample:
+    """One sample's way through the recorded layers."""
+
+    def __init__(self, recorded: Recorded, layers: Sequence[torch.nn.Module], visual: Tensor, sample: int):
+        self.recorded, self.layers, self.sample, self.batch = recorded, layers, sample, len(visual)
+        self.visual, self.length = visual[sample], visual.shape[1]
+
+    def run(self, path: _Path, begin: int, end: int, apart: Tensor | None = None, watch: bool = False) -> _Path:
+        """The path behind layer ``end - 1``; ``apart`` [seq, seq] is what the groups do not see of each other."""
+        allowed = torch.ones(self.length, self.length, dtype=torch.bool, device=self.visual.device)
+        for index in range(begin, end):
+            given, sample = self.recorded.arguments[index], self.sample
+            arguments = {
+                name: _cut(name, held, path.rows, self.length, sample, self.batch) for name, held in given.items()
+                if name not in ("attention_mask", CACHE)
+            }
+            mask = _mask(given.get("attention_mask"), allowed if apart is None else ~apart, sample)
+            arguments["attention_mask"] = mask.index_select(2, path.rows).index_select(3, path.rows)
+            with watched() if watch and index == end - 1 else contextlib.nullcontext([]) as seen:
+                output = self.layers[index](path.hidden, past_key_values=path.cache, **arguments)
+            output = output[0] if isinstance(output, tuple) else output
+            if index + 1 < len(self.layers):  # what the model adds between layers
+                before, behind = self.recorded.outputs[index], self.recorded.hidden[index + 1]
+                output = output + (behind - before)[sample:sample + 1, path.rows]
+            path = dataclasses.replace(path, hidden=output, weights=seen[-1][0] if seen else None)
+        return path
+
+    def migrated(self, path: _Path, turn: Placed, subject: Tensor, watch: bool) -> _Path:
+        """The path behind a stage, the non-subject rows gone; ``subject`` is [rows] bool."""
+        text, stays = ~self.visual[path.rows], ~self.visual[path.rows] | subject
+        if turn.has_copies and not stays.all():  # with all tokens kept, the unmodified model's result
+            a, b = (self.run(path.only(at), turn.begin, turn.end, watch=watch) for at in (stays, ~subject))
+            hidden, share = a.hidden.clone(), turn.stage.fusion
+            hidden[:, text[stays]] = share * a.hidden[:, text[stays]] + (1 - share) * b.hidden[:, text[~subject]]
+            return dataclasses.replace(a, hidden=hidden)
+        apart = torch.zeros(self.length, self.length, dtype=torch.bool, device=self.visual.device)
+        if turn.stage.paths == "parallel":
+            one, other = path.rows[subject], path.rows[~stays]
+            apart[one[:, None], other] = apart[other[:, None], one] = True
+        return self.run(path, turn.begin, turn.end, apart, watch).only(stays)
+
+    def prefill(self, stages: Sequence[Placed], finish: Callable[[Tensor], Tensor]) -> Prefill:
+        whole = self.recorded.hidden[0][self.sample:self.sample + 1]
+        path = _Path(torch.arange(self.length, device=self.visual.device), whole, DynamicCache())
+        done, clear, ends = 0, math.inf, [turn.begin for turn in stages if turn.stage.rule in READINGS]
+        for turn in stages:
+            path = self.run(path, done, turn.begin, watch=turn.begin in ends)
+            seen = self.visual[path.rows]
+            subject, found = chosen(turn.stage, path.hidden[0], seen, int(self.visual.sum()), path.weights)
+            path = self.migrated(path, turn, subject, watch=turn.end in ends)
+            done, clear = turn.end, min(clear, found)
+        path = self.run(path, done, len(self.layers))
+        keys, values = ([getattr(layer, name) for layer in path.cache.layers] for name in ("keys", "values"))
+        return Prefill(path.rows, finish(path.hidden)[0], keys, values, clear)
+
+
 def prefill(
     model: torch.nn.Module,
     layers: Sequence[torch.nn.Module],
-    finish: Callable[[torch.Tensor], torch.Tensor],
+    finish: Callable[[Tensor], Tensor],
     inputs: dict[str, Any],
-    visual: torch.Tensor,
+    visual: Tensor,
     *,
-    depth: int,
-    score: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    keep_ratio: float | None = None,
-    keep_tokens: int | None = None,
-    fusion: str | float = "attention",
-    paths: str = "parallel",
+    stages: Sequence[Stage] = (),
+    depth: int | float = 0,
+    score: Rule | None = None,
+    **short: Any,
 ) -> list[Prefill]:
     """The reference's pruned prefill, per sample.
 
@@ -133,70 +330,17 @@ def prefill(
         layers: the decoder layers.
         finish: final norm and head, [1, rows, hidden] to [1, rows, vocabulary].
         visual: [batch, seq] bool.
-        depth: the migration depth K.
+        depth, score, short: where there are no stages, as :func:`one_stage` takes them.
     """
-    kept = record(model, layers, inputs)
-    batch, length = visual.shape
-    results = []
-    for sample in range(batch):
-        hidden = kept.hidden[0][sample:sample + 1]
-        positions = visual[sample].nonzero()[:, 0].tolist()
-        count = subject_count(len(positions), keep_ratio, keep_tokens)
-        scores = score(hidden, visual[sample:sample + 1])[0].double().tolist()
-        chosen = set(subjects_of(scores, positions, count))
-        is_subject = torch.tensor([p in chosen for p in range(length)])
-        is_visual = visual[sample]
-        rows_a = (~is_visual | is_subject).nonzero()[:, 0]
-        rows_b = (~is_subject).nonzero()[:, 0]
-        everything = torch.arange(length)
-        cache = DynamicCache()
-
-        def run(index: int, hidden: torch.Tensor, rows: torch.Tensor, allowed: torch.Tensor, cache: DynamicCache):
-            arguments = {
-                name: _cut(name, held, rows, length, sample, batch) for name, held in kept.arguments[index].items()
-                if name not in ("attention_mask", CACHE)
-            }
-            mask = _mask(kept.arguments[index].get("attention_mask"), allowed, sample)
-            arguments["attention_mask"] = mask.index_select(2, rows).index_select(3, rows)
-            output = layers[index](hidden, past_key_values=cache, **arguments)
-            output = output[0] if isinstance(output, tuple) else output
-            if index + 1 < len(layers):  # what the model adds between layers
-                extra = kept.hidden[index + 1][sample:sample + 1] - kept.outputs[index][sample:sample + 1]
-                output = output + extra[:, rows]
-            return output
-
-        free = torch.ones(length, length, dtype=torch.bool)
-        with torch.no_grad():
-            if fusion == "attention":
-                allowed = free.clone()
-                if paths == "parallel":
-                    other = is_visual & ~is_subject
-                    allowed[is_subject[:, None] & other[None, :]] = False
-                    allowed[other[:, None] & is_subject[None, :]] = False
-                for index in range(depth):
-                    hidden = run(index, hidden, everything, allowed, cache)
-                for layer in cache.layers:
-                    layer.keys, layer.values = layer.keys[:, :, rows_a], layer.values[:, :, rows_a]
-                hidden = hidden[:, rows_a]
-            else:
-                a, b, scratch = hidden[:, rows_a], hidden[:, rows_b], DynamicCache()
-                for index in range(depth):
-                    a = run(index, a, rows_a, free, cache)
-                    b = run(index, b, rows_b, free, scratch)
-                text_a, text_b = ~is_visual[rows_a], ~is_visual[rows_b]
-                hidden = a.clone()
-                if depth:
-                    hidden[:, text_a] = fusion * a[:, text_a] + (1 - fusion) * b[:, text_b]
-            for index in range(depth, len(layers)):
-                hidden = run(index, hidden, rows_a, free, cache)
-            logits = finish(hidden)[0]
-        results.append(Prefill(rows_a, logits, [c.keys for c in cache.layers], [c.values for c in cache.layers]))
-    return results
+    assert not (stages and (score or short)), "one form or the other"
+    recorded, turns = record(model, layers, inputs), placed(stages or one_stage(score, depth, **short), len(layers))
+    with torch.no_grad():
+        return [_Sample(recorded, layers, visual, sample).prefill(turns, finish) for sample in range(len(visual))]
 
 
 def generate(
-    model: torch.nn.Module, done: Prefill, attention_mask: torch.Tensor, steps: int
-) -> tuple[list[int], torch.Tensor]:
+    model: torch.nn.Module, done: Prefill, attention_mask: Tensor, steps: int
+) -> tuple[list[int], Tensor]:
     """Greedy tokens of the untouched model on one sample's short cache, and the logits of every step.
 
     Args:
@@ -221,7 +365,7 @@ def generate(
     return tokens, torch.stack(all_logits)
 
 
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Largest absolute difference over the largest absolute entry, in float64; NaN and wrong shapes are infinite."""
     if actual.shape != expected.shape:
         return math.inf
@@ -229,37 +373,3 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     if not bool(torch.isfinite(actual).all()) or not bool(torch.isfinite(expected).all()):
         return math.inf
     return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
-
-
-@contextlib.contextmanager
-def pruned(model: torch.nn.Module, run: Callable[[dict[str, Any]], list[Prefill]], token: int):
-    """While active, the eager model prefills multimodal prompts as the reference does, so that anything may call it.
-
-    Args:
-        run: the reference's prefill of given inputs.
-        token: the id of visual tokens.
-    """
-    forward = model.forward
-
-    @functools.wraps(forward)
-    def replaced(*args: Any, **kwargs: Any) -> Any:
-        ids, cache = kwargs.get("input_ids"), kwargs.get(CACHE)
-        started = cache is not None and cache.get_seq_length() > 0
-        if ids is None or started or not bool((ids == token).any()):
-            return forward(*args, **kwargs)
-        model.forward = forward
-        inputs = {name: held for name, held in kwargs.items() if name not in (CACHE, "logits_to_keep")}
-        try:
-            done = run(inputs)
-        finally:
-            model.forward = replaced
-        cache = DynamicCache() if cache is None else cache
-        for index in range(len(done[0].keys)):
-            cache.update(torch.cat([d.keys[index] for d in done]), torch.cat([d.values[index] for d in done]), index)
-        return CausalLMOutputWithPast(logits=torch.stack([d.logits for d in done]), past_key_values=cache)
-
-    model.forward = replaced
-    try:
-        yield model
-    finally:
-        del model.forward
