@@ -14,10 +14,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
-from torch.utils._python_dispatch import _disable_current_modes
 
 from parvts_fx.analysis.values import hint, is_tensor, value
 from parvts_fx.capture import copy_graph_module
+from parvts_fx.torch_private import FakeTensor, disable_current_modes, native_linear, onednn_linear
 
 _LEAST_FLOPS = 1 << 24
 """Products smaller than this stay as they are: calls cost more than kernels there."""
@@ -35,15 +35,11 @@ _LIBRARY = torch.library.Library("parvts_fx", "DEF")
 _LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
 
-def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], None)
-
-
 def _like(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-_LIBRARY.impl("linear", _onednn, "CPU")
+_LIBRARY.impl("linear", onednn_linear, "CPU")
 torch.library.register_fake("parvts_fx::linear", _like, lib=_LIBRARY)
 
 
@@ -79,13 +75,13 @@ def _operands(node: Node) -> tuple[Node, Node, Node | None]:
 
 def _sizes(node: Node) -> tuple[int, int, int, bool, int] | None:
     """(rows, columns, inner size, bias, threads) of a linear layer that may be changed; None for anything else."""
-    if node.op != "call_function" or node.target not in (F.linear, torch._C._nn.linear):
+    if node.op != "call_function" or node.target not in (F.linear, native_linear):
         return None
     operands = [operand for operand in _operands(node) if operand is not None]
     if not all(is_tensor(operand) for operand in operands):
         return None
     tensors = [value(operand) for operand in operands]
-    plain = (torch.Tensor, torch.nn.Parameter, torch._subclasses.FakeTensor)
+    plain = (torch.Tensor, torch.nn.Parameter, FakeTensor)
     if any(type(t) not in plain or t.dtype != torch.float32 or t.device.type != "cpu" for t in tensors):
         return None
     x, weight = tensors[:2]
@@ -103,9 +99,9 @@ def prefers_onednn(rows: int, columns: int, inner: int, bias: bool, threads: int
 
 @functools.lru_cache(maxsize=None)
 def _is_quicker(rows: int, columns: int, inner: int, bias: bool, threads: int) -> bool:
-    kernels = (F.linear, _onednn)
+    kernels = (F.linear, onednn_linear)
     taken: list[tuple[float, ...]] = []
-    with torch.no_grad(), _disable_current_modes():
+    with torch.no_grad(), disable_current_modes():
         given = (torch.ones(rows, inner), torch.ones(columns, inner), torch.ones(columns) if bias else None)
         for kernel in kernels:
             kernel(*given)

@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 
 from parvts_fx.backends.linear import pick_kernels
 from parvts_fx.options import Options
+from parvts_fx.torch_private import inductor_settings, registered_backend, run_inductor, vector_instructions_probe
 
 Compiled = Callable[..., Any]
 Lowering = Callable[[GraphModule, Sequence[object], Options], Compiled]
@@ -34,13 +35,12 @@ def inductor(module: GraphModule, example_inputs: Sequence[object], options: Opt
     if on_cpu:
         probe_processor()
     settings = {**(_known(_ON_CPU) if on_cpu else {}), **options.lowering_options}
-    wrapper = torch._TorchCompileInductorWrapper(options.mode, settings, None)
-    return wrapper(module, list(example_inputs))
+    return run_inductor(module, example_inputs, options.mode, settings)
 
 
 def _known(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Those that the installed Inductor has: any other is an error to it."""
-    listed = torch._inductor.list_options()
+    listed = inductor_settings() or ()
     return {name: value for name, value in settings.items() if name in listed}
 
 
@@ -52,13 +52,11 @@ def probe_processor() -> threading.Thread:
     happens, and which it needs only behind its own graph passes. What is found stays in Inductor's cache; a lock in it lets
     Inductor wait for us instead of compiling the same again.
     """
-    with contextlib.suppress(ImportError):  # another torch may keep these elsewhere
-        for name in ("cpu_vec_isa", "codecache", "cpp_builder"):  # here: threads must not import what imports each other
-            importlib.import_module(f"torch._inductor.{name}")
+    find_out = vector_instructions_probe()
 
     def probe() -> None:
         with contextlib.suppress(Exception):  # Inductor meets it again, and tells
-            torch._inductor.cpu_vec_isa.valid_vec_isa_list()
+            find_out()
 
     thread = threading.Thread(target=probe, name="parvts_fx probe", daemon=True)
     thread.start()
@@ -77,14 +75,12 @@ def tensorrt(module: GraphModule, example_inputs: Sequence[object], options: Opt
     except ImportError as error:
         raise ValueError('parvts_fx: option lowering="tensorrt": torch-tensorrt is not installed. '
                          'Install the extra: pip install "parvts_fx[tensorrt]".') from error
-    from torch._dynamo.backends.registry import list_backends
-
-    known = list_backends(exclude_tags=())  # importing the package registers its backend, under both names of late
+    known = torch.compiler.list_backends(exclude_tags=())  # importing the package registers its backend, under both names of late
     name = next((name for name in ("torch_tensorrt", "tensorrt") if name in known), None)
     if name is None:
         raise ValueError('parvts_fx: option lowering="tensorrt": the installed torch_tensorrt registers no backend for '
                          "torch.compile. Install a version with the Dynamo frontend (2.1 or newer).")
-    return _registered(name)(module, list(example_inputs), **_keywords(options))
+    return registered_backend(name)(module, list(example_inputs), **_keywords(options))
 
 
 _LOWERINGS: dict[str, Lowering] = {"inductor": inductor, "eager": eager, "tensorrt": tensorrt}
@@ -92,7 +88,7 @@ _LOWERINGS: dict[str, Lowering] = {"inductor": inductor, "eager": eager, "tensor
 
 def known_lowerings() -> tuple[str, ...]:
     """Our own lowerings and every backend registered with torch.compile, parvts itself left out."""
-    listed = torch._dynamo.list_backends(exclude_tags=())
+    listed = torch.compiler.list_backends(exclude_tags=())
     return tuple(dict.fromkeys([*_LOWERINGS, *(name for name in listed if name != "parvts")]))
 
 
@@ -102,11 +98,7 @@ def lower(module: GraphModule, example_inputs: Sequence[object], options: Option
         return options.lowering(module, list(example_inputs), **_keywords(options))
     if options.lowering in _LOWERINGS:
         return _LOWERINGS[options.lowering](module, example_inputs, options)
-    return _registered(options.lowering)(module, list(example_inputs), **_keywords(options))
-
-
-def _registered(name: str) -> Callable[..., Compiled]:
-    return torch._dynamo.lookup_backend(name)
+    return registered_backend(options.lowering)(module, list(example_inputs), **_keywords(options))
 
 
 def _keywords(options: Options) -> dict[str, Any]:

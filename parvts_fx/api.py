@@ -20,6 +20,7 @@ from parvts_fx.runtime.watched_generate import WatchedGenerate
 from parvts_fx.options import parse_options
 from parvts_fx.report import GraphReport, Report
 from parvts_fx.rewriting import Rewriting
+from parvts_fx.torch_private import surround_compiled_call, uncompiled_call
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -47,7 +48,7 @@ def compile(model: Model, **options: Any) -> Model:
     parsed = parse_options(options, mode)
     for module in (model, *_generating_parts(model)):
         module.compile(backend=functools.partial(parvts, options=parsed, window_caches_follow=True), **arguments)
-        module._compiled_call_impl = watched_call(module._compiled_call_impl, parsed, module)
+        surround_compiled_call(module, functools.partial(watched_call, options=parsed, model=module))
         if _generating_parts(module) and callable(getattr(type(module), "generate", None)):
             module.generate = WatchedGenerate(module, parsed)
     return model
@@ -90,7 +91,7 @@ def explain(model: torch.nn.Module, /, *args: Any, options: Mapping[str, Any] | 
     traced = dataclasses.replace(parsed, lowering="eager", mode=None, lowering_options={})
     backend = functools.partial(parvts, options=traced, window_caches_follow=True, on_rewriting=collect)
     with torch.no_grad():  # static sizes, so that every count is a number
-        watched_call(torch.compile(model._call_impl, backend=backend, dynamic=False), parsed, model)(*args, **inputs)
+        watched_call(torch.compile(uncompiled_call(model), backend=backend, dynamic=False), parsed, model)(*args, **inputs)
     return Report(tuple(reports))
 
 

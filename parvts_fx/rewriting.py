@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
 
 from parvts_fx.analysis import Decoder, VisualMerge, find_decoder
@@ -32,6 +31,7 @@ from parvts_fx.runtime.prompt_merges import is_without_visuals, prompt_merge, re
 from parvts_fx.report import GraphReport, LayerReport
 from parvts_fx.scores import reads_text
 from parvts_fx.passes.verify import CHEAP_CHECKS, Check, verifier
+from parvts_fx.torch_private import FakeTensor
 
 
 _UNSEEN = "no visual features are merged into embeddings"

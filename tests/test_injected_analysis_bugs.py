@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
-from parvts_fx import prompt_merges
+from parvts_fx.runtime import prompt_merges
 from parvts_fx.analysis import attention, commuting, decoder, independence, layers, lengths, merge, mixers, modality, period
 from parvts_fx.analysis.commuting import Layout
 from parvts_fx.analysis.independence import Findings

@@ -327,9 +327,9 @@ def counted_everywhere(original: Callable, *given: Any) -> Any:
 
 def still_short(original: Callable, cache: Any, dropped: int) -> None:
     """The corrected cache's tensors stay noted."""
-    noted = dict(caches._SHORT.items())
+    noted = dict(caches._short().items())
     original(cache, dropped)
-    caches._SHORT.update(noted)
+    caches._short().update(noted)
 
 
 def every_output(original: Callable, module: Any, *rest: Any) -> frozenset[int]:

@@ -70,15 +70,15 @@ def test_follows_the_measurement(monkeypatch):
 
 
 def test_takes_what_is_clearly_quicker(monkeypatch):
-    seconds = {torch.nn.functional.linear: 1.0, linear._onednn: 0.5}
+    seconds = {torch.nn.functional.linear: 1.0, linear.onednn_linear: 0.5}
     monkeypatch.setattr(linear, "_seconds", lambda kernel, *given: seconds[kernel])
     sizes = (64, 64, 64, False, 1)
     assert linear._is_quicker.__wrapped__(*sizes)
-    seconds[linear._onednn] = 0.95
+    seconds[linear.onednn_linear] = 0.95
     assert not linear._is_quicker.__wrapped__(*sizes)
 
 
-@pytest.mark.parametrize("quick", [torch.nn.functional.linear, linear._onednn])
+@pytest.mark.parametrize("quick", [torch.nn.functional.linear, linear.onednn_linear])
 def test_a_disturbance_does_not_choose(monkeypatch, quick):
     disturbed = iter([True, True, False])
 
@@ -86,7 +86,7 @@ def test_a_disturbance_does_not_choose(monkeypatch, quick):
         return (9.0 if next(disturbed, False) else 1.0) if kernel is quick else 2.0
 
     monkeypatch.setattr(linear, "_seconds", seconds)
-    assert linear._is_quicker.__wrapped__(64, 64, 64, False, 1) == (quick is linear._onednn)
+    assert linear._is_quicker.__wrapped__(64, 64, 64, False, 1) == (quick is linear.onednn_linear)
 
 
 def test_of_many_rows_some_are_measured(monkeypatch):

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch.fx import Graph, Node
 
 from parvts_fx.analysis.values import has_target
+from parvts_fx.torch_private import aten_softmax
 
 _FUSED = (F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
 _FUSED_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-_SOFTMAX = (torch.softmax, F.softmax, torch.ops.aten.softmax.int, torch.ops.aten._softmax.default)
+_SOFTMAX = (torch.softmax, F.softmax, torch.ops.aten.softmax.int, aten_softmax)
 
 
 def is_fused_attention(node: Node) -> bool:

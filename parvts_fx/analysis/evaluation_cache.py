@@ -6,9 +6,10 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-from torch.utils._pytree import tree_leaves
+
+from parvts_fx.torch_private import (
+    FakeTensor, expression, free_unbacked_symbols, is_functorch_wrapped_tensor, memory_of, tree_leaves,
+)
 
 
 class EvaluationCache:
@@ -72,7 +73,7 @@ def _sizes(sizes: Sequence[int | torch.SymInt]) -> tuple[Hashable, ...]:
 
 
 def _size(size: torch.SymInt) -> Hashable:
-    return (torch.SymInt, size.node.expr)
+    return (torch.SymInt, expression(size))
 
 
 def _may_stand_for_others(result: Any, given: Any) -> bool:
@@ -85,11 +86,11 @@ def _may_stand_for_others(result: Any, given: Any) -> bool:
 
 
 def _has_own_memory(result: torch.Tensor, given: Any) -> bool:
-    if torch._C._functorch.is_functorch_wrapped_tensor(result):
+    if is_functorch_wrapped_tensor(result):
         return False
-    memory = result.untyped_storage()._cdata
+    memory = memory_of(result)
     for leaf in tree_leaves(given):
         if isinstance(leaf, torch.Tensor):
-            if torch._C._functorch.is_functorch_wrapped_tensor(leaf) or leaf.untyped_storage()._cdata == memory:
+            if is_functorch_wrapped_tensor(leaf) or memory_of(leaf) == memory:
                 return False
     return True

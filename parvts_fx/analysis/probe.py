@@ -15,20 +15,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from parvts_fx.analysis.evaluation_cache import EvaluationCache
 from parvts_fx.analysis.tokens import AtMost, Axis, Binding, Count, Filling, TokenMap, readings_of
 from parvts_fx.analysis.values import ancestors, call, concrete, hint, hint_shape, is_tensor, leaves, value, with_leaves
 from parvts_fx.errors import Refusal
+from parvts_fx.torch_private import FAKE_TENSOR_LOG, FakeTensor, FakeTensorMode, is_traceable_wrapper_subclass
 
 _MOST_RETREATS = 400
 _FEW_READINGS = 4
 """So many are all tried before it is looked at what becomes of the tokens, which takes longer."""
 
-_FAKE_LOG = logging.getLogger("torch._subclasses.fake_tensor")
+_FAKE_LOG = logging.getLogger(FAKE_TENSOR_LOG)
 
 Finding = tuple[dict[int, Binding], Any, dict[int, Axis] | None]
 """A reading of a node, what the node comes to under it, and the token axes of that."""

@@ -18,10 +18,10 @@ from typing import Any
 import sympy
 import torch
 from torch.fx import GraphModule, Node
-from torch.utils._python_dispatch import _disable_current_modes
 
 from parvts_fx.analysis.tokens import AtMost, AxisLabels, Count, Filling, TokenMap
 from parvts_fx.analysis.values import ancestors, call, hint, hint_shape, is_index, is_tensor, leaves, symbols, value, with_leaves
+from parvts_fx.torch_private import FakeTensor, disable_current_modes, expression, traced_numbers
 
 TOKENS, SAMPLES = "tokens", "samples"
 NOISES = ("any", "positive", "first index")
@@ -31,7 +31,7 @@ integers that are all 0, for axes of one entry."""
 _LARGE, _LARGEST, _SMALL = 1 << 18, 1 << 29, 32
 _BUFFER = 1 << 20
 _HALVES = (torch.float16, torch.bfloat16)
-_PLAIN = (torch.Tensor, torch.nn.Parameter, torch._subclasses.FakeTensor)
+_PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor)
 
 
 class Unproven(Exception):
@@ -97,7 +97,7 @@ def _coins() -> torch.Tensor:
 @contextlib.contextmanager
 def really() -> Iterator[None]:
     """Real tensors, no gradients, and torch's random state as it was."""
-    with _disable_current_modes(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with disable_current_modes(), torch.no_grad(), torch.random.fork_rng(devices=[]):
         yield
 
 
@@ -206,13 +206,13 @@ class SmallRuns:
         of_prompt = symbols(self.tokens.size)
         if not isinstance(held, (torch.SymInt, torch.SymFloat)) or not of_prompt & symbols(held):
             return hint(held) if isinstance(held, (torch.SymInt, torch.SymFloat, torch.SymBool)) else held
-        size = self.tokens.size.node.expr
+        size = expression(self.tokens.size)
         if not size.is_Symbol:
             raise Unproven("a number is computed from the prompt's length")
         others = {
-            symbol: sympy.Integer(held.node.shape_env.backed_var_to_val[symbol])
-            for symbol in held.node.expr.free_symbols - {size}}
-        number = held.node.expr.xreplace({**others, size: sympy.Integer(tokens)})
+            symbol: sympy.Integer(traced_numbers(held)[symbol])
+            for symbol in expression(held).free_symbols - {size}}
+        number = expression(held).xreplace({**others, size: sympy.Integer(tokens)})
         return int(number) if isinstance(held, torch.SymInt) else float(number)
 
     # -- operands -----------------------------------------------------------------------------------------------------
@@ -281,7 +281,7 @@ class SmallRuns:
         if type(value(node)) in _PLAIN:
             return None
         real = self._given.get(node)
-        if not isinstance(real, torch.Tensor) or isinstance(real, torch._subclasses.FakeTensor):
+        if not isinstance(real, torch.Tensor) or isinstance(real, FakeTensor):
             raise Unproven(f"a tensor of the subclass {type(value(node)).__name__} is not at hand")
         return real.to("cpu")
 

@@ -19,13 +19,14 @@ from torch.fx import Node
 from parvts_fx.analysis.values import (
     concrete, has_target, hint, is_indexing, is_symbolic_int, is_tensor, leaves, symbols, value,
 )
+from parvts_fx.torch_private import native_pad
 
 _MOST_READINGS = 64
 _OFFSETS = (-1, -2, 1)
 """Of positions in an index that may be counted from the end."""
 
 _TOPKS = (torch.topk, torch.ops.aten.topk.default)
-_PADS = (F.pad, torch._C._nn.pad, torch.ops.aten.pad.default, torch.ops.aten.constant_pad_nd.default)
+_PADS = (F.pad, native_pad, torch.ops.aten.pad.default, torch.ops.aten.constant_pad_nd.default)
 
 
 @dataclasses.dataclass(frozen=True)

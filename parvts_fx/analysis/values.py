@@ -7,9 +7,13 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
+
+from parvts_fx.torch_private import (
+    FakeTensor, FakeTensorMode, HigherOrderOperator, OpOverload, OpOverloadPacket, expression, is_functorch_wrapped_tensor,
+    memory_of, traced_number, writes_into_arguments,
+)
 
 
 def value(node: Node) -> Any:
@@ -31,11 +35,11 @@ def hint(size: int | torch.SymInt) -> int | None:
         return size
     if size.node.is_constant():
         return int(size.node.maybe_as_int())
-    return size.node.hint
+    return traced_number(size)
 
 
 def symbols(size: int | torch.SymInt) -> frozenset:
-    return frozenset() if isinstance(size, int) else frozenset(size.node.expr.free_symbols)
+    return frozenset() if isinstance(size, int) else frozenset(expression(size).free_symbols)
 
 
 def concrete(size: int | torch.SymInt) -> int | torch.SymInt:
@@ -111,20 +115,20 @@ def writes_unseen(node: Node) -> bool:
     """Whether an operation of somebody's library writes into its arguments, of which a graph shows nothing."""
     if node.op != "call_function" or changed_in_place(node) is not None:
         return False
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
+    if isinstance(node.target, HigherOrderOperator):
         return value(node) is None
-    overloads = [node.target] if isinstance(node.target, torch._ops.OpOverload) else []
-    if isinstance(node.target, torch._ops.OpOverloadPacket):
+    overloads = [node.target] if isinstance(node.target, OpOverload) else []
+    if isinstance(node.target, OpOverloadPacket):
         overloads = [getattr(node.target, name) for name in node.target.overloads()]
-    return any(overload._schema.is_mutable for overload in overloads)
+    return any(writes_into_arguments(overload) for overload in overloads)
 
 
 def storage_of(node: Node) -> int:
     """Equal for tensors that are views of one another."""
     tensor = value(node)
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # inside vmap a tensor has no storage of its own
+    if is_functorch_wrapped_tensor(tensor):  # inside vmap a tensor has no storage of its own
         return id(tensor)
-    return tensor.untyped_storage()._cdata
+    return memory_of(tensor)
 
 
 def needed_for(graph: Graph, roots: Iterable[Node]) -> set[Node]:

@@ -7,9 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_aggregate
 
 from parvts_fx.analysis.evaluation_cache import EvaluationCache
@@ -17,6 +15,7 @@ from parvts_fx.analysis.probe import quiet_trials
 from parvts_fx.analysis.tokens import Count
 from parvts_fx.analysis.values import call, changed_in_place, concrete, fake_mode_of, storage_of, symbols, value
 from parvts_fx.errors import Refusal
+from parvts_fx.torch_private import enable_python_dispatcher, make_fx
 
 Size = int | Node
 

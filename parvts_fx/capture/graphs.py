@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Interpreter, Node
-from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 
 from parvts_fx.analysis.values import fake_mode_of, hint, value
+from parvts_fx.torch_private import FakeTensor, FakeTensorMode, graph_module_like
 
 
 def copy_graph_module(module: GraphModule) -> GraphModule:
@@ -17,9 +16,7 @@ def copy_graph_module(module: GraphModule) -> GraphModule:
     graph = Graph()
     mapping: dict[Node, Node] = {}
     graph.output(graph.graph_copy(module.graph, mapping))
-    graph._codegen = module.graph._codegen
-    with _use_lazy_graph_module(True):  # its Python source is written when somebody runs or reads it
-        copy = _make_graph_module(module, graph)
+    copy = graph_module_like(module, graph)
     copy.meta = dict(module.meta)
     return copy
 

@@ -12,11 +12,12 @@ from torch.fx import Graph, GraphModule, Node
 from parvts_fx.analysis.merge import enters_a_layer, is_merge
 from parvts_fx.analysis.values import ancestors, descendants, has_target, hint, is_index, is_tensor, leaves, storage_of, value, with_leaves
 from parvts_fx.capture.editing import Editor
+from parvts_fx.torch_private import assert_scalar
 
 _POINTWISE = (operator.add, operator.iadd, operator.mul, operator.imul, operator.sub, torch.add, torch.mul, torch.sub)
 _POINTWISE_METHODS = ("add", "add_", "mul", "mul_", "sub", "to", "clone", "type_as")
 
-_ASSERTIONS = (torch.ops.aten._assert_scalar.default, torch._check)
+_ASSERTIONS = (assert_scalar, torch._check)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from parvts_fx.analysis.calls import attention_nodes
 from parvts_fx.analysis.values import descendants, hint_shape, is_tensor, output_node, value
 from parvts_fx.errors import ParvtsWarning
+from parvts_fx.torch_private import WeakTensorKeyDictionary
 
 
 @dataclasses.dataclass
@@ -91,8 +91,10 @@ class _Conversation:
     """The warnings that it has had: one of each, and not one a decode step."""
 
 
-_SHORT: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""By identity of shortened cache tensors that are alive and whose count nobody has corrected: their conversation."""
+@functools.cache
+def _short() -> WeakTensorKeyDictionary:
+    """By identity of shortened cache tensors that are alive and whose count nobody has corrected: their conversation."""
+    return WeakTensorKeyDictionary()
 
 
 def cache_outputs(module: GraphModule, rewritten: GraphModule | None = None) -> frozenset[int]:
@@ -129,7 +131,7 @@ def note_short_caches(outputs: Sequence[object], positions: Iterable[int], goes_
     conversation = goes_on or _Conversation()
     for position in positions:
         if isinstance(outputs[position], torch.Tensor):
-            _SHORT[outputs[position]] = conversation
+            _short()[outputs[position]] = conversation
 
 
 def watch_short_caches(call: Callable[..., Any], caches: Iterable[int], counts_kept: bool = False) -> Callable[..., Any]:
@@ -145,7 +147,7 @@ def watch_short_caches(call: Callable[..., Any], caches: Iterable[int], counts_k
 
     def watching(*inputs: object) -> Any:
         outputs = call(*inputs)
-        conversation = _goes_on(inputs) if _SHORT else None
+        conversation = _goes_on(inputs) if _short() else None
         if conversation is not None:
             _warn_of_positions(inputs, conversation, counts_kept)
             note_short_caches(outputs, caches, conversation)
@@ -155,7 +157,7 @@ def watch_short_caches(call: Callable[..., Any], caches: Iterable[int], counts_k
 
 
 def _goes_on(inputs: Sequence[object]) -> _Conversation | None:
-    known = (_SHORT.get(held) for held in inputs if isinstance(held, torch.Tensor))
+    known = (_short().get(held) for held in inputs if isinstance(held, torch.Tensor))
     return next((held for held in known if held is not None), None)
 
 
@@ -217,7 +219,7 @@ def remember_dropped(cache: Any, dropped: int) -> None:
             layer.cumulative_length -= dropped
         for held in getattr(layer, "__dict__", {}).values():
             if isinstance(held, torch.Tensor):
-                _SHORT.pop(held, None)
+                _short().pop(held, None)
     cache.dropped_tokens = getattr(cache, "dropped_tokens", 0) + dropped
     if not getattr(type(cache), "counts_dropped_tokens", False):
         cache.__class__ = _counting(type(cache))

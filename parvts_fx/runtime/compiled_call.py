@@ -9,16 +9,15 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch._dynamo.callback import CallbackArgs
-from torch._dynamo.exc import TorchDynamoException
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from parvts_fx.runtime.caches import find_caches, is_cache, remember_dropped, watch_call
 from parvts_fx.errors import NotRewritten, ParvtsWarning
 from parvts_fx.runtime.watched_generate import paused
 from parvts_fx.options import Options
+from parvts_fx.torch_private import (
+    GuardOnDataDependentSymNode, TorchDynamoException, WeakTensorKeyDictionary, as_newer_torch, dynamo_config, told_of_compiling,
+    tree_leaves,
+)
 
 _SETTINGS: tuple[dict[str, bool], ...] = (
     {"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": True},
@@ -78,19 +77,15 @@ class _Frames:
     @contextlib.contextmanager
     def capturing(self) -> Iterator[None]:
         self._current = None
-        handler = torch._dynamo.callback_handler
-        limit = max(_RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
-        handler.register_start_callback(self._start)
-        try:
-            with torch._dynamo.config.patch(**_SETTINGS[0], recompile_limit=limit), _as_newer_torch():
-                yield
-        finally:
-            handler.remove_start_callback(self._start)
+        config = dynamo_config()
+        limit = max(_RECOMPILE_LIMIT, config.recompile_limit)
+        with told_of_compiling(self._start), config.patch(**_SETTINGS[0], recompile_limit=limit), as_newer_torch():
+            yield
 
-    def _start(self, given: CallbackArgs) -> None:
+    def _start(self, given: Any) -> None:
         self._current = str(given.compile_id).partition("/")[0]
         for name, held in _SETTINGS[self._levels.get(self._current, 0)].items():
-            setattr(torch._dynamo.config, name, held)
+            setattr(dynamo_config(), name, held)
 
     def relax(self) -> bool:
         """Weaken the settings of the frame that was compiled last; False if there is nothing left to weaken."""
@@ -98,27 +93,6 @@ class _Frames:
             return False
         self._levels[self._current] = self._levels.get(self._current, 0) + 1
         return True
-
-
-@contextlib.contextmanager
-def _as_newer_torch() -> Iterator[None]:
-    """Let torch 2.11 capture what newer versions do, as they do; 2.13 is known to need none of it.
-
-    ``torch._check_tensor_all`` leaves a symbol behind that no result of it holds: an error, which a setting turns into a
-    warning. And ``torch.compiler.is_exporting()`` is answered with True, so that models take their slow way for exports.
-    """
-    if torch.__version__ >= (2, 13):
-        yield
-        return
-    checks, name = torch.fx.experimental._config, "soft_pending_unbacked_not_found_error"
-    answers = getattr(torch._dynamo.variables.torch, "tracing_state_functions", dict)()
-    kept = {asked: answers[asked] for asked in [torch.compiler.is_exporting] if asked in answers}
-    try:
-        answers.update((asked, asked()) for asked in kept)
-        with checks.patch(name, True) if hasattr(checks, name) else contextlib.nullcontext():
-            yield
-    finally:
-        answers.update(kept)
 
 
 def _read(

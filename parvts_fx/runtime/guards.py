@@ -17,6 +17,7 @@ from parvts_fx.analysis.records import VisualMerge
 from parvts_fx.analysis.values import ancestors, value
 from parvts_fx.errors import Refusal
 from parvts_fx.passes.insert_partition import flatten_mask
+from parvts_fx.torch_private import expression
 
 
 class Precondition:
@@ -78,13 +79,13 @@ def size_reader(module: GraphModule, size: int | torch.SymInt) -> Callable[[Sequ
     """
     if isinstance(size, int):
         return lambda inputs: size
-    wanted = size.node.expr
+    wanted = expression(size)
     sources: dict[sympy.Symbol, tuple[int, int | None]] = {}
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     for position, node in enumerate(placeholders):
         for axis, entry in _sizes(node):
-            if isinstance(entry, torch.SymInt) and isinstance(entry.node.expr, sympy.Symbol):
-                sources.setdefault(entry.node.expr, (position, axis))
+            if isinstance(entry, torch.SymInt) and isinstance(expression(entry), sympy.Symbol):
+                sources.setdefault(expression(entry), (position, axis))
     missing = sorted(map(str, wanted.free_symbols - sources.keys()))
     if missing:
         raise Refusal(f"each call needs a size, {wanted}, that the sizes of the graph's inputs do not tell "

@@ -19,6 +19,7 @@ from parvts_fx.analysis.records import Decoder
 from parvts_fx.analysis.values import ancestors, has_target, is_tensor, needed_for, output_node, value
 from parvts_fx.errors import Refusal
 from parvts_fx.runtime.guards import size_reader
+from parvts_fx.torch_private import is_functorch_wrapped_tensor
 
 _SHAPE_ONLY = (torch.ones_like, torch.zeros_like, torch.full_like, torch.empty_like)
 _SHAPE_ONLY_METHODS = ("size", "new_ones", "new_zeros", "new_full", "new_empty", "dim")
@@ -112,7 +113,7 @@ def _needed(module: GraphModule, masks: Sequence[Node]) -> tuple[set[Node], list
             else:
                 stack.append(source)
     needed -= cuts.keys()
-    if any(torch._C._functorch.is_functorch_wrapped_tensor(value(node)) for node in needed if is_tensor(node)):
+    if any(is_functorch_wrapped_tensor(value(node)) for node in needed if is_tensor(node)):
         # all of them, so that every vmap that is entered is left
         needed |= ancestors(filter(_enters_or_leaves_vmap, graph.nodes)) - cuts.keys()
     return needed, list(cuts)

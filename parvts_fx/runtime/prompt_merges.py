@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
 from parvts_fx.analysis.decoder import NoDecoder
@@ -22,6 +21,7 @@ from parvts_fx.runtime.input_origins import noted_origins
 from parvts_fx.capture.unify_merges import UnifyMerges
 from parvts_fx.runtime.guards import merged_mask, same_count, visual_mask
 from parvts_fx.report import MergeReport
+from parvts_fx.torch_private import FakeTensor
 
 
 def prompt_merge(

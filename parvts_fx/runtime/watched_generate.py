@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
+from torch.overrides import TorchFunctionMode
 
 from parvts_fx.runtime.caches import watch_call
 from parvts_fx.errors import NotRewritten, ParvtsWarning
 from parvts_fx.runtime.merged_embeddings import hand_over, received, visual_rows
 from parvts_fx.options import Options
+from parvts_fx.torch_private import current_function_mode, pop_mode_temporarily
 
 _SCATTERS = (torch.Tensor.masked_scatter, torch.masked_scatter, torch.Tensor.masked_scatter_)
 _SETTERS = (torch.Tensor.__setitem__, torch.Tensor.index_put_)
@@ -68,7 +69,7 @@ class _Noting(TorchFunctionMode):
 @contextlib.contextmanager
 def paused() -> Iterator[None]:
     """Leave the mode for the duration of a compiled call: Dynamo would trace it."""
-    with _pop_mode_temporarily() if isinstance(_get_current_function_mode(), _Noting) else contextlib.nullcontext():
+    with pop_mode_temporarily() if isinstance(current_function_mode(), _Noting) else contextlib.nullcontext():
         yield
 
 

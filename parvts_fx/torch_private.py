@@ -1,0 +1,261 @@
+"""Everything of torch that parvts_fx leans on and torch does not promise to keep, with what breaks when it moves.
+
+Names that the installed torch lacks stand as objects that raise :class:`TorchMoved` when they are used, so that importing
+parvts_fx never fails for them: the rewriting of a prefill fails instead, which then runs as it came. Where something else
+does as well, it takes the name's place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import sympy
+import torch
+import torch.nn.functional as F
+from torch.fx import Graph, GraphModule
+
+
+class TorchMoved(ImportError):
+    """The installed torch has no such private name; the message says which version it is, and which name."""
+
+
+def _get(module: str, name: str) -> Any:
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise TorchMoved(f"parvts_fx needs {module}.{name}, which torch {torch.__version__} does not have. "
+                         "Use a version that parvts_fx is tested with (constraints.txt), or report this.") from error
+
+
+class _Absent(type):
+    """A class in place of a name that is gone: whatever is done with it raises."""
+
+    def _fail(cls, *_: Any, **__: Any) -> Any:
+        raise TorchMoved(*cls.reason)
+
+    __call__ = __instancecheck__ = __subclasscheck__ = _fail
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return cls._fail()
+
+
+def _find(module: str, name: str, instead: Any = None) -> Any:
+    """The name, or else what stands in for it, or else what raises when it is used."""
+    try:
+        return _get(module, name)
+    except TorchMoved as error:
+        return _Absent(name, (), {"reason": error.args}) if instead is None else instead
+
+
+# -- fake tensors, symbolic sizes and tracing: without them nothing is rewritten ----------------------------------------------
+
+if TYPE_CHECKING:
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+    from torch.utils.weak import WeakTensorKeyDictionary
+else:
+    FakeTensor = _find("torch._subclasses.fake_tensor", "FakeTensor")
+    FakeTensorMode = _find("torch._subclasses.fake_tensor", "FakeTensorMode")
+
+FAKE_TENSOR_LOG = "torch._subclasses.fake_tensor"
+"""The logger that fake tensors complain to. Under another name, trials that fail are logged: noise, and nothing worse."""
+
+make_fx = _find("torch.fx.experimental.proxy_tensor", "make_fx")
+"""Traces the partition, scoring rules and masks into the graph."""
+
+enable_python_dispatcher = _find("torch._dispatch.python", "enable_python_dispatcher")
+"""Lets operations take symbolic sizes outside of Dynamo. Torch's own tracing uses it alike."""
+
+free_unbacked_symbols = _find("torch.fx.experimental.symbolic_shapes", "free_unbacked_symbols")
+"""Sizes that depend on data; the cache of evaluations must not let two results share one."""
+
+OpOverload = _find("torch._ops", "OpOverload")
+OpOverloadPacket = _find("torch._ops", "OpOverloadPacket")
+HigherOrderOperator = _find("torch._ops", "HigherOrderOperator")
+"""The kinds of operations in a graph, to tell which write into their arguments."""
+
+is_functorch_wrapped_tensor = _find("torch._C._functorch", "is_functorch_wrapped_tensor")
+"""Whether a tensor is inside vmap, where it has no memory of its own. Masks of transformers are made there."""
+
+is_traceable_wrapper_subclass = _find("torch.utils._python_dispatch", "is_traceable_wrapper_subclass")
+"""Whether a tensor is made of others (quantised weights)."""
+
+disable_current_modes = _find("torch.utils._python_dispatch", "_disable_current_modes")
+"""Leaves Dynamo's fake mode, to run operations on small real tensors and to time kernels."""
+
+tree_leaves = _find("torch.utils._pytree", "tree_leaves")
+"""The tensors in nested arguments and outputs. Without it a call of ``parvts_fx.compile``'s model raises."""
+
+
+def memory_of(tensor: torch.Tensor) -> int:
+    """Equal for tensors that share memory, fake ones too. No public name tells: fake memory has no address."""
+    return tensor.untyped_storage()._cdata
+
+
+def writes_into_arguments(overload: Any) -> bool:
+    """Whether an operation's schema says that it changes what it is given."""
+    return overload._schema.is_mutable
+
+
+def expression(size: torch.SymInt | torch.SymFloat) -> sympy.Expr:
+    """A symbolic size as a formula of symbols: how the analysis tells the prompt's length from other sizes."""
+    return size.node.expr
+
+
+def traced_number(size: torch.SymInt | torch.SymFloat | torch.SymBool) -> Any:
+    """What a symbolic size was when it was traced; None where it depends on data."""
+    return size.node.hint
+
+
+def traced_numbers(size: torch.SymInt | torch.SymFloat) -> Mapping[sympy.Symbol, Any]:
+    """The same for the symbols that it is made of. (The field has had another name in older versions.)"""
+    return size.node.shape_env.backed_var_to_val
+
+
+# -- operations by other names of theirs: where one is gone, no graph has it ---------------------------------------------------
+
+native_pad = _find("torch._C._nn", "pad", F.pad)
+native_linear = _find("torch._C._nn", "linear", F.linear)
+
+
+def _overload(namespace: Any, name: str, instead: Any) -> Any:
+    return getattr(getattr(namespace, name, None), "default", instead)
+
+
+aten_softmax = _overload(torch.ops.aten, "_softmax", torch.softmax)
+assert_scalar = _overload(torch.ops.aten, "_assert_scalar", torch._check)
+
+
+def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """oneDNN's matrix product, what Inductor itself calls. Without it ``linear_kernels="auto"`` fails; "library" does not."""
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], None)
+
+
+# -- graphs and modules ----------------------------------------------------------------------------------------------------------
+
+def graph_module_like(module: GraphModule, graph: Graph) -> GraphModule:
+    """A module around a graph, which takes and returns what ``module`` does (Dynamo's graphs return lists).
+
+    Its Python source is written when somebody runs or reads it; at once where torch has no lazy modules: slower.
+    """
+    graph._codegen = module.graph._codegen
+    try:
+        lazily, make = (_get("torch.fx._lazy_graph_module", name) for name in ("_use_lazy_graph_module", "_make_graph_module"))
+    except TorchMoved:
+        return GraphModule(module, graph)
+    with lazily(True):
+        return make(module, graph)
+
+
+def uncompiled_call(module: torch.nn.Module) -> Callable[..., Any]:
+    """What a module does when it is called, whatever it has been compiled with; :func:`parvts_fx.explain` compiles it."""
+    return module._call_impl
+
+
+def surround_compiled_call(module: torch.nn.Module, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Put something around what ``module.compile()`` has made. If the field moves, the model stays compiled, but without
+    what :func:`parvts_fx.compile` does beside: said at once, when it is compiled."""
+    call = getattr(module, "_compiled_call_impl", None)
+    if call is None:
+        raise TorchMoved(f"parvts_fx needs Module._compiled_call_impl, which torch {torch.__version__} does not have. "
+                         'torch.compile(model, backend="parvts") does without it.')
+    module._compiled_call_impl = around(call)
+
+
+# -- what Dynamo raises, and how it captures: parvts_fx.compile's part -----------------------------------------------------------
+
+class _NeverRaised(Exception):
+    """In place of an error that is gone: then settings are not weakened for a frame that they do not suit."""
+
+
+TorchDynamoException: type[Exception] = _find("torch._dynamo.exc", "TorchDynamoException", _NeverRaised)
+if not TYPE_CHECKING:
+    GuardOnDataDependentSymNode = _find(
+        "torch.fx.experimental.symbolic_shapes", "GuardOnDataDependentSymNode", _NeverRaised)
+    WeakTensorKeyDictionary = _find("torch.utils.weak", "WeakTensorKeyDictionary")
+    """Remembers shortened caches and what calls have returned by the tensors' identity. Without it, calls that prune fail."""
+
+
+def dynamo_config() -> Any:
+    """Dynamo's settings: which data-dependent operations stay in the graph, and how often code is compiled again."""
+    return _get("torch._dynamo", "config")
+
+
+@contextlib.contextmanager
+def told_of_compiling(start: Callable[[Any], None]) -> Iterator[None]:
+    """Have Dynamo say which frame it is about to compile. Without it, no frame has settings of its own."""
+    try:
+        handler = _get("torch._dynamo", "callback_handler")
+    except TorchMoved:
+        yield
+        return
+    handler.register_start_callback(start)
+    try:
+        yield
+    finally:
+        handler.remove_start_callback(start)
+
+
+@contextlib.contextmanager
+def as_newer_torch() -> Iterator[None]:
+    """Let torch 2.11 capture what newer versions do, as they do; 2.13 is known to need none of it.
+
+    ``torch._check_tensor_all`` leaves a symbol behind that no result of it holds: an error, which a setting turns into a
+    warning. And ``torch.compiler.is_exporting()`` is answered with True, so that models take their slow way for exports.
+    Where names are gone, nothing is done.
+    """
+    if torch.__version__ >= (2, 13):
+        yield
+        return
+    checks, name = _find("torch.fx.experimental", "_config", contextlib), "soft_pending_unbacked_not_found_error"
+    answers = _find("torch._dynamo.variables.torch", "tracing_state_functions", dict)()
+    kept = {asked: answers[asked] for asked in [torch.compiler.is_exporting] if asked in answers}
+    try:
+        answers.update((asked, asked()) for asked in kept)
+        with checks.patch(name, True) if hasattr(checks, name) else contextlib.nullcontext():
+            yield
+    finally:
+        answers.update(kept)
+
+
+# -- torch function modes: generate that merges uncompiled -----------------------------------------------------------------------
+
+current_function_mode = _find("torch.overrides", "_get_current_function_mode", lambda: None)
+"""The innermost mode. Without it, ours stays on while a compiled call runs, and Dynamo traces it: slower, more graphs."""
+
+pop_mode_temporarily = _find("torch.overrides", "_pop_mode_temporarily")
+
+
+# -- lowerings -------------------------------------------------------------------------------------------------------------------
+
+def run_inductor(
+    module: GraphModule, inputs: Sequence[object], mode: str | None, settings: Mapping[str, Any]
+) -> Callable[..., Any]:
+    """Inductor with a mode and settings, as torch.compile calls it. Without it, only other lowerings work."""
+    return _get("torch", "_TorchCompileInductorWrapper")(mode, settings, None)(module, list(inputs))
+
+
+def inductor_settings() -> Sequence[str] | None:
+    """The names of Inductor's settings; None where it does not tell."""
+    try:
+        return _get("torch._inductor", "list_options")()
+    except TorchMoved:
+        return None
+
+
+def vector_instructions_probe() -> Callable[[], Any]:
+    """What finds out which vector instructions Inductor may use, and keeps that in its cache; nothing where it is gone."""
+    with contextlib.suppress(ImportError):  # another torch may keep these elsewhere
+        for name in ("cpu_vec_isa", "codecache", "cpp_builder"):  # here: threads must not import what imports each other
+            importlib.import_module(f"torch._inductor.{name}")
+    return _find("torch._inductor.cpu_vec_isa", "valid_vec_isa_list", lambda: None)
+
+
+def registered_backend(name: str) -> Callable[..., Any]:
+    """A backend that is registered with torch.compile, or that a package's entry point names."""
+    return _get("torch._dynamo", "lookup_backend")(name)
