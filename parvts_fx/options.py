@@ -11,6 +11,11 @@ from typing import Any
 import torch
 
 from parvts_fx.analysis.modality import MODALITIES, VISUAL
+from parvts_fx.schedules import SCHEDULES
+from parvts_fx.stages import PlacedStage, Stage, check_order, placed
+
+SHORT_FORM = ("keep_ratio", "keep_tokens", "migration_depth", "fusion", "paths", "score")
+"""The options that write a schedule of one stage at layer 0."""
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
@@ -53,6 +58,10 @@ class Options:
 
     score: str | Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = "auto"
     """A scoring rule's name, or a callable ``score(hidden, visual) -> scores``; see :mod:`parvts_fx.scores`."""
+
+    stages: tuple[Stage, ...] | str | None = None
+    """A schedule of several :class:`parvts_fx.Stage`, or the name of a published one (:mod:`parvts_fx.schedules`), in place
+    of keep_ratio, keep_tokens, migration_depth, fusion, paths and score, which write a schedule of one."""
 
     prune: str | tuple[str, ...] = "visual"
     """Whose tokens count as visual: "visual" (images, videos, and features about which nothing tells what they are), "all"
@@ -130,46 +139,90 @@ class Options:
                       "See parvts_fx.passes.base.Pass.")
         object.__setattr__(self, "extra_passes", tuple(given))
         self._check_references()
+        self._check_stages()
+
+    def _check_stages(self) -> None:
+        if self.stages is None:
+            return
+        short = next((field.name for field in dataclasses.fields(self) if field.name in SHORT_FORM
+                      and getattr(self, field.name) != field.default), None)
+        if short is not None:
+            _fail_both(short, getattr(self, short))
+        if isinstance(self.stages, str):
+            if self.stages not in SCHEDULES:
+                _fail("stages", self.stages, f"a tuple of parvts_fx.Stage or one of {', '.join(SCHEDULES)}",
+                      _closest(self.stages, SCHEDULES))
+            return
+        given = (self.stages,) if isinstance(self.stages, Stage) else self.stages
+        if not isinstance(given, (list, tuple)) or not given or not all(isinstance(stage, Stage) for stage in given):
+            _fail("stages", self.stages, "a tuple of one parvts_fx.Stage or several, or a schedule's name",
+                  "stages=(Stage(at=0, keep=1/9, migrate=3),) is the default.")
+        check_order(given)
+        object.__setattr__(self, "stages", tuple(given))
 
     def _check_references(self) -> None:
         """Names that point at something registered elsewhere: rules and lowerings."""
         from parvts_fx.backends.lowering import known_lowerings
-        from parvts_fx.scores import known_rules
+        from parvts_fx.scores import known_rules, reads_attention
 
-        for name, known in (("score", known_rules), ("lowering", known_lowerings)):
-            value = getattr(self, name)
+        rules = [("score", self.score)] if self.stages is None or isinstance(self.stages, str) else [
+            (f"stages[{number}].rule", stage.rule) for number, stage in enumerate(self.stages) if isinstance(stage, Stage)]
+        for name, value, known in (
+            *((name, rule, known_rules) for name, rule in rules), ("lowering", self.lowering, known_lowerings)
+        ):
             if isinstance(value, str):
                 if value not in known():
                     _fail(name, value, f"a callable or one of {', '.join(sorted(known()))}", _closest(value, known()))
             elif not callable(value):
                 _fail(name, value, f"a callable or one of {', '.join(sorted(known()))}", "")
+        for number, stage in enumerate(self.schedule if self._has_sound_stages() else ()):
+            if stage.at == 0 and reads_attention(stage.rule):
+                name = "score" if self.stages is None else f"stages[{number}].rule"
+                _fail(name, stage.rule, "a rule that reads no attention, at layer 0", "There is no layer in front whose "
+                      "attention it could read: choose at a later layer (stages=(Stage(at=2, rule=...),)).")
 
     def prunes(self, modality: str) -> bool:
         """Whether tokens of a modality (one of :data:`parvts_fx.analysis.modality.MODALITIES`) may be dropped."""
         return self.prune == "all" or modality in (VISUAL if self.prune == "visual" else _names(self.prune))
 
-    def subject_count(self, visual: int) -> int:
-        """Number of subject tokens among ``visual`` visual tokens (round half up, at least one).
+    def _has_sound_stages(self) -> bool:
+        return self.stages is None or isinstance(self.stages, (tuple, list)) and all(
+            isinstance(stage, Stage) for stage in self.stages)
 
-        ``visual`` may be a torch.SymInt; the result then is one too.
+    @property
+    def schedule(self) -> tuple[Stage, ...]:
+        """The stages, whichever way they were written."""
+        if isinstance(self.stages, str):
+            return SCHEDULES[self.stages]
+        if self.stages is not None:
+            return tuple(self.stages)
+        ratio = 1 / 9 if self.keep_ratio is None else float(self.keep_ratio)
+        migrates = self.migration_depth != 0
+        return (Stage(
+            at=0, keep=ratio if self.keep_tokens is None else self.keep_tokens, rule=self.score, migrate=self.migration_depth,
+            paths=self.paths if migrates else "parallel", fusion=self.fusion if migrates else "attention"),)
+
+    def placed(self, layers: int) -> tuple[PlacedStage, ...]:
+        """The stages in a decoder of so many layers.
+
+        Raises:
+            ValueError: they do not fit.
         """
-        if self.keep_tokens is not None:
-            return torch.sym_min(visual, self.keep_tokens)
-        ratio = 1 / 9 if self.keep_ratio is None else self.keep_ratio
-        if isinstance(visual, int):
-            return max(1, math.floor(ratio * visual + 0.5))
-        share = ratio * torch.sym_float(visual) + 0.5  # the same arithmetic; sym_int rounds towards zero
-        return torch.sym_max(1, torch.sym_int(share))
+        if self.stages is None and _is_count(self.migration_depth) and self.migration_depth > layers:
+            _fail("migration_depth", self.migration_depth, f"at most the model's {layers} decoder layers",
+                  f"Use a value from 0 to {layers}.")
+        return placed(self.schedule, layers)
 
-    def for_layers(self, count: int) -> Options:
-        """The options for a decoder of ``count`` layers: the migration depth as a number of layers."""
-        if not isinstance(self.migration_depth, float):
-            return self
-        return dataclasses.replace(self, migration_depth=math.floor(self.migration_depth * count + 0.5))
+    def subject_count(self, visual: int) -> int:
+        """Number of visual tokens that are left in the end, of ``visual`` ones (an int or a torch.SymInt)."""
+        left = visual
+        for stage in self.schedule:
+            left = stage.kept(left, visual)
+        return left
 
     @property
     def keeps_all(self) -> bool:
-        return self.keep_ratio == 1
+        return all(isinstance(stage.keep, float) and stage.keep == 1 for stage in self.schedule)
 
 
 def _names(given: object) -> tuple[object, ...]:
@@ -179,6 +232,10 @@ def _names(given: object) -> tuple[object, ...]:
 def _closest(name: str, known: Any) -> str:
     close = difflib.get_close_matches(str(name), list(known), n=1)
     return f'Did you mean "{close[0]}"?' if close else ""
+
+
+def _fail_both(name: str, value: object) -> None:
+    _fail(name, value, "nothing beside stages=, which says it too", "Write the schedule in one of the two ways.")
 
 
 def parse_options(given: Mapping[str, Any] | None = None, mode: str | None = None) -> Options:
@@ -199,6 +256,10 @@ def parse_options(given: Mapping[str, Any] | None = None, mode: str | None = Non
             own[key] = value
         else:
             extra[key] = value
+    if own.get("stages") is not None:
+        for key in SHORT_FORM:
+            if key in own:
+                _fail_both(key, own[key])
     if extra:
         lowering = own.get("lowering", "inductor")
         if lowering == "inductor":

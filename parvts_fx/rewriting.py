@@ -21,7 +21,7 @@ from parvts_fx.runtime.merged_embeddings import MergedInput
 from parvts_fx.passes.dumps import dump_hook, log_hook
 from parvts_fx.options import Options, parse_options
 from parvts_fx.runtime.padding import padding_check
-from parvts_fx.passes import Pass, State, build_pipeline, run_pipeline
+from parvts_fx.passes import Pass, Plan, Work, build_pipeline, run_pipeline
 from parvts_fx.capture.invert_permutations import InvertPermutations
 from parvts_fx.capture.spread_masked_updates import SpreadMaskedUpdates
 from parvts_fx.capture.version_writes import VersionWrites
@@ -107,8 +107,8 @@ def rewrite_graph(
     if decoder is None:
         return Rewriting(GraphReport("untouched", _UNSEEN, nodes, merges=merges))
     analysis = 1e3 * (time.perf_counter() - start)
-    options = options.for_layers(len(decoder.layers))
-    _check_fit(options, decoder, example_inputs, module)
+    stages = options.placed(len(decoder.layers))
+    _refuse_gradients(example_inputs, module)
     batch, size, _ = value(merge.output).shape
     if merge.visual_tokens is None or hint(merge.visual_tokens) is None:  # rewrite for the prompt at hand
         merge = dataclasses.replace(merge, count=_count(work, merge, given))
@@ -117,7 +117,8 @@ def rewrite_graph(
     subjects = options.subject_count(hint(visuals))
     facts = {
         "nodes": nodes, "prompt_tokens": hint(size), "batch": hint(batch), "visual_tokens": hint(visuals),
-        "subject_tokens": subjects, "merges": merges, "migration_depth": options.migration_depth, "analysis_milliseconds": analysis,
+        "subject_tokens": subjects, "merges": merges, "migration_depth": sum(stage.end - stage.at for stage in stages),
+        "analysis_milliseconds": analysis,
     }
     if options.keeps_all or hint(visuals) == subjects and isinstance(visuals, int):
         return Rewriting(GraphReport("untouched", "all visual tokens are kept", **facts))
@@ -125,12 +126,13 @@ def rewrite_graph(
         raise Refusal("there are fewer visual tokens than samples", merge.output)
     mask = visual_mask(work, merge)
     precondition = Precondition(work, merge, mask) if merge.count is None else None
-    padding = padding_check(work, decoder, reads_text(options.score))
+    padding = padding_check(work, decoder, any(reads_text(stage.stage.rule) for stage in stages))
     hooks = [verifier(checks), log_hook, dump_hook(work, merge, hint(visuals))]
-    records = run_pipeline(build_pipeline(options) if passes is None else passes, State(work, decoder, options), hooks)
+    job = Work(work, Plan(decoder, options, stages))
+    records = run_pipeline(build_pipeline(options) if passes is None else passes, job, hooks)
     work.recompile()
-    layers = tuple(_layer_report(layer, options, facts) for layer in decoder.layers)
-    report = GraphReport("rewritten", layers=layers, layers_told_by=decoder.period.told_by, passes=tuple(records), **facts)
+    report = GraphReport("rewritten", layers=layer_reports(job.plan), layers_told_by=decoder.period.told_by,
+                         passes=tuple(records), **facts)
     return Rewriting(report, work, precondition, merge, mask, stream=stream, padding=padding)
 
 
@@ -156,11 +158,7 @@ def _count(module: GraphModule, merge: VisualMerge, example_inputs: Sequence[obj
     return count
 
 
-def _check_fit(options: Options, decoder: Decoder, example_inputs: Sequence[object], module: GraphModule) -> None:
-    count = len(decoder.layers)
-    if options.migration_depth > count:
-        raise ValueError(f"parvts_fx: option migration_depth={options.migration_depth!r}: expected at most the model's "
-                         f"{count} decoder layers. Use a value from 0 to {count}.")
+def _refuse_gradients(example_inputs: Sequence[object], module: GraphModule) -> None:
     if torch.is_grad_enabled() and any(
         isinstance(x, torch.Tensor) and x.requires_grad
         for x in (*example_inputs, *(value(n) for n in module.graph.nodes if n.op == "placeholder"))
@@ -168,19 +166,28 @@ def _check_fit(options: Options, decoder: Decoder, example_inputs: Sequence[obje
         raise Refusal("gradients are recorded; pruning is for inference (use torch.no_grad() or torch.inference_mode())")
 
 
-def _layer_report(layer: Any, options: Options, facts: Mapping[str, int]) -> LayerReport:
+def layer_reports(plan: Plan) -> tuple[LayerReport, ...]:
+    """Which rows run through each layer."""
+    return tuple(_layer_report(plan, index) for index in range(len(plan.layers)))
+
+
+def _layer_report(plan: Plan, index: int) -> LayerReport:
+    layer = plan.layers[index]
     kinds = ", ".join(dict.fromkeys(attention.kind for attention in layer.attentions)) or "no attention"
-    size, visuals, subjects = facts["prompt_tokens"], facts["visual_tokens"], facts["subject_tokens"]
-    kept = size - visuals + subjects
-    if layer.index >= options.migration_depth:
-        rows = {"kept": kept}
-    elif options.paths == "joint":
-        rows = {"all": size}
-    elif options.fusion == "attention":
-        rows = {"text": size - visuals, "subject": subjects, "non-subject": visuals - subjects}
-    else:
-        rows = {"subject path": kept, "non-subject path": size - subjects}
     others = tuple(mixer.output.name for mixer in layer.mixers if mixer.attention is None)
+    level = sum(stage.end <= index for stage in plan.stages)
+    running = next((stage for stage in plan.stages if stage.runs_both(index)), None)
+    text, left = hint(plan.text_count), hint(plan.visual_count(level))
+    if running is None:
+        rows = {"kept" if level else "all": text + left}
+    else:
+        subject = hint(plan.visual_count(level + 1))
+        if running.is_weighed:
+            rows = {"subject path": text + subject, "non-subject path": text + left - subject}
+        elif running.is_parallel:
+            rows = {"text": text, "subject": subject, "non-subject": left - subject}
+        else:
+            rows = {"all": text + left}
     return LayerReport(layer.index, kinds, rows, others)
 
 

@@ -1,63 +1,106 @@
 """Scoring rules: which visual tokens form the subject group.
 
-A rule is a function ``score(hidden, visual) -> scores``: hidden [batch, seq, hidden] is the decoder's input after the
-merge, visual [batch, seq] bool tells where visual tokens stand, scores [batch, seq] ranks them (higher is kept first;
-entries at text positions are ignored). It is traced into the graph. A rule must not let a sample's scores depend on
-other samples, nor on padding: text rows may be padding, so the built-in rules look at visual rows alone, or at the text
-behind the first visual token (a prompt with padding there runs unrewritten).
+A rule is a function ``score(hidden, visual) -> scores``: hidden [batch, rows, hidden] is the residual stream where the
+choice is made (the decoder's input after the merge, for a stage at layer 0), visual [batch, rows] bool tells where visual
+tokens stand, scores [batch, rows] ranks them (higher is kept first; entries at text rows are ignored). Rows are those that
+are left there. A rule that says so is given a third argument, the attention of the layer in front, [batch, heads, rows that
+were asked, rows] float32: of the last text row (``reads="last_row"``) or of all text rows (``reads="text_rows"``; those in
+front of the first visual token, which may be padding, are zeros). It is computed for these rows alone.
+
+A rule is traced into the graph. It must not let a sample's scores depend on other samples, nor on padding: text rows may be
+padding, so the built-in rules look at visual rows alone, or at the text behind the first visual token (a prompt with padding
+there runs unrewritten).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from parvts_fx.analysis.records import VisualMerge
 from parvts_fx.analysis.values import ancestors, concrete, hint, is_tensor, value
-from parvts_fx.analysis.tower import trace_attended
 
 if TYPE_CHECKING:
     from torch.fx import Node
 
-    from parvts_fx.capture.editing import Editor
+    from parvts_fx.passes.emit import Emitter
+    from parvts_fx.stages import PlacedStage
 
-Rule = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Rule = Callable[..., torch.Tensor]
 
 ATTENDED = "attended"
 """The one rule that is no function of the decoder's input: the attention received inside the vision tower."""
 
+READS = ("hidden", "text", "last_row", "text_rows")
+"""What a rule may say that it reads: the rows alone, also the text behind the first visual token, attention weights."""
+
 _RULES: dict[str, Rule] = {}
-_READ_TEXT: set[str] = set()
-"""Rules whose scores depend on the text behind the first visual token."""
+_READS: dict[str, frozenset[str]] = {}
 
 
-def register_rule(name: str, reads_text: bool = False) -> Callable[[Rule], Rule]:
-    """Decorator that makes a rule available as ``score="name"``.
+def register_rule(
+    name: str, reads: str | Sequence[str] = "hidden", reads_text: bool = False
+) -> Callable[[Rule], Rule]:
+    """Decorator that makes a rule available by its name: as ``score="name"``, or as a stage's ``rule``.
 
     Args:
-        reads_text: the scores depend on the text behind the first visual token, and on no other text.
+        reads: what the scores depend on besides the visual rows, one or several of :data:`READS`. "text": also on the text
+            behind the first visual token, and on no other text. "last_row", "text_rows": on attention weights in the layer in
+            front, which are the rule's third argument; such a rule needs a layer in front.
+        reads_text: the same as "text" in ``reads``.
 
     Raises:
-        ValueError: the name is taken.
+        ValueError: the name is taken, or ``reads`` names something else.
     """
+    given = frozenset([reads] if isinstance(reads, str) else reads) | ({"text"} if reads_text else frozenset())
+    unknown = sorted(given - set(READS))
+    if unknown or {"last_row", "text_rows"} <= given:
+        raise ValueError(f"parvts_fx: register_rule({name!r}, reads={reads!r}): expected names out of {', '.join(READS)}, and "
+                         "one of last_row and text_rows at most")
 
     def register(rule: Rule) -> Rule:
         if name in known_rules():
             raise ValueError(f"parvts_fx: a scoring rule named {name!r} exists already; choose another name")
-        _RULES[name] = rule
-        if reads_text:
-            _READ_TEXT.add(name)
+        _RULES[name], _READS[name] = rule, given
         return rule
 
     return register
 
 
+def _reads(rule: str | Rule) -> frozenset[str]:
+    if isinstance(rule, str):
+        return _READS.get(rule, frozenset())
+    return next((_READS[name] for name, known in _RULES.items() if known is rule), frozenset())
+
+
 def reads_text(rule: str | Rule) -> bool:
-    """Whether a rule's scores depend on text; a callable's are taken not to."""
-    return rule in _READ_TEXT
+    """Whether a rule's scores depend on text; those of a callable that is not registered are taken not to."""
+    return bool(_reads(rule) & {"text", "last_row", "text_rows"})
+
+
+def reads_attention(rule: str | Rule) -> bool:
+    """Whether a rule reads attention weights of the layer in front of the choice."""
+    return bool(_reads(rule) & {"last_row", "text_rows"})
+
+
+def asks_all_text(rule: str | Rule) -> bool:
+    """Whether these are the weights of all text rows, and not of the last one alone."""
+    return "text_rows" in _reads(rule)
+
+
+def reads_hidden(rule: str | Rule) -> bool:
+    """Whether a rule that reads attention looks at its first argument too: found out by tracing it on a few numbers."""
+    if not reads_attention(rule):
+        return True
+    weights = torch.rand(1, 2, 2 if asks_all_text(rule) else 1, 4)
+    try:
+        traced = make_fx(rule_named(rule))(torch.rand(1, 4, 3), torch.tensor([[False, True, True, False]]), weights)
+    except Exception:  # said where it is traced into the graph
+        return True
+    return bool(next(iter(traced.graph.nodes)).users)
 
 
 def rule_named(name: str | Rule) -> Rule:
@@ -66,7 +109,7 @@ def rule_named(name: str | Rule) -> Rule:
 
 
 def known_rules() -> tuple[str, ...]:
-    """The names that ``score`` takes."""
+    """The names that ``score`` and a stage's ``rule`` take."""
     return (*_RULES, ATTENDED)
 
 
@@ -118,7 +161,7 @@ def peaks(hidden: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
     return _spread_out(density, direction, visual)
 
 
-@register_rule("question", reads_text=True)
+@register_rule("question", reads="text")
 def question(hidden: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
     """The greatest similarity to a word behind the first visual token."""
     direction = F.normalize(_centred(hidden, visual), dim=-1)
@@ -127,7 +170,7 @@ def question(hidden: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
     return (direction @ words.transpose(1, 2)).masked_fill(~asked[:, None, :], -1.0).amax(dim=-1)
 
 
-@register_rule("question_diverse", reads_text=True)
+@register_rule("question_diverse", reads="text")
 def question_diverse(hidden: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
     """Similarity to the question times the distance to the nearest token that is more similar to it."""
     return _spread_out(1 + question(hidden, visual), _centred(hidden, visual), visual)
@@ -145,6 +188,22 @@ def random(hidden: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
     """A fixed pseudo-random order, the same for every sample: a baseline."""
     rank = visual.long().cumsum(1)
     return torch.frac(torch.sin(rank * 12.9898) * 43758.5453)
+
+
+@register_rule("last_row", reads="last_row")
+def last_row(hidden: torch.Tensor, visual: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
+    """The attention that the last text row pays to each token in the layer in front, averaged over heads.
+
+    As FastV ranks tokens (Chen et al., ECCV 2024, arXiv 2403.06764).
+    """
+    return attention[:, :, 0].mean(1)
+
+
+@register_rule("text_rows", reads="text_rows")
+def text_rows(hidden: torch.Tensor, visual: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
+    """The attention that all text rows behind the first visual token pay to each token in the layer in front, averaged over
+    heads and summed over these rows."""
+    return attention.mean(1).sum(1)
 
 
 AUTO = "balanced"
@@ -178,35 +237,41 @@ def _refuse_data_dependent_sizes(nodes: set[Node]) -> None:
             raise TypeError(f"the size of {node.name} depends on data")
 
 
-def trace_rule(editor: Editor, rule: str | Rule, merge: VisualMerge, visual: Node) -> Node:
-    """Write a rule into the graph.
+def trace_rule(
+    emitter: Emitter, stage: PlacedStage, hidden: Node | None, visual: Node, attention: Node | None
+) -> Node:
+    """Write a stage's rule into the graph.
 
     Args:
-        visual: [batch, seq] bool.
+        hidden: [batch, rows, hidden]; None for a rule that does not look at it.
+        visual: [batch, rows] bool.
+        attention: [batch, heads, rows that are asked, rows]; None for a rule that reads none.
 
     Raises:
-        ValueError: the rule cannot be traced, or does not return a [batch, seq] tensor of real numbers.
+        ValueError: the rule cannot be traced, or does not return a [batch, rows] tensor of real numbers.
     """
-    if rule == ATTENDED:
-        return trace_attended(editor, merge, visual)
-    hidden = merge.output
+    rule, number = stage.stage.rule, stage.number
     name = rule if isinstance(rule, str) else getattr(rule, "__name__", type(rule).__name__)
     function = rule_named(rule)
     returned: list[object] = []
 
-    def traced(hidden: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
-        returned.append(function(hidden, visual))
+    def traced(visual: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:
+        rest = list(given)
+        returned.append(function(rest.pop(0) if hidden is not None else None, visual, *rest))
         return returned[-1]
 
+    given = [held for held in (visual, hidden, attention) if held is not None]
+    what = f"option score={name!r}" if number == 0 and emitter.plan.options.stages is None else (
+        f"option stages[{number}].rule={name!r}")
     try:
-        node = editor.inline(traced, hidden, visual)
-        _refuse_data_dependent_sizes(ancestors([node]) - ancestors([hidden, visual]))
+        node = emitter.editor.inline(traced, *given)
+        _refuse_data_dependent_sizes(ancestors([node]) - ancestors(given))
     except Exception as error:
         if returned and not isinstance(returned[-1], torch.Tensor):
             node = None  # not even a tensor: said below
         else:
             raise ValueError(
-                f"parvts_fx: option score={name!r}: the rule cannot be traced into the graph ({type(error).__name__}: "
+                f"parvts_fx: {what}: the rule cannot be traced into the graph ({type(error).__name__}: "
                 f"{str(error).splitlines()[0] if str(error) else ''}). Use tensor operations only: no .item(), no branch "
                 "on a tensor's values, no data-dependent sizes, no tensors created outside the rule.") from error
     result = returned[-1]
@@ -214,6 +279,6 @@ def trace_rule(editor: Editor, rule: str | Rule, merge: VisualMerge, visual: Nod
     if not isinstance(result, torch.Tensor) or result.is_complex() or [concrete(s) for s in result.shape] != [
             concrete(s) for s in expected]:
         got = f"{result.dtype} {tuple(result.shape)}" if isinstance(result, torch.Tensor) else type(result).__name__
-        raise ValueError(f"parvts_fx: option score={name!r}: the rule must return a real tensor [batch, seq] = "
+        raise ValueError(f"parvts_fx: {what}: the rule must return a real tensor [batch, seq] = "
                          f"{expected}, one score per position, and returned {got}.")
     return node

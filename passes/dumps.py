@@ -15,29 +15,29 @@ from torch.fx import GraphModule
 
 from parvts_fx.analysis.records import VisualMerge
 from parvts_fx.analysis.values import ancestors, hint, hint_shape, is_equality, value
-from parvts_fx.passes.base import PassRecord, State
+from parvts_fx.passes.base import PassRecord, Work
 
 log = logging.getLogger("parvts_fx")
 
 DUMP_VARIABLE = "PARVTS_FX_DUMP"
 
 
-def log_hook(record: PassRecord, state: State) -> None:
+def log_hook(record: PassRecord, work: Work) -> None:
     """One line per pass, at level INFO; ``TORCH_LOGS="+parvts_fx"`` shows it."""
     log.info("%s", record)
 
 
-def dump_hook(module: GraphModule, merge: VisualMerge, visual_tokens: int) -> Callable[[PassRecord, State], None]:
+def dump_hook(module: GraphModule, merge: VisualMerge, visual_tokens: int) -> Callable[[PassRecord, Work], None]:
     """A hook that writes ``graph<n>/<position>_<pass>.py`` below the folder that the variable PARVTS_FX_DUMP names."""
     root = os.environ.get(DUMP_VARIABLE)
     if not root:
-        return lambda record, state: None
+        return lambda record, work: None
     folder = _fresh_folder(Path(root))
     stand_ins = _visual_stand_ins(merge, visual_tokens)
     (folder / "00_captured.py").write_text(as_program(module, stand_ins))
 
-    def dump(record: PassRecord, state: State) -> None:
-        (folder / f"{record.position:02d}_{record.name}.py").write_text(as_program(state.module, stand_ins))
+    def dump(record: PassRecord, work: Work) -> None:
+        (folder / f"{record.position:02d}_{record.name}.py").write_text(as_program(work.module, stand_ins))
 
     return dump
 

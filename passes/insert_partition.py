@@ -1,4 +1,4 @@
-"""Insert the token-partition node."""
+"""Insert the token-partition node: where each stage chooses, and what the choice reads."""
 
 from __future__ import annotations
 
@@ -6,31 +6,32 @@ import dataclasses
 from typing import ClassVar
 
 import torch
+from torch.fx import Node
 
-from parvts_fx.options import Options
-from parvts_fx.passes.base import Partition, PassResult, State
-from parvts_fx.passes.editing import Rows
-from parvts_fx.scores import trace_rule
-
-
-def flatten_mask(mask: torch.Tensor) -> torch.Tensor:
-    """[batch, seq, anything] or [batch, seq] bool to [batch, seq]."""
-    return mask[..., 0] if mask.dim() == 3 else mask
+from parvts_fx.analysis.records import Attention
+from parvts_fx.passes.base import PassResult
+from parvts_fx.passes.plan import Choice, Plan
+from parvts_fx.scores import reads_attention, reads_hidden
+from parvts_fx.stages import PlacedStage
 
 
 def partition(
     scores: torch.Tensor, visual: torch.Tensor, subjects: int, visuals: int
 ) -> dict[str, torch.Tensor]:
-    """Split every sample's positions into the paths of ParVTS (arXiv 2511.18875; README, "What it does").
+    """Split every sample's rows into the paths of ParVTS (arXiv 2511.18875; README, "What it does").
 
     Args:
-        scores: [batch, seq] float; only visual positions count. NaN ranks last; ties go to the earlier position.
-        visual: [batch, seq] bool with ``visuals`` true entries per row.
-        subjects: how many visual positions per row form the subject group.
+        scores: [batch, rows] float; only visual rows count. NaN ranks last; ties go to the earlier row.
+        visual: [batch, rows] bool with ``visuals`` true entries per sample.
+        subjects: how many visual rows per sample form the subject group.
 
     Returns:
-        subject, non_subject and text: positions of path A [batch, seq - visuals + subjects], of path B [batch, seq -
-        subjects] and of the text [batch, seq - visuals], ascending; and the index tensors of :class:`Partition` by name.
+        int64, places among the rows, ascending: "subject", of path A (all text and the subject tokens) [batch, rows -
+        visuals + subjects]; "non_subject", of path B [batch, rows - subjects]; "text" [batch, rows - visuals]; and
+        "text_in_subject", "text_in_non_subject", the text's places among those of the paths.
+        "slots" [batch, rows]: each row's place in A, B and T, one behind the other; "subject_slots": of each row of A in A
+        and T. For rows of A also "is_text" (bool), and of those that are text (0 for others) "partners", the same row's
+        place in B, and "text_partners", its place in T.
     """
     length = visual.shape[1]
     scores = torch.where(torch.isnan(scores), -torch.inf, scores.float())
@@ -66,47 +67,36 @@ def partition(
 
 @dataclasses.dataclass(frozen=True)
 class InsertPartition:
-    """Score the visual tokens after the merge and lay out the rows of each path.
+    """For every stage, score the visual tokens that are left and lay out the rows of each path.
 
-    ``h0 = merge(embeddings, features)``  ==>  the same, followed by scores, a stable sort, and index tensors
+    ``h = layers(h0)``  ==>  the same, followed by scores, a stable sort, and index tensors
 
-    Refuses when the number of visual tokens per sample is not known from the sizes of the features.
+    A choice stands where all that its rule reads has been computed: the residual stream at the layer's input, or in front
+    of that the queries and keys of the attention whose weights it reads.
     """
 
     name: ClassVar[str] = "insert_partition"
-    options: Options
 
-    def run(self, state: State) -> PassResult:
-        merge, editor = state.decoder.merge, state.editor
-        count = len(merge.masks)
-        last = max((merge.output, *merge.masks))
+    def plan(self, plan: Plan) -> tuple[Plan, PassResult]:
+        choices = tuple(self._choice(plan, stage) for stage in plan.stages)
+        notes = ", ".join(f"layer {choice.stage.at}" for choice in choices)
+        return dataclasses.replace(plan, choices=choices), PassResult(len(choices), f"tokens are chosen at the input of {notes}")
 
-        def union(*masks: torch.Tensor) -> torch.Tensor:
-            visual = flatten_mask(masks[0])
-            for mask in masks[1:]:
-                visual = visual | flatten_mask(mask)
-            return visual
+    def _choice(self, plan: Plan, stage: PlacedStage) -> Choice:
+        link, rule = plan.link(stage.at), stage.stage.rule
+        attention = self._attention(plan, stage) if reads_attention(rule) else None
+        reads_link = stage.at == 0 or reads_hidden(rule)
+        read: list[Node] = [link, *plan.decoder.merge.masks] if stage.at == 0 else [link] if reads_link else []
+        if attention is not None:
+            read += [source for node in attention.nodes for source in node.all_input_nodes if source not in attention.nodes]
+        return Choice(stage, link, attention, reads_link, max(read))
 
-        def split(hidden: torch.Tensor, scores: torch.Tensor, visual: torch.Tensor, *features: torch.Tensor) -> tuple:
-            visuals = merge.count
-            if visuals is None:
-                visuals = sum(feature.numel() // hidden.shape[2] for feature in features) // hidden.shape[0]
-            subjects = self.options.subject_count(visuals)
-            visual = visual.expand(hidden.shape[0], -1)
-            return partition(scores, visual, subjects, visuals), subjects, visuals
-
-        with editor.graph.inserting_before(last.next):
-            visual = editor.inline(union, *merge.masks)
-            scores = trace_rule(editor, self.options.score, merge, visual)
-            features = merge.features if merge.count is None else ()
-            tensors, subjects, visuals = editor.inline(split, merge.output, scores, visual, *features)
-            choices = ("subject", "non_subject", "text", "text_in_subject", "text_in_non_subject")
-            rows = {name: Rows(name, tensors[name], editor.size(tensors[name], 1)) for name in choices}
-            everything = Rows("everything", None, editor.size(merge.output, 1))
-        state.partition = Partition(
-            **(dict(tensors) | rows), everything=everything, visual_count=visuals, subject_count=subjects)
-        return PassResult(count, f"{_show(subjects)} of {_show(visuals)} visual tokens in the subject group")
-
-
-def _show(count: object) -> str:
-    return str(count) if isinstance(count, int) else str(count.meta["example_value"])
+    def _attention(self, plan: Plan, stage: PlacedStage) -> Attention:
+        calls = plan.layers[stage.at - 1].attentions if stage.at else ()
+        if not calls:
+            where = f"layer {stage.at - 1} of this model has no softmax attention" if stage.at else "there is no layer in front"
+            raise ValueError(
+                f"parvts_fx: option stages[{stage.number}].rule={stage.stage.rule!r}: expected a layer with attention in front "
+                f"of layer {stage.at}, where it chooses: it reads attention weights, and {where}. Choose at another layer "
+                "(at=2, say), or use a rule that reads the hidden states.")
+        return calls[-1]

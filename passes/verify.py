@@ -1,4 +1,4 @@
-"""Invariants of a rewritten graph, checked after every pass."""
+"""Invariants of a graph, checked after every pass; once it is written, it is held against the plan."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import networkx as nx
 import torch
 from torch.fx import Graph, Interpreter, Node
 
-from parvts_fx.analysis.values import concrete, hint, output_node, value
-from parvts_fx.passes.base import PassRecord, State
+from parvts_fx.analysis.values import concrete, fake_mode_of, hint, output_node, value
+from parvts_fx.passes.base import PassRecord, Work
+from parvts_fx.passes.rows import LAST, TEXT, live, non_subject
 
 
 class VerificationError(RuntimeError):
@@ -25,74 +26,125 @@ def graph_of(graph: Graph) -> nx.DiGraph:
     return flow
 
 
-def is_well_formed(state: State) -> str | None:
+def is_well_formed(work: Work) -> str | None:
     """FX's own lint: every argument is defined before it is used, names are unique."""
     try:
-        state.module.graph.lint()
+        work.module.graph.lint()
     except Exception as error:
         return str(error)
     return None
 
 
-def is_acyclic(state: State) -> str | None:
-    return None if nx.is_directed_acyclic_graph(graph_of(state.module.graph)) else "the data flow has a cycle"
+def is_acyclic(work: Work) -> str | None:
+    return None if nx.is_directed_acyclic_graph(graph_of(work.module.graph)) else "the data flow has a cycle"
 
 
-def has_values(state: State) -> str | None:
+def has_values(work: Work) -> str | None:
     """Every node that is read carries an example value."""
-    for node in state.module.graph.nodes:
+    for node in work.module.graph.nodes:
         if node.op not in ("output", "get_attr") and node.users and "example_value" not in node.meta and value(node) is None:
             if node.op == "call_function" or node.op == "call_method":
                 return f"node '{node.name}' has no example value"
     return None
 
 
-def has_same_interface(state: State) -> str | None:
+def has_same_interface(work: Work) -> str | None:
     """Inputs are untouched; outputs have the same number, types and ranks, and differ in size along tokens alone."""
-    inputs = [node.name for node in state.module.graph.nodes if node.op == "placeholder"]
-    if inputs != state.original_inputs:
+    written = work.written
+    if written is None:
+        return None
+    inputs = tuple(node.name for node in work.module.graph.nodes if node.op == "placeholder")
+    if inputs != written.original_inputs:
         return "the graph's inputs have changed"
-    outputs = output_node(state.module.graph).args[0]
-    flat = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
-    if len(flat) != len(state.original_outputs):
-        return f"{len(flat)} outputs instead of {len(state.original_outputs)}"
-    size = hint(state.decoder.tokens.size)
-    for position, (now, then) in enumerate(zip(flat, state.original_outputs)):
+    flat = _outputs(work)
+    if len(flat) != len(written.original_outputs):
+        return f"{len(flat)} outputs instead of {len(written.original_outputs)}"
+    size = hint(work.plan.decoder.tokens.size)
+    for position, (now, then) in enumerate(zip(flat, written.original_outputs)):
         now = value(now) if isinstance(now, Node) else now
         if not (isinstance(now, torch.Tensor) and isinstance(then, torch.Tensor)):
             continue
         if now.dtype != then.dtype or now.dim() != then.dim() or now.device != then.device:
             return f"output {position} was {then.dtype} of rank {then.dim()} and is {now.dtype} of rank {now.dim()}"
         for entry, before in zip(now.shape, then.shape):
-            shortened = hint(before) == size or position in state.last_rows and hint(entry) < hint(before)
+            shortened = hint(before) == size or position in written.last_rows and hint(entry) < hint(before)
             if hint(entry) != hint(before) and not shortened:
                 return f"output {position} changed from {tuple(then.shape)} to {tuple(now.shape)}"
     return None
 
 
-def drops_branch(state: State) -> str | None:
-    """After pruning, what the outputs read of layer K's input they read through the pruned rows."""
-    if state.prune_node is None:
+def _outputs(work: Work) -> list[object]:
+    outputs = output_node(work.module.graph).args[0]
+    return list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
+
+
+def _planned(work: Work, name: str) -> int | None:
+    """How many rows of a set a sample has by the plan; None for a number that is known when the graph runs."""
+    plan = work.plan
+    counts = {live(level): plan.row_count(level) for level in range(plan.final + 1)}
+    counts[TEXT], counts[LAST] = plan.text_count, plan.take_count
+    for stage in plan.stages:
+        left, kept = plan.visual_count(stage.number), plan.visual_count(stage.number + 1)
+        counts[non_subject(stage.number)] = plan.text_count + left - kept
+    return hint(counts[name]) if name in counts else None
+
+
+def runs_on_planned_rows(work: Work) -> str | None:
+    """Every operation of the decoder has as many rows as the plan says, and none has rows that have left in front of it."""
+    if work.written is None:
         return None
-    late = state.decoder.nodes[state.decoder.nodes.index(state.cut) + 1:]
-    full = hint(state.decoder.tokens.size)
-    kept = hint(value(state.prune_node).shape[1])
-    if kept == full:
-        return None
-    flow = graph_of(state.module.graph)
-    alive = nx.ancestors(flow, output_node(state.module.graph))
-    if state.prune_node not in flow:
-        return "the pruned residual stream has left the graph"
-    behind = nx.descendants(flow, state.cut) if state.cut in flow else set()
-    for node in late:
-        if node in alive and node in behind:
-            return f"node '{node.name}' behind the cut still runs on all rows"
+    plan, here = work.plan, set(work.module.graph.nodes)
+    for node, held in work.written.held.items():
+        axis = plan.decoder.tokens.plain_axis(node)
+        for name, copy in held.items():
+            if axis is None or copy not in here:
+                continue
+            level = plan.last if name == LAST else int(name.rpartition(" ")[2])
+            if level < plan.live.get(node, 0) and any(user in here for user in copy.users):
+                return f"node '{node.name}' runs on rows that have left in front of it"
+            rows, planned = hint(value(copy).shape[axis]), _planned(work, name)
+            if rows != planned:
+                return f"node '{node.name}' has {rows} rows where the plan has {planned}"
     return None
 
 
-def has_consistent_sizes(state: State) -> str | None:
+def sees_planned_keys(work: Work) -> str | None:
+    """Every attention call asks for the queries and sees the keys of its group."""
+    if work.written is None:
+        return None
+    plan = work.plan
+    asked: dict[Node, set[tuple[str, str]]] = {}
+    for call in work.written.calls:
+        asked.setdefault(call.attention.output, set()).add((call.queries, call.keys))
+        planned = _planned(work, call.queries)
+        if planned is not None and hint(value(call.output).shape[call.attention.output_axis]) != planned:
+            return f"a call in place of '{call.attention.output.name}' does not answer {planned} rows"
+    for output, stage in plan.groups.items():
+        calls = asked.get(output, set())
+        if calls and ((TEXT, live(stage)) not in calls) and not {(LAST, live(stage)), (LAST, live(stage + 1))} <= calls:
+            return f"no call in place of '{output.name}' lets the text see both groups"
+        if any(keys == live(stage) and queries not in (TEXT, LAST) for queries, keys in calls):
+            return f"a call in place of '{output.name}' lets groups see each other"
+    return None
+
+
+def returns_what_is_left(work: Work) -> str | None:
+    """What leaves the graph has a row for every token that is left in the end, or for each of those asked for."""
+    if work.written is None:
+        return None
+    plan, final = work.plan, _planned(work, live(work.plan.final))
+    originals = output_node(plan.decoder.merge.output.graph).args[0]
+    originals = originals if isinstance(originals, (tuple, list)) else [originals]
+    for position, (now, then) in enumerate(zip(_outputs(work), originals)):
+        axis = plan.decoder.tokens.plain_axis(then) if isinstance(then, Node) and then in plan.live else None
+        if axis is not None and isinstance(now, Node) and hint(value(now).shape[axis]) != final:
+            return f"output {position} has {hint(value(now).shape[axis])} rows of {final} that are left"
+    return None
+
+
+def has_consistent_sizes(work: Work) -> str | None:
     """Evaluate the whole graph again on fake tensors; slower, so on request and in tests."""
-    placeholders = [node for node in state.module.graph.nodes if node.op == "placeholder"]
+    placeholders = [node for node in work.module.graph.nodes if node.op == "placeholder"]
 
     class Check(Interpreter):
         def run_node(self, node: Node) -> object:
@@ -104,11 +156,11 @@ def has_consistent_sizes(state: State) -> str | None:
                                             f"{tuple(expected.shape)}")
             return result
 
-    shapes = state.editor.mode.shape_env  # numbers that depend on data get new symbols here, which nobody binds
+    shapes = fake_mode_of(work.module.graph).shape_env  # numbers that depend on data get new symbols here, which nobody binds
     unbound = contextlib.nullcontext() if shapes is None else shapes.ignore_fresh_unbacked_symbols()
     try:
-        with state.editor.mode, torch.no_grad(), unbound:
-            Check(state.module).run(*(value(node) for node in placeholders))
+        with fake_mode_of(work.module.graph), torch.no_grad(), unbound:
+            Check(work.module).run(*(value(node) for node in placeholders))
     except VerificationError as error:
         return str(error)
     except Exception as error:
@@ -116,22 +168,23 @@ def has_consistent_sizes(state: State) -> str | None:
     return None
 
 
-Check = Callable[[State], str | None]
+Check = Callable[[Work], str | None]
 
-CHEAP_CHECKS: tuple[Check, ...] = (is_well_formed, is_acyclic, has_values, has_same_interface, drops_branch)
+CHEAP_CHECKS: tuple[Check, ...] = (
+    is_well_formed, is_acyclic, has_values, has_same_interface, runs_on_planned_rows, sees_planned_keys, returns_what_is_left)
 ALL_CHECKS: tuple[Check, ...] = (*CHEAP_CHECKS, has_consistent_sizes)
 
 
-def verifier(checks: tuple[Check, ...] = CHEAP_CHECKS) -> Callable[[PassRecord, State], None]:
-    """A pipeline hook that runs the checks after every pass.
+def verifier(checks: tuple[Check, ...] = CHEAP_CHECKS) -> Callable[[PassRecord, Work], None]:
+    """A pipeline hook that runs the checks after every pass that may have changed the graph.
 
     Raises (the hook):
         VerificationError: names the pass and the check.
     """
 
-    def verify(record: PassRecord, state: State) -> None:
-        for check in checks:
-            problem = check(state)
+    def verify(record: PassRecord, work: Work) -> None:
+        for check in checks if record.changes_graph else ():
+            problem = check(work)
             if problem is not None:
                 raise VerificationError(f"pass {record.name} broke {check.__name__}: {problem}")
 

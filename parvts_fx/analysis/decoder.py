@@ -83,13 +83,13 @@ def find_decoder(
     runs = SmallRuns(module, tokens, samples, dict(zip(inputs, given)))
     check_numbers(runs, nodes)
     sample_layouts = _apart(runs, nodes, merge.output)
-    mixers = find_mixers(runs, nodes, merge.output, attentions)
+    mixers, unordered = find_mixers(runs, nodes, merge.output, attentions)
     layers, final, output, period = find_layers(module, nodes, mixers, tokens, merge.output)
     check_numbers(runs, nodes, float, _in_head(module.graph, nodes, final, output))
     meeting = {mixer.output for mixer in mixers if mixer.attention is None}
     Tables(runs).check(nodes, meeting, attentions, layers)
     decoder = Decoder(merge, tuple(nodes), tuple(layers), final, output, tokens, window_caches_follow, period, samples,
-                      sample_layouts)
+                      sample_layouts, unordered)
     _check(module, decoder)
     return decoder
 

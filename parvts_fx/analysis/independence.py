@@ -34,6 +34,8 @@ class Findings:
     """Where rows meet, in graph order."""
 
     layouts: dict[Node, Layout]
+    unordered: frozenset[Node]
+    """Nodes whose rows are not in order, or not tokens' own, where what follows them puts that right again."""
 
 
 def find_meetings(
@@ -76,7 +78,7 @@ class _Search:
                     place = back
                 else:
                     place += 1
-        return Findings([node for node in nodes if node in self.meeting], self.layouts)
+        return Findings([node for node in nodes if node in self.meeting], self.layouts, frozenset(self.open))
 
     def _forget(self, nodes: Iterable[Node]) -> None:
         for node in nodes:

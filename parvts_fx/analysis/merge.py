@@ -191,3 +191,8 @@ def _prunable(node: Node, origin: Origin, prunes: Callable[[str], bool]) -> bool
         raise Refusal(f"one merge takes in {' and '.join(sorted(origin.modalities))} together ({', '.join(origin.evidence)}), "
                       "of which not all may be pruned (option prune)", node)
     return answers.pop()
+
+
+def flatten_mask(mask: torch.Tensor) -> torch.Tensor:
+    """[batch, seq, anything] or [batch, seq] bool to [batch, seq]."""
+    return mask[..., 0] if mask.dim() == 3 else mask

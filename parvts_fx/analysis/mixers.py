@@ -13,8 +13,11 @@ from parvts_fx.analysis.small_runs import TOKENS, SmallRuns
 from parvts_fx.analysis.values import changed_in_place
 
 
-def find_mixers(runs: SmallRuns, nodes: Sequence[Node], start: Node, attentions: Sequence[Attention]) -> list[Mixer]:
-    """The decoder's token mixers in graph order: its attention calls, and all nodes that mix rows or may do so.
+def find_mixers(
+    runs: SmallRuns, nodes: Sequence[Node], start: Node, attentions: Sequence[Attention]
+) -> tuple[list[Mixer], frozenset[Node]]:
+    """The decoder's token mixers in graph order: its attention calls, and all nodes that mix rows or may do so. And the nodes
+    whose rows are not in order (:attr:`Decoder.unordered`).
 
     Args:
         start: the merged embeddings, whose rows are the prompt's tokens.
@@ -26,8 +29,8 @@ def find_mixers(runs: SmallRuns, nodes: Sequence[Node], start: Node, attentions:
         Mixer(tuple(operand.node for operand in attention.queries), attention.output, attention)
         for attention in attentions
     ]
-    mixers += [Mixer(tuple(node.all_input_nodes), _result_of(node), None) for node in found.meeting]
-    return sorted(mixers, key=lambda mixer: mixer.output)
+    mixers += [Mixer(tuple(node.all_input_nodes), _result_of(node), None, node) for node in found.meeting]
+    return sorted(mixers, key=lambda mixer: mixer.output), found.unordered
 
 
 def _result_of(node: Node) -> Node:

@@ -112,6 +112,9 @@ class Mixer:
     attention: Attention | None
     """None for a mixer that is no softmax attention: a convolution, a scan."""
 
+    node: Node | None = None
+    """The operation at which tokens meet, for a mixer that is no softmax attention."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
@@ -157,3 +160,6 @@ class Decoder:
 
     sample_layouts: Mapping[Node, Mapping[int, int]] = dataclasses.field(default_factory=dict)
     """For axes with several entries a sample: how many of one sample follow one another."""
+
+    unordered: frozenset[Node] = frozenset()
+    """Whose rows are not their tokens' own, though those of what follows are: experts' sorts. None can be taken by itself."""

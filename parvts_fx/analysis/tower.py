@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,19 +17,20 @@ if TYPE_CHECKING:
     from parvts_fx.capture.editing import Editor
 
 
-def trace_attended(editor: Editor, merge: VisualMerge, visual: Node) -> Node:
+def trace_attended(editor: Editor, merge: VisualMerge, mapped: Callable[[Node], Node], visual: Node) -> Node:
     """Write the scores into the graph: how much the rows of the tower's last attention look at each visual token.
 
     Averaged over heads and rows, a row in front of the patches (a class token) included. The tower's patches must be the
     decoder's visual tokens, one for one and in order.
 
     Args:
+        mapped: for a node of the captured graph, what holds it in the one that is written.
         visual: [batch, seq] bool.
 
     Raises:
         ValueError: there is no such attention.
     """
-    call, extra = _tower_attention(editor, merge)
+    call, extra = _tower_attention(merge)
     arguments = fused_arguments(call)
     scale = arguments["scale"]
 
@@ -38,15 +40,15 @@ def trace_attended(editor: Editor, merge: VisualMerge, visual: Node) -> Node:
         received = weights.mean((1, 2))[:, extra:]
         return torch.zeros(visual.shape, device=visual.device).masked_scatter(visual, received)
 
-    return editor.inline(attended, arguments["query"], arguments["key"], visual)
+    return editor.inline(attended, mapped(arguments["query"]), mapped(arguments["key"]), visual)
 
 
-def _tower_attention(editor: Editor, merge: VisualMerge) -> tuple[Node, int]:
+def _tower_attention(merge: VisualMerge) -> tuple[Node, int]:
     """The last attention in front of the features with a row for every visual token, and how many rows more it has."""
     batch = hint(value(merge.output).shape[0])
     count = hint(merge.visual_tokens) if merge.visual_tokens is not None else None
     behind = ancestors(merge.features)
-    for node in reversed(editor.graph.nodes):
+    for node in reversed(merge.output.graph.nodes):
         if node not in behind or not is_fused_attention(node) or count is None:
             continue
         arguments = fused_arguments(node)

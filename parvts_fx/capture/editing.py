@@ -7,13 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 
 from parvts_fx.analysis.evaluation_cache import EvaluationCache
 from parvts_fx.analysis.probe import quiet_trials
 from parvts_fx.analysis.tokens import Count
-from parvts_fx.analysis.values import call, changed_in_place, concrete, fake_mode_of, storage_of, symbols, value
+from parvts_fx.analysis.values import call, concrete, fake_mode_of, value
 from parvts_fx.errors import Refusal
 from parvts_fx.torch_private import enable_python_dispatcher, make_fx
 
@@ -21,21 +21,18 @@ Size = int | Node
 
 
 class Editor:
-    """Adds nodes to one graph."""
+    """Adds nodes to one graph.
 
-    def __init__(self, module: GraphModule):
+    Args:
+        module: what holds the graph's parameters and submodules.
+        graph: the graph to write, in place of the module's own.
+    """
+
+    def __init__(self, module: GraphModule, graph: Graph | None = None):
         self.module = module
-        self.graph = module.graph
+        self.graph = module.graph if graph is None else graph
         self.mode = fake_mode_of(module.graph)
         self._evaluated = EvaluationCache()
-        self._writes: dict[int, list[Node]] = {}
-        for node in self.graph.nodes:
-            self._note_write(node)
-
-    def _note_write(self, node: Node) -> None:
-        target = changed_in_place(node)
-        if target is not None:
-            self._writes.setdefault(storage_of(target), []).append(node)
 
     # -- single nodes -----------------------------------------------------------------------------------------------
 
@@ -67,9 +64,7 @@ class Editor:
         if node.op == "get_attr":
             new.meta["example_value"] = value(node)
             return new
-        self._evaluate(new)
-        self._note_write(new)
-        return new
+        return self._evaluate(new)
 
     def size(self, node: Node, axis: int) -> Size:
         """The size of an axis: an int where it is one, else a node."""
@@ -87,20 +82,6 @@ class Editor:
         """What an integer that counts tokens is for so many of them."""
         number = self.times(count, binding.multiple)
         return self.plus(number, binding.offset) if binding.offset else number
-
-    def rescaled(self, number: Node, size: int | torch.SymInt, count: Size) -> Any:
-        """A number that is computed from the prompt's length ``size``, for so many rows in its place."""
-        held = value(number)
-        if not isinstance(held, (torch.SymInt, torch.SymFloat)) or not symbols(size) & symbols(held):
-            return number
-        if held.node.expr == size.node.expr:
-            return count
-        if number.op == "placeholder":
-            raise Refusal("a number that depends on the prompt's length comes from outside", number)
-        args, kwargs = map_aggregate(
-            (number.args, number.kwargs),
-            lambda leaf: self.rescaled(leaf, size, count) if isinstance(leaf, Node) else leaf)
-        return self.copy(number, args, kwargs)
 
     def plus(self, one: Size, other: Size, sign: int = 1) -> Size:
         """``one + other``, or with a sign of -1 ``one - other``."""

@@ -16,7 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 from parvts_fx.analysis.records import VisualMerge
 from parvts_fx.analysis.values import ancestors, value
 from parvts_fx.errors import Refusal
-from parvts_fx.passes.insert_partition import flatten_mask
+from parvts_fx.analysis.merge import flatten_mask
 from parvts_fx.torch_private import expression
 
 

@@ -1,0 +1,183 @@
+"""Writes attention calls for some queries and some keys."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Node
+
+from parvts_fx.analysis.attention import KEY, QUERY
+from parvts_fx.analysis.calls import fused_arguments, is_fused_attention, is_softmax
+from parvts_fx.analysis.records import Attention
+from parvts_fx.analysis.samples import Samples, along, samples_of, samples_of_side
+from parvts_fx.analysis.tokens import AtMost, AxisLabels, Count
+from parvts_fx.analysis.values import leaves, value, with_leaves
+from parvts_fx.passes.paths import Path
+from parvts_fx.passes.rows import TEXT, gather, live, non_subject
+
+
+def write_attention(path: Path, attention: Attention) -> None:
+    """An attention call on the rows that the plan gives its output; by group where the plan asks for it."""
+    emitter, output = path.emitter, attention.output
+    plan, name = emitter.plan, path.rows(output)
+    stage = plan.groups.get(output) if path.outer is None else None
+    if stage is None:
+        result = attend(path, attention, name, path.rows_left(output))
+    else:
+        everything, subject = live(stage), live(stage + 1)
+        text = (TEXT, everything)
+        if name == everything:
+            result = _joined(path, attention, stage, name, [(subject, subject), (non_subject(stage),) * 2, text])
+        elif name == subject:
+            result = _joined(path, attention, stage, name, [(subject, subject), text])
+        else:
+            result = _chosen(path, attention, stage, name)
+    path.held[output] = {name: result}
+
+
+def _joined(path: Path, attention: Attention, stage: int, name: str, calls: list[tuple[str, str]]) -> Node:
+    """Every row's result from the call of its own group."""
+    emitter, axis = path.emitter, attention.output_axis
+    joined = emitter.editor.call(torch.cat, [attend(path, attention, *call) for call in calls], dim=axis)
+    slots = emitter.partitions[stage]["slots" if len(calls) == 3 else "subject_slots"]
+    samples = samples_of(emitter.decoder, attention.output)
+    return gather(emitter.editor, joined, axis, slots, emitter.sets[name].count, samples)
+
+
+def _chosen(path: Path, attention: Attention, stage: int, name: str) -> Node:
+    """For few rows of the subject path: text rows ask all rows, rows of the subject group ask the subject path's."""
+    emitter, axis = path.emitter, attention.output_axis
+    everything, subject = attend(path, attention, name, live(stage)), attend(path, attention, name, live(stage + 1))
+    samples, rank = samples_of(emitter.decoder, attention.output), value(attention.output).dim()
+    places = emitter.sets.places(name, live(stage + 1))
+
+    def choose(
+        everything: torch.Tensor, subject: torch.Tensor, is_text: torch.Tensor, places: torch.Tensor
+    ) -> torch.Tensor:
+        return torch.where(along(is_text.gather(1, places), samples, axis, rank), everything, subject)
+
+    return emitter.editor.inline(choose, everything, subject, emitter.partitions[stage]["is_text"], places)
+
+
+def attend(path: Path, attention: Attention, queries: str, keys: str) -> Node:
+    """Write an attention call for some queries and some keys; returns its output."""
+    if len(attention.nodes) == 1:
+        result = _attend_fused(path, attention, queries, keys)
+    else:
+        result = _write_out(path, attention, queries, keys, attention.output)
+    path.emitter.note_call(attention, queries, keys, result)
+    return result
+
+
+def _write_out(path: Path, attention: Attention, queries: str, keys: str, result: Node) -> Node:
+    """The call's own nodes as far as the result."""
+    emitter, choice = path.emitter, {QUERY: queries, KEY: keys}
+    editor, sets, decoder = emitter.editor, emitter.sets, emitter.decoder
+    new: dict[Node, Any] = {operand.node: path.read(operand.node, queries) for operand in attention.queries}
+    for operand in attention.keys:
+        new[operand.node] = path.keys(operand.node, operand.axis, keys)
+    for node in attention.nodes[:attention.nodes.index(result) + 1]:
+        bindings = attention.bindings[node]
+        fresh = []
+        for index, leaf in enumerate(leaves(node)):
+            binding = bindings.get(index)
+            if isinstance(leaf, Node) and leaf in new:
+                leaf = new[leaf]
+            elif isinstance(binding, Count):
+                leaf = editor.counted(sets[choice[binding.label]].count, binding)
+            elif isinstance(binding, AtMost):
+                leaf = editor.least(emitter.mapped(leaf), sets[choice[binding.label]].count)
+            elif isinstance(binding, AxisLabels):
+                samples = samples_of_side(decoder, leaf, node, index, node)
+                leaf = path.cut_side(leaf, [(axis, choice[label]) for axis, label in binding.axes], samples)
+            elif isinstance(leaf, Node) and leaf in emitter.inside:
+                leaf = path.read(leaf, keys)
+            else:
+                leaf = emitter.mapped(leaf)
+            fresh.append(leaf)
+        new[node] = editor.copy(node, *with_leaves(node, fresh))
+    return new[result]
+
+
+def _fused_operands(path: Path, attention: Attention, queries: str, keys: str) -> dict[str, Any]:
+    """The arguments of a fused call by name, for some queries and some keys."""
+    (node,) = attention.nodes
+    emitter, named = path.emitter, fused_arguments(node)
+    (query,), (key, val) = attention.queries, attention.keys
+    if named["is_causal"] and queries != keys:
+        samples = samples_of(emitter.decoder, query.node)
+        named.update(is_causal=False, attn_mask=emitter.causal_mask(queries, keys, value(query.node).dim(), samples))
+    elif named["attn_mask"] is not None:
+        ((index, binding),) = attention.bindings[node].items()
+        samples = samples_of_side(emitter.decoder, named["attn_mask"], node, index, query.node)
+        axes = [(axis, queries if label == QUERY else keys) for axis, label in binding.axes]
+        named["attn_mask"] = path.cut_side(named["attn_mask"], axes, samples)
+    named["scale"] = emitter.mapped(named["scale"])
+    named["query"] = path.read(query.node, queries)
+    named["key"], named["value"] = (path.keys(operand.node, operand.axis, keys) for operand in (key, val))
+    return named
+
+
+def _attend_fused(path: Path, attention: Attention, queries: str, keys: str) -> Node:
+    named = _fused_operands(path, attention, queries, keys)
+    operands = [named.pop(name) for name in ("query", "key", "value")]
+    return path.emitter.editor.call(F.scaled_dot_product_attention, *operands, **named)
+
+
+def attention_weights(path: Path, attention: Attention, queries: str, keys: str) -> Node:
+    """[batch, heads, queries, keys] float32: how much some rows look at others; rows that see nothing have zeros."""
+    emitter = path.emitter
+    softmax = next((node for node in attention.nodes if is_softmax(node)), None)
+    if softmax is None:
+        (call,) = (node for node in attention.nodes if is_fused_attention(node))
+        query = fused_arguments(call)["query"]
+        samples = samples_of(emitter.decoder, query)
+        if len(attention.nodes) == 1:
+            named = _fused_operands(path, attention, queries, keys)
+            mask = named["attn_mask"]
+        else:
+            named = fused_arguments(call)
+            mask = _write_out(path, attention, queries, keys, named["attn_mask"])
+            named |= {"query": path.read(query, queries), "key": path.read(named["key"], keys)}
+        scale, causal = named["scale"], named["is_causal"]
+        given = [named["query"], named["key"], *([] if mask is None else [mask])]
+
+        def weigh(*given: torch.Tensor) -> torch.Tensor:
+            return _by_head(_weights(*given, scale=scale, is_causal=causal), samples)
+
+        return emitter.editor.inline(weigh, *given)
+    samples = samples_of(emitter.decoder, softmax)
+    weights = _write_out(path, attention, queries, keys, softmax)
+    return emitter.editor.inline(lambda given: _by_head(given.float().nan_to_num(), samples), weights)
+
+
+def _weights(
+    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None = None, scale: float | None = None,
+    is_causal: bool = False,
+) -> torch.Tensor:
+    if query.dim() > 3 and key.shape[-3] != query.shape[-3]:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+    scores = query.float() @ key.float().transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.float()
+    return torch.softmax(scores, -1).nan_to_num()
+
+
+def _by_head(weights: torch.Tensor, samples: Samples | None) -> torch.Tensor:
+    """[..., queries, keys] with the samples along some axis, to [batch, heads, queries, keys]."""
+    if samples is None:
+        return weights.reshape(1, -1, *weights.shape[-2:])
+    weights = weights.movedim(samples.axis, 0)
+    batch, outer = weights.shape[0] // samples.each, samples.each // samples.inner
+    weights = weights.reshape(outer, batch, samples.inner, *weights.shape[1:]).movedim(1, 0)
+    return weights.reshape(batch, -1, *weights.shape[-2:])
+
+
+def last_text_row(text: Node, editor: Any) -> Node:
+    """[batch, 1]: the position of each sample's last text row."""
+    return editor.call(operator.getitem, text, (slice(None), slice(-1, None)))

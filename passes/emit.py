@@ -1,0 +1,256 @@
+"""Writes the graph that a plan describes, once."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch.fx import Graph, Node
+from torch.fx.node import map_aggregate
+
+from parvts_fx.analysis.last_rows import last_rows_of
+from parvts_fx.analysis.records import Attention
+from parvts_fx.analysis.samples import Samples
+from parvts_fx.analysis.values import (
+    descendants, is_symbolic_int, is_tensor, needed_for, output_node, storage_of, symbols, value,
+)
+from parvts_fx.capture.editing import Editor
+from parvts_fx.errors import Refusal
+from parvts_fx.passes.attend import write_attention
+from parvts_fx.passes.base import PassResult, Work
+from parvts_fx.passes.choose import choose
+from parvts_fx.passes.paths import Path
+from parvts_fx.passes.plan import Plan, PlanError
+from parvts_fx.passes.rows import LAST, RowSets, live
+from parvts_fx.passes.twins import TwinPath, join, share_prefix
+from parvts_fx.passes.writes import refuse_split_writes
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """An attention call that was written."""
+
+    attention: Attention
+    queries: str
+    keys: str
+    """The names of the rows that ask, and of those that are asked."""
+
+    output: Node
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """What the emitter wrote, for the checks and the report."""
+
+    plan: Plan
+    held: Mapping[Node, Mapping[str, Node]]
+    """By node of the decoder as it was captured: what holds it, by the name of its rows."""
+
+    counts: Mapping[str, Any]
+    """By name of rows: how many a sample has, an int or a node."""
+
+    calls: tuple[Call, ...]
+    copied: int
+    """How many nodes stand there as they stood before."""
+
+    side_nodes: frozenset[Node]
+    """Outside the decoder; they stay even where nothing reads them (entering and leaving ``vmap``), as do checks."""
+
+    original_inputs: tuple[str, ...]
+    original_outputs: tuple[object, ...]
+    """The example values of what the graph returned."""
+
+    last_rows: frozenset[int]
+    """Outputs that hold the prompt's last rows, or as many as there are: the caches of sliding windows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Emit:
+    """Write the planned graph in place of the captured one.
+
+    Refuses where an operation does not work on fewer rows, or where the rows that it needs cannot be told apart.
+    """
+
+    name: ClassVar[str] = "emit"
+
+    def run(self, work: Work) -> PassResult:
+        if work.written is not None:
+            raise PlanError("parvts_fx: pass emit may stand in a pipeline once")
+        missing = work.plan.missing_pass()
+        if missing is not None:
+            raise PlanError(f"parvts_fx: the pipeline lacks the pass {missing}, which this schedule needs in front of emit")
+        emitter = Emitter(work)
+        work.written = emitter.write()
+        work.module.graph = emitter.graph
+        return PassResult(len(work.plan.decoder.nodes), f"{len(emitter.calls)} attention calls")
+
+
+class Emitter:
+    """Goes through the captured graph once, in order."""
+
+    def __init__(self, work: Work):
+        self.plan, self.old = work.plan, work.module.graph
+        self.decoder = self.plan.decoder
+        self.graph = Graph(tracer_cls=getattr(self.old, "_tracer_cls", None))
+        self.graph._codegen = self.old._codegen
+        self.editor = Editor(work.module, self.graph)
+        self.inside = set(self.decoder.nodes)
+        self.fresh = self.inside - set(descendants(self.old, [self.decoder.merge.output]))
+        self.outside: dict[Node, Node] = {}
+        self.calls: list[Call] = []
+        self.partitions: dict[int, dict[str, Node]] = {}
+        """By stage, what :func:`parvts_fx.passes.insert_partition.partition` returns."""
+
+        self.kept: set[Node] = set()
+        self.copied = 0
+        self.sets: RowSets | None = None
+        self.visual: Node | None = None
+        """[batch, seq] bool, once a choice has needed it."""
+
+        self._masks: dict[tuple, Node] = {}
+        self.attentions = {
+            node: attention for layer in self.decoder.layers for attention in layer.attentions for node in attention.nodes}
+        self.main = Path(self, self.inside, self._rows_of, self._rows_left)
+        self.twins = {
+            number: TwinPath(self, twin, self.main) for number, twin in self.plan.twins.items()}
+
+    def _rows_of(self, node: Node) -> str:
+        level = self.plan.levels.get(node, 0)
+        return LAST if level == self.plan.last else live(level)
+
+    def _rows_left(self, node: Node) -> str:
+        return live(self.plan.live.get(node, 0))
+
+    # -- the walk -----------------------------------------------------------------------------------------------------
+
+    def write(self) -> Written:
+        outputs = output_node(self.old).args[0]
+        flat = outputs if isinstance(outputs, (tuple, list)) else [outputs]
+        needed = needed_for(self.old, [output_node(self.old), *(choice.link for choice in self.plan.choices)])
+        refuse_split_writes(self, [node for node in self.decoder.nodes if node in needed])
+        choices: dict[Node, list] = {}
+        for choice in self.plan.choices:
+            choices.setdefault(choice.behind, []).append(choice)
+        for node in self.old.nodes:
+            if node.op == "output":
+                self.graph.output(map_aggregate(outputs, lambda leaf: self._result(leaf) if isinstance(leaf, Node) else leaf))
+            elif node not in self.inside:
+                self.outside[node] = self.copy_as_it_is(node, *map_aggregate(
+                    (node.args, node.kwargs), lambda leaf: self.any(leaf) if isinstance(leaf, Node) else leaf))
+            elif node in needed:
+                self._write(node)
+            for choice in choices.get(node, ()):
+                choose(self, choice)
+                if choice.stage.number in self.twins:
+                    share_prefix(self.twins[choice.stage.number])
+        axes, inside = self.decoder.tokens.axes, self.inside
+        return Written(
+            self.plan, {node: dict(held) for node, held in self.main.held.items()},
+            {name: rows.count for name, rows in self.sets.by_name.items()}, tuple(self.calls), self.copied,
+            frozenset(self.outside.values()) | frozenset(self.kept),
+            tuple(node.name for node in self.old.nodes if node.op == "placeholder"),
+            tuple(value(out) if isinstance(out, Node) else out for out in flat),
+            frozenset(place for place, out in enumerate(flat) if out in inside and not axes.get(out)))
+
+    def _write(self, node: Node) -> None:
+        attention = self.attentions.get(node)
+        for path in (self.main, *self.twins.values()):
+            if node not in path.nodes:
+                continue
+            if attention is None:
+                path.write(node)
+            elif node is attention.output:
+                write_attention(path, attention)
+            if node is self.decoder.merge.output and self.sets is None:
+                self.sets = RowSets(self.editor, self.main.held[node][live(0)])
+        for twin in self.twins.values():
+            if node is twin.twin.end:
+                join(twin)
+
+    def any(self, node: Node) -> Any:
+        """A node as it was captured, on all rows."""
+        return self.main.read(node, live(0)) if node in self.inside else self.outside[node]
+
+    def _result(self, node: Node) -> Any:
+        """What leaves the graph: of the decoder's tensors, the rows that are left in the end."""
+        if node not in self.inside:
+            return self.outside[node]
+        final, axes = live(self.plan.final), self.decoder.tokens.axes
+        if is_symbolic_int(node):
+            if symbols(value(node)) & symbols(self.decoder.tokens.size) and self.plan.live.get(node, 0) < self.plan.final:
+                raise Refusal("a value that is no tensor crosses the point of pruning", node)
+            return self.main.read(node, final)
+        if not axes.get(node) and any(name not in (final, LAST) for name in self.main.held.get(node, ())):
+            again = last_rows_of(self.decoder, node)  # the last rows of a cache: those of the kept ones
+            path = Path(self, set(again), lambda _: final, self._rows_left, self.main)
+            for member in again:
+                path.write(member)
+            return path.read(node, final) if again else self.main.read(node, final)
+        return self.main.read(node, final)
+
+    # -- what paths need ------------------------------------------------------------------------------------------------
+
+    def copy_as_it_is(self, node: Node, args: tuple, kwargs: dict) -> Node:
+        """The same operation with the same result: its example value stays."""
+        new = self.graph.create_node(node.op, node.target, args, kwargs, name=node.name, type_expr=node.type)
+        new.meta = dict(node.meta)
+        self.copied += 1
+        return new
+
+    def mapped(self, leaf: Any) -> Any:
+        """A leaf from outside the decoder, as it is."""
+        return self.outside[leaf] if isinstance(leaf, Node) else leaf
+
+    def resize(self, number: Node, name: str, path: Path) -> Any:
+        """A number computed from the prompt's length, computed again for some rows."""
+        held, size = value(number), self.decoder.tokens.size
+        if isinstance(held, torch.SymInt) and isinstance(size, torch.SymInt) and held.node.expr == size.node.expr:
+            return self.sets[name].count
+        if number.op == "placeholder":
+            raise Refusal("a number that depends on the prompt's length comes from outside", number)
+        key = (number, name)
+        if key not in path.numbers:
+
+            def leaf(given: Any) -> Any:
+                if not isinstance(given, Node):
+                    return given
+                if is_tensor(given) and given in self.inside:
+                    return path.read(given, self._some_rows(path, given, name))
+                return path.resized(given, name) if value(given) is not None and not is_tensor(given) else self.mapped(given)
+
+            path.numbers[key] = self.editor.copy(number, *map_aggregate((number.args, number.kwargs), leaf))
+        return path.numbers[key]
+
+    def _some_rows(self, path: Path, node: Node, name: str) -> str:
+        """For a size that does not follow the prompt: the rows on which the tensor is held, whichever they are."""
+        held = path.held.get(node) or self.main.held.get(node, {})
+        follows = symbols(self.decoder.tokens.size)
+        return name if follows and name in held else next(iter(held), name)
+
+    def causal_mask(self, queries: str, keys: str, rank: int, samples: Samples | None) -> Node:
+        """Bool, broadcast with scores of some rank whose last axes are queries and keys: the query's position is not
+        before the key's. ``samples``: where they lie among the scores' axes."""
+        key = (queries, keys, rank, samples)
+        if key not in self._masks:
+            place, everything = samples or Samples(0), self.sets[keys].index is None
+
+            def mask(query: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+                if everything:
+                    other = torch.arange(other.shape[1], device=query.device)[None]
+                    allowed = place.spread(query)[:, :, None] >= other[:, None, :]
+                else:
+                    allowed = place.spread(query)[:, :, None] >= place.spread(other)[:, None, :]
+                allowed = allowed[0] if samples is None else allowed
+                wanted = (rank - 2, rank - 1) if samples is None else (place.axis, rank - 2, rank - 1)
+                return allowed[tuple(slice(None) if i in wanted else None for i in range(rank))]
+
+            prompt = self.main.held[self.decoder.merge.output][live(0)]
+            self._masks[key] = self.editor.inline(
+                mask, self.sets[queries].index, prompt if everything else self.sets[keys].index)
+        return self._masks[key]
+
+    def note_call(self, attention: Attention, queries: str, keys: str, output: Node) -> None:
+        self.calls.append(Call(attention, queries, keys, output))
