@@ -97,7 +97,7 @@ def prefers_onednn(rows: int, columns: int, inner: int, bias: bool, threads: int
     return _is_quicker(min(rows, max(_ROWS, _MULTIPLICATIONS // (columns * inner))), columns, inner, bias, threads)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _is_quicker(rows: int, columns: int, inner: int, bias: bool, threads: int) -> bool:
     kernels = (F.linear, onednn_linear)
     taken: list[tuple[float, ...]] = []

@@ -21,10 +21,10 @@ Lowering = Callable[[GraphModule, Sequence[object], Options], Compiled]
 
 
 _ON_CPU = {"realize_reads_threshold": 1, "aot_inductor.enable_line_tables": False}
-"""Inductor's settings for graphs on CPU, where it has them; both for shorter compiling. A value that several kernels read is written down,
-once, instead of computed again in each: then all layers share their kernels (residual sums, rotary tables), a third less
-time. And the compiler writes no line tables for debuggers (the setting's name tells who asked for it first), a fifth less of
-its time."""
+"""Inductor's settings for graphs on CPU, where it has them; both for shorter compiling. A value that several kernels read
+is written down, once, instead of computed again in each: then all layers share their kernels (residual sums, rotary
+tables), a third less time. And the compiler writes no line tables for debuggers (the setting's name tells who asked for it
+first), a fifth less of its time."""
 
 
 def inductor(module: GraphModule, example_inputs: Sequence[object], options: Options) -> Compiled:

@@ -11,17 +11,17 @@ from torch.fx import GraphModule
 
 from parvts_fx.analysis.calls import attention_nodes
 from parvts_fx.analysis.decoder import NoDecoder
-from parvts_fx.runtime.dispatch import Dispatch
 from parvts_fx.backends.lowering import Compiled, lower
-from parvts_fx.runtime.caches import cache_outputs, tell_merge, watch_short_caches
 from parvts_fx.errors import NotRewritten, ParvtsWarning, Refusal
-from parvts_fx.runtime.merged_embeddings import MergedInput, can_hand_on, hand_on
 from parvts_fx.options import Options, parse_options
-from parvts_fx.runtime.input_origins import noting_origins
-from parvts_fx.runtime.guards import merged_mask, visual_mask
-from parvts_fx.runtime.prompt_merges import report_merges
 from parvts_fx.report import GraphReport
 from parvts_fx.rewriting import Rewriting, rewrite_graph
+from parvts_fx.runtime.caches import cache_outputs, tell_merge, watch_short_caches
+from parvts_fx.runtime.dispatch import Dispatch
+from parvts_fx.runtime.guards import merged_mask, visual_mask
+from parvts_fx.runtime.input_origins import noting_origins
+from parvts_fx.runtime.merged_embeddings import MergedInput, can_hand_on, hand_on
+from parvts_fx.runtime.prompt_merges import report_merges
 
 
 def parvts(

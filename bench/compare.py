@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -23,7 +24,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from bench.demo import HEAD_DIM, build_model
 from bench.floor import Floor, decoder_weights
 from bench.measuring import (
-    Built, Company, Times, answer, build, in_turns, machine, many_compiles, peak_memory, seconds, spread,
+    Built,
+    Company,
+    Times,
+    answer,
+    build,
+    in_turns,
+    machine,
+    many_compiles,
+    peak_memory,
+    seconds,
+    spread,
 )
 from bench.methods import DEPTH, FASTV_LAYERS, LOWERINGS, QUICKER, methods
 from bench.models import Scene, build_scene, cache_bytes
@@ -153,7 +164,7 @@ class Study:
         for kept in points:
             built = [whole, *(self._build(name, scene, kept, advance) for name in settings.swept if name != "inductor")]
             device = scene.ids.device
-            calls = [lambda one=one: seconds(one.run_prefill, device) for one in built]
+            calls = [functools.partial(seconds, one.run_prefill, device) for one in built]
             taken = in_turns(calls, settings.repeats, 1, advance)
             rows += [{"method": one.method.name, "visual": scene.visual, "asked": kept, "kept": one.kept,
                       "prefill": spread(times), "bound": bound(times, taken[0], one.flops, whole.flops),

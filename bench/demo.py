@@ -161,7 +161,9 @@ def measure(models: list[Any], inputs: dict[str, Any], repeats: int, advance: An
     return seconds
 
 
-def compare(model: torch.nn.Module, output: Any, expected: reference.Prefill, unpruned: torch.Tensor, mask: torch.Tensor) -> Agreement:
+def compare(
+    model: torch.nn.Module, output: Any, expected: reference.Prefill, unpruned: torch.Tensor, mask: torch.Tensor
+) -> Agreement:
     """Hold a compiled prefill against the reference's, and decode on from both caches with the untouched model."""
     layers = output.past_key_values.layers
     actual = reference.Prefill(expected.rows, output.logits[0], [c.keys for c in layers], [c.values for c in layers])

@@ -120,9 +120,12 @@ def flops(results: dict[str, Any]) -> str:
     points = list(dict.fromkeys(row["kept"] for row in rows))
     names = list(dict.fromkeys((row["model"], row["visual"]) for row in rows))
     of = {(row["model"], row["kept"]): row for row in rows}
+
+    def ratio(row: dict[str, Any]) -> str:
+        return f"{row['flops_after'] / row['flops_before']:.1%}".replace("%", " %")
+
     return table(["decoder", "visual tokens", *(f"{point} kept" for point in points)], [
-        [name, str(visual), *(f"{of[name, point]['flops_after'] / of[name, point]['flops_before']:.1%}".replace("%", " %") for point in points)]
-        for name, visual in names])
+        [name, str(visual), *(ratio(of[name, point]) for point in points)] for name, visual in names])
 
 
 def tables() -> dict[str, str]:

@@ -22,7 +22,16 @@ from rich.console import Console
 from bench.configurations import PUBLISHED, SMALL, Configuration
 from bench.floor import Floor, decoder_weights
 from bench.measuring import (
-    Built, Company, answer, build, in_turns, machine, many_compiles, peak_memory, seconds, spread,
+    Built,
+    Company,
+    answer,
+    build,
+    in_turns,
+    machine,
+    many_compiles,
+    peak_memory,
+    seconds,
+    spread,
 )
 from bench.methods import DEPTH, LOWERINGS, inductor, methods
 from bench.models import Prefill, Scene, cache_bytes

@@ -13,13 +13,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from parvts_fx.analysis.values import fake_mode_of, value
-from parvts_fx.runtime.compiled_call import watched_call
 from parvts_fx.backends.parvts import parvts
 from parvts_fx.capture import WithPrefix, capture
-from parvts_fx.runtime.watched_generate import WatchedGenerate
 from parvts_fx.options import parse_options
 from parvts_fx.report import GraphReport, Report
 from parvts_fx.rewriting import Rewriting
+from parvts_fx.runtime.compiled_call import watched_call
+from parvts_fx.runtime.watched_generate import WatchedGenerate
 from parvts_fx.torch_private import surround_compiled_call, uncompiled_call
 
 Model = TypeVar("Model", bound=torch.nn.Module)

@@ -13,8 +13,19 @@ from torch import Tensor, nn
 
 from tests.plain_layers import Cached, FlatLayer, Layer, flat_norm, norm_of
 from tests.plain_specification import (
-    FEATURES, IMAGE_FIRST, IMAGE_TOKEN, PAD, POSITIONS, SOUND_TOKEN, VIDEO_TOKEN, Mixing, Prompt, Row, Specification,
-    prompt, words,
+    FEATURES,
+    IMAGE_FIRST,
+    IMAGE_TOKEN,
+    PAD,
+    POSITIONS,
+    SOUND_TOKEN,
+    VIDEO_TOKEN,
+    Mixing,
+    Prompt,
+    Row,
+    Specification,
+    prompt,
+    words,
 )
 from tests.token_mixers import mix
 

@@ -23,7 +23,6 @@ from tests.plain_layers import CHOSEN, EXPERTS
 from tests.plain_specification import IMAGE_TOKEN, SOUND_TOKEN, VIDEO_TOKEN
 from tests.reference import Placed, Prefill, Rule, chosen, one_stage, placed, relative_error
 
-
 Steps = list[tuple[str, int]]
 
 

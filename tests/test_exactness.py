@@ -25,7 +25,8 @@ def model():
     return llava.build()
 
 
-@pytest.mark.supports("Prompts", "one or several images anywhere in the prompt; batches with left padding and images at different positions")
+@pytest.mark.supports(
+    "Prompts", "one or several images anywhere in the prompt; batches with left padding and images at different positions")
 @pytest.mark.parametrize("fusion", ["attention", 0.3])
 @pytest.mark.parametrize("rows", PROMPTS.values(), ids=PROMPTS.keys())
 def test_prompts(model, rows, fusion):

@@ -14,8 +14,8 @@ from torch.fx import Node
 import parvts_fx
 from parvts_fx.analysis.values import output_node, value
 from parvts_fx.passes import Pass, PassResult, PruneBranch, State, build_pipeline
-from parvts_fx.rewriting import no_collections, rewrite_graph
 from parvts_fx.passes.verify import ALL_CHECKS, VerificationError, drops_branch
+from parvts_fx.rewriting import no_collections, rewrite_graph
 from tests.plain_graphs import CHOICES, SPECIFICATIONS, Call, captured, options
 
 

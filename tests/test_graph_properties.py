@@ -15,8 +15,8 @@ import parvts_fx
 from parvts_fx.analysis.calls import is_fused_attention, is_softmax
 from parvts_fx.analysis.values import hint_shape, is_tensor, output_node, value
 from parvts_fx.passes import State, build_pipeline
-from parvts_fx.rewriting import rewrite_graph
 from parvts_fx.passes.verify import graph_of
+from parvts_fx.rewriting import rewrite_graph
 from tests.plain import Plain, Specification
 from tests.plain_graphs import CHOICES, SPECIFICATIONS, Call, capture, captured, options
 

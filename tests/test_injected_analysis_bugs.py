@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
-from parvts_fx.runtime import prompt_merges
 from parvts_fx.analysis import attention, commuting, decoder, independence, layers, lengths, merge, mixers, modality, period
 from parvts_fx.analysis.commuting import Layout
 from parvts_fx.analysis.independence import Findings
@@ -33,6 +32,7 @@ from parvts_fx.analysis.records import Decoder, VisualMerge
 from parvts_fx.analysis.small_runs import TOKENS, Scale, SmallRuns
 from parvts_fx.analysis.tokens import Count, TokenMap
 from parvts_fx.analysis.values import hint_shape, is_tensor, value
+from parvts_fx.runtime import prompt_merges
 from tests.plain import Mixing, Row, Specification, build, prompt
 from tests.plain_checking import RULES, TOLERANCE, Choice, outcome
 from tests.plain_layers import Layer, rotate
@@ -146,7 +146,7 @@ def row_by_row(original: Callable, self: Any, node: Node) -> bool:
     """Whatever the proof says."""
     if original(self, node) or not is_tensor(node):
         return is_tensor(node)
-    self._accept(node, {None: {axis: 1 for axis in self.runs.tokens.axes.get(node, {})}})
+    self._accept(node, {None: dict.fromkeys(self.runs.tokens.axes.get(node, {}), 1)})
     return True
 
 

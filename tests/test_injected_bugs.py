@@ -17,8 +17,17 @@ from torch import Tensor
 
 from parvts_fx import scores
 from parvts_fx.analysis.values import ancestors, value
-from parvts_fx.passes import DuplicateLayers, PruneBranch, State, duplicate_attention, insert_partition, keep_last_rows
-from parvts_fx.passes import prune_branch, share_prefix, skip_dead_rows
+from parvts_fx.passes import (
+    DuplicateLayers,
+    PruneBranch,
+    State,
+    duplicate_attention,
+    insert_partition,
+    keep_last_rows,
+    prune_branch,
+    share_prefix,
+    skip_dead_rows,
+)
 from parvts_fx.passes.editing import RowEditor
 from tests.plain import Plain, Row, Specification, prompt
 from tests.plain_reference import largest_error, reference

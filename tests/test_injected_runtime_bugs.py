@@ -31,7 +31,9 @@ from tests.comparing import pruned
 from tests.plain import Plain, Prompt, Row, Specification, prompt
 from tests.plain_reference import largest_error, reference
 from tests.reference import relative_error
-from tests.test_caches import NO_POSITIONS, OPTIONS as CHATTING, Chat, prefilled, prompt as chat_prompt
+from tests.test_caches import NO_POSITIONS, Chat, prefilled
+from tests.test_caches import OPTIONS as CHATTING
+from tests.test_caches import prompt as chat_prompt
 
 backend = sys.modules["parvts_fx.backends.parvts"]
 rewriting = sys.modules["parvts_fx.rewriting"]
@@ -51,7 +53,8 @@ def pruned_error(model: Plain, output: Any, given: Prompt, **choice: Any) -> flo
 def whole_error(model: Plain, output: Any, given: Prompt) -> float:
     """Against the untouched model; infinite where fewer rows come out."""
     logits, pairs = model.forward(*given.arguments)
-    return max([relative_error(output[0], logits), *(relative_error(ours[0], theirs[0]) for ours, theirs in zip(output[1], pairs))])
+    keys = (relative_error(ours[0], theirs[0]) for ours, theirs in zip(output[1], pairs))
+    return max([relative_error(output[0], logits), *keys])
 
 
 def string(model: Plain, **choice: Any) -> Callable[..., Any]:

@@ -131,7 +131,8 @@ def test_the_users_dict_stays_as_it_is(model):
     assert given == before
 
 
-@pytest.mark.parametrize("visual, ratio, count", [(576, 1 / 9, 64), (9, 1 / 6, 2), (1, 0.01, 1), (10, 0.25, 3), (10, 0.24, 2), (7, 1, 7)])
+@pytest.mark.parametrize("visual, ratio, count", [
+    (576, 1 / 9, 64), (9, 1 / 6, 2), (1, 0.01, 1), (10, 0.25, 3), (10, 0.24, 2), (7, 1, 7)])
 def test_subject_count_rounds_half_up(visual, ratio, count):
     assert Options(keep_ratio=ratio).subject_count(visual) == count
 

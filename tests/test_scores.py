@@ -15,7 +15,6 @@ from tests.comparing import assert_equal_prefill, check, compile_with_parvts, ex
 from tests.models.builders import BUILDERS
 from tests.reference import subjects_of
 
-
 PLAIN = tuple(name for name in scores.known_rules() if name != scores.ATTENDED)
 
 

@@ -54,7 +54,8 @@ def prefill(model: torch.nn.Module, prompt: llava.Prompt, **more: object) -> Rec
     return recorder
 
 
-@pytest.mark.supports("Options", "with constant weights, text in front of the images computed once; none where padding stands there")
+@pytest.mark.supports(
+    "Options", "with constant weights, text in front of the images computed once; none where padding stands there")
 @pytest.mark.parametrize("rows, shared", [
     ([[5, "image", 4]], 5), ([[5, "image", 4], [3, "image", 6]], 3), ([["image", 4]], 0), ([[5, "image"]], 4),
     ([[2, "image", 3, "image", 1]], 2), ([[3, "image", 6], [2, "image", 3]], 0),

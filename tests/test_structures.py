@@ -16,13 +16,13 @@ from parvts_fx import scores
 from parvts_fx.analysis.calls import attention_nodes
 from parvts_fx.analysis.merge import is_merge
 from parvts_fx.analysis.values import changed_in_place
-from parvts_fx.runtime.compiled_call import _rows_of_none_of
 from parvts_fx.capture import capture as captured_copy
 from parvts_fx.capture.invert_permutations import InvertPermutations
 from parvts_fx.capture.spread_masked_updates import SpreadMaskedUpdates
 from parvts_fx.capture.unify_merges import UnifyMerges
 from parvts_fx.capture.version_writes import VersionWrites
 from parvts_fx.capture.write_out_sizes import WriteOutSizes
+from parvts_fx.runtime.compiled_call import _rows_of_none_of
 from tests.comparing import TOLERANCE
 from tests.models.builders import BUILDERS
 from tests.models.generating import Comparison, cache_lengths, run_generate

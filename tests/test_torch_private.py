@@ -113,7 +113,7 @@ def test_a_name_that_is_gone_says_so_when_it_is_used():
 
 
 def test_a_prefill_without_a_private_name_runs_as_it_came():
-    """A name is gone without which nothing is rewritten: told with torch's version and the name, and the model's own result comes out."""
+    """A name is gone without which nothing is rewritten: told with torch's version, and the model's own result comes out."""
     code = """
         import importlib, warnings, torch, torch._dynamo
         import tests.plain as plain

@@ -11,7 +11,12 @@ import torch
 import parvts_fx
 from tests import llava, reference
 from tests.comparing import (
-    TOLERANCE, assert_equal_prefill, compile_with_parvts, expected, pruned, uncompile,
+    TOLERANCE,
+    assert_equal_prefill,
+    compile_with_parvts,
+    expected,
+    pruned,
+    uncompile,
 )
 
 

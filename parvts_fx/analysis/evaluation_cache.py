@@ -8,7 +8,12 @@ from typing import Any
 import torch
 
 from parvts_fx.torch_private import (
-    FakeTensor, expression, free_unbacked_symbols, is_functorch_wrapped_tensor, memory_of, tree_leaves,
+    FakeTensor,
+    expression,
+    free_unbacked_symbols,
+    is_functorch_wrapped_tensor,
+    memory_of,
+    tree_leaves,
 )
 
 

@@ -18,8 +18,8 @@ def reads_tokens(node: Node, tokens: TokenMap) -> bool:
 
 
 def nodes_without_tokens(nodes: Collection[Node], result: Node, tokens: TokenMap) -> list[Node]:
-    """The decoder's tensors without a token axis that lead to a result without one (itself and what is written into it included), in graph
-    order.
+    """The decoder's tensors without a token axis that lead to a result without one, in graph order: itself and what is
+    written into it included.
 
     Empty for a result that has a token axis.
     """

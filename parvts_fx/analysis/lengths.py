@@ -22,7 +22,17 @@ from parvts_fx.analysis.records import Attention, Layer
 from parvts_fx.analysis.small_runs import SmallRuns, Unproven, local_argument, really
 from parvts_fx.analysis.tokens import AtMost, AxisLabels
 from parvts_fx.analysis.values import (
-    ancestors, call, changed_in_place, hint_shape, is_index, is_indexing, is_tensor, leaves, symbols, value, with_leaves,
+    ancestors,
+    call,
+    changed_in_place,
+    hint_shape,
+    is_index,
+    is_indexing,
+    is_tensor,
+    leaves,
+    symbols,
+    value,
+    with_leaves,
 )
 from parvts_fx.errors import Refusal
 

@@ -2,8 +2,9 @@
 
 The evidence is what the features are computed from: the inputs of the call, by the names that such inputs
 conventionally have, or what an earlier graph of the same call has computed from such inputs
-(:mod:`parvts_fx.runtime.input_origins`). Where a tower runs in code that Dynamo does not capture, all that is left is what the code
-calls the tensor that it merges: the same conventional words. Names of weights, modules, models and ids say nothing here.
+(:mod:`parvts_fx.runtime.input_origins`). Where a tower runs in code that Dynamo does not capture, all that is left is
+what the code calls the tensor that it merges: the same conventional words. Names of weights, modules, models and ids say
+nothing here.
 """
 
 from __future__ import annotations

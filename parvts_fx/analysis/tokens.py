@@ -17,7 +17,15 @@ import torch.nn.functional as F
 from torch.fx import Node
 
 from parvts_fx.analysis.values import (
-    concrete, has_target, hint, is_indexing, is_symbolic_int, is_tensor, leaves, symbols, value,
+    concrete,
+    has_target,
+    hint,
+    is_indexing,
+    is_symbolic_int,
+    is_tensor,
+    leaves,
+    symbols,
+    value,
 )
 from parvts_fx.torch_private import native_pad
 

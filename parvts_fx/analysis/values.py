@@ -11,8 +11,16 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 
 from parvts_fx.torch_private import (
-    FakeTensor, FakeTensorMode, HigherOrderOperator, OpOverload, OpOverloadPacket, expression, is_functorch_wrapped_tensor,
-    memory_of, traced_number, writes_into_arguments,
+    FakeTensor,
+    FakeTensorMode,
+    HigherOrderOperator,
+    OpOverload,
+    OpOverloadPacket,
+    expression,
+    is_functorch_wrapped_tensor,
+    memory_of,
+    traced_number,
+    writes_into_arguments,
 )
 
 

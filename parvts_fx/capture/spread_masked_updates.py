@@ -10,7 +10,18 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from parvts_fx.analysis.merge import enters_a_layer, is_merge
-from parvts_fx.analysis.values import ancestors, descendants, has_target, hint, is_index, is_tensor, leaves, storage_of, value, with_leaves
+from parvts_fx.analysis.values import (
+    ancestors,
+    descendants,
+    has_target,
+    hint,
+    is_index,
+    is_tensor,
+    leaves,
+    storage_of,
+    value,
+    with_leaves,
+)
 from parvts_fx.capture.editing import Editor
 from parvts_fx.torch_private import assert_scalar
 
@@ -130,7 +141,7 @@ def _updated(editor: Editor, target: Node, mask: Node, new: Node) -> tuple[Node 
     if any(read.args[0] is not target for read in reads):
         return None, reads
     rows = hint(value(reads[0]).shape[0]) if reads else None
-    full: dict[Node, Node] = {read: target for read in reads}
+    full: dict[Node, Node] = dict.fromkeys(reads, target)
 
     def on_all_rows(source: Node) -> Node:
         if source not in full:

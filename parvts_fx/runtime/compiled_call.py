@@ -10,12 +10,17 @@ from typing import Any
 
 import torch
 
-from parvts_fx.runtime.caches import find_caches, is_cache, remember_dropped, watch_call
 from parvts_fx.errors import NotRewritten, ParvtsWarning
-from parvts_fx.runtime.watched_generate import paused
 from parvts_fx.options import Options
+from parvts_fx.runtime.caches import find_caches, is_cache, remember_dropped, watch_call
+from parvts_fx.runtime.watched_generate import paused
 from parvts_fx.torch_private import (
-    GuardOnDataDependentSymNode, TorchDynamoException, WeakTensorKeyDictionary, as_newer_torch, dynamo_config, told_of_compiling,
+    GuardOnDataDependentSymNode,
+    TorchDynamoException,
+    WeakTensorKeyDictionary,
+    as_newer_torch,
+    dynamo_config,
+    told_of_compiling,
     tree_leaves,
 )
 

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from parvts_fx.runtime.caches import cache_outputs, note_short_caches, tell_merge, tell_pruning
 from parvts_fx.capture import copy_graph_module
 from parvts_fx.errors import NotRewritten, ParvtsWarning
-from parvts_fx.runtime.merged_embeddings import MergedInput, visual_rows
 from parvts_fx.options import Options
-from parvts_fx.runtime.guards import same_count
 from parvts_fx.rewriting import Rewriting
+from parvts_fx.runtime.caches import cache_outputs, note_short_caches, tell_merge, tell_pruning
+from parvts_fx.runtime.guards import same_count
+from parvts_fx.runtime.merged_embeddings import MergedInput, visual_rows
 
 Compiled = Callable[..., Any]
 Lower = Callable[[GraphModule, Sequence[object]], Compiled]

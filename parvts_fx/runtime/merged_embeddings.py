@@ -22,11 +22,11 @@ from parvts_fx.analysis.merge import find_merge
 from parvts_fx.analysis.modality import Origin
 from parvts_fx.analysis.records import Merge
 from parvts_fx.analysis.values import fake_mode_of, output_node, value
-from parvts_fx.runtime.caches import Watch, current_call, merged_rows
 from parvts_fx.capture import capture
-from parvts_fx.errors import ParvtsWarning
-from parvts_fx.runtime.input_origins import is_lost, note_lost, noted_origins, noting_origins
 from parvts_fx.capture.unify_merges import UnifyMerges
+from parvts_fx.errors import ParvtsWarning
+from parvts_fx.runtime.caches import Watch, current_call, merged_rows
+from parvts_fx.runtime.input_origins import is_lost, note_lost, noted_origins, noting_origins
 
 if TYPE_CHECKING:
     from parvts_fx.rewriting import Rewriting
@@ -167,8 +167,9 @@ def lost_merges(embeddings: torch.Tensor) -> bool:
     """Whether an earlier graph of the running call has merged visual features into embeddings [batch, seq, hidden] of this
     size that no graph took, or none has taken yet."""
     size = tuple(embeddings.shape[:2])
-    waiting = any(not held.received and held.call is current_call() and tuple(held.visual.shape) == size and bool(held.visual.any())
-                  for held in _MERGED.values() if held.reference() is not embeddings)
+    waiting = any(
+        not held.received and held.call is current_call() and tuple(held.visual.shape) == size and bool(held.visual.any())
+        for held in _MERGED.values() if held.reference() is not embeddings)
     return waiting or is_lost(size)
 
 

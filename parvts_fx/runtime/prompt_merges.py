@@ -14,13 +14,13 @@ from parvts_fx.analysis.merge import find_merge
 from parvts_fx.analysis.modality import MODALITIES, UNKNOWN, content_before
 from parvts_fx.analysis.records import Merge, VisualMerge
 from parvts_fx.analysis.values import descendants, hint, is_tensor, value
-from parvts_fx.errors import Refusal
-from parvts_fx.runtime.merged_embeddings import MergedInput, can_hand_on, lost_merges, merged_in_front
-from parvts_fx.options import Options
-from parvts_fx.runtime.input_origins import noted_origins
 from parvts_fx.capture.unify_merges import UnifyMerges
-from parvts_fx.runtime.guards import merged_mask, same_count, visual_mask
+from parvts_fx.errors import Refusal
+from parvts_fx.options import Options
 from parvts_fx.report import MergeReport
+from parvts_fx.runtime.guards import merged_mask, same_count, visual_mask
+from parvts_fx.runtime.input_origins import noted_origins
+from parvts_fx.runtime.merged_embeddings import MergedInput, can_hand_on, lost_merges, merged_in_front
 from parvts_fx.torch_private import FakeTensor
 
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from parvts_fx.runtime.caches import watch_call
 from parvts_fx.errors import NotRewritten, ParvtsWarning
-from parvts_fx.runtime.merged_embeddings import hand_over, received, visual_rows
 from parvts_fx.options import Options
+from parvts_fx.runtime.caches import watch_call
+from parvts_fx.runtime.merged_embeddings import hand_over, received, visual_rows
 from parvts_fx.torch_private import current_function_mode, pop_mode_temporarily
 
 _SCATTERS = (torch.Tensor.masked_scatter, torch.masked_scatter, torch.Tensor.masked_scatter_)

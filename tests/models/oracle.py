@@ -55,8 +55,8 @@ class Pruned:
 
 
 class Oracle:
-    """Args: ``depth`` counts the entries of the model's own list of layers; ``score(hidden, visual) -> scores``, of the positions alone:
-    models differ in what they make of the merged embeddings before the first layer."""
+    """Args: ``depth`` counts the entries of the model's own list of layers; ``score(hidden, visual) -> scores``, of the
+    positions alone: models differ in what they make of the merged embeddings before the first layer."""
 
     def __init__(self, model: Any, token: int | tuple[int, ...] | None, *, depth: int, keep_ratio: float, score: Callable,
                  fusion: str | float = "attention"):
