@@ -11,7 +11,15 @@ from torch.fx import Node
 from parvts_fx.analysis.last_rows import takes_last_rows
 from parvts_fx.analysis.records import Attention, Decoder
 from parvts_fx.analysis.values import (
-    changed_in_place, descendants, hint, is_symbolic_int, is_tensor, needed_for, output_node, storage_of, value,
+    changed_in_place,
+    descendants,
+    hint,
+    is_symbolic_int,
+    is_tensor,
+    needed_for,
+    output_node,
+    storage_of,
+    value,
 )
 from parvts_fx.passes.base import PassResult
 from parvts_fx.passes.plan import Choice, Plan, PlanError, Twin

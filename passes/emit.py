@@ -15,7 +15,14 @@ from parvts_fx.analysis.last_rows import last_rows_of
 from parvts_fx.analysis.records import Attention
 from parvts_fx.analysis.samples import Samples
 from parvts_fx.analysis.values import (
-    descendants, is_symbolic_int, is_tensor, needed_for, output_node, storage_of, symbols, value,
+    descendants,
+    is_symbolic_int,
+    is_tensor,
+    needed_for,
+    output_node,
+    storage_of,
+    symbols,
+    value,
 )
 from parvts_fx.capture.editing import Editor
 from parvts_fx.errors import Refusal

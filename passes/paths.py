@@ -13,7 +13,14 @@ from torch.fx.node import map_aggregate
 from parvts_fx.analysis.samples import Samples, samples_of, samples_of_side
 from parvts_fx.analysis.tokens import AtMost, AxisLabels, Count, Filling
 from parvts_fx.analysis.values import (
-    changed_in_place, is_symbolic_int, is_tensor, leaves, storage_of, symbols, value, with_leaves,
+    changed_in_place,
+    is_symbolic_int,
+    is_tensor,
+    leaves,
+    storage_of,
+    symbols,
+    value,
+    with_leaves,
 )
 from parvts_fx.errors import Refusal
 from parvts_fx.passes.rows import LAST, live

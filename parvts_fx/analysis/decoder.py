@@ -15,12 +15,22 @@ from parvts_fx.analysis.layers import find_layers
 from parvts_fx.analysis.lengths import Tables, check_numbers
 from parvts_fx.analysis.merge import find_merge
 from parvts_fx.analysis.mixers import find_mixers
-from parvts_fx.analysis.records import Decoder, VisualMerge
 from parvts_fx.analysis.probe import Probe
+from parvts_fx.analysis.records import Decoder, VisualMerge
 from parvts_fx.analysis.small_runs import SAMPLES, SmallRuns
 from parvts_fx.analysis.tokens import TokenMap
 from parvts_fx.analysis.values import (
-    SUMS, changed_in_place, descendants, has_target, hint, hint_shape, is_tensor, leaves, output_node, storage_of, value,
+    SUMS,
+    changed_in_place,
+    descendants,
+    has_target,
+    hint,
+    hint_shape,
+    is_tensor,
+    leaves,
+    output_node,
+    storage_of,
+    value,
     writes_unseen,
 )
 from parvts_fx.errors import Refusal

@@ -13,10 +13,10 @@ import sympy
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from parvts_fx.analysis.merge import flatten_mask
 from parvts_fx.analysis.records import VisualMerge
 from parvts_fx.analysis.values import ancestors, value
 from parvts_fx.errors import Refusal
-from parvts_fx.analysis.merge import flatten_mask
 from parvts_fx.torch_private import expression
 
 
