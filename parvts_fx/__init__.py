@@ -8,8 +8,9 @@ from parvts_fx.errors import NotRewritten, ParvtsWarning, Refusal
 from parvts_fx.options import Options
 from parvts_fx.rewriting import rewrite
 from parvts_fx.scores import register_rule
+from parvts_fx.stages import Stage
 
 __all__ = [
-    "NotRewritten", "Options", "ParvtsWarning", "Refusal", "compile", "explain", "register_rule", "rewrite",
+    "NotRewritten", "Options", "ParvtsWarning", "Refusal", "Stage", "compile", "explain", "register_rule", "rewrite",
 ]
 __version__ = "0.1.0"

@@ -136,7 +136,7 @@ class Options:
         for graph_pass in given:
             if not isinstance(getattr(graph_pass, "name", None), str) or not callable(getattr(graph_pass, "run", None)):
                 _fail("extra_passes", graph_pass, "objects with a name and a method run(state)",
-                      "See parvts_fx.passes.base.Pass.")
+                      "See parvts_fx.pipeline.Pass.")
         object.__setattr__(self, "extra_passes", tuple(given))
         self._check_references()
         self._check_stages()

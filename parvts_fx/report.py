@@ -8,7 +8,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from parvts_fx.passes.base import PassRecord
+from parvts_fx.pipeline import PassRecord
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +22,15 @@ class LayerReport:
 
     other_mixers: tuple[str, ...] = ()
     """Graph nodes at which tokens meet other than by attention, or may do so: what is not shown to work row by row."""
+
+    sees: str = ""
+    """Which rows see each other."""
+
+    leaving: int = 0
+    """Rows per sample that have left at the layer's input."""
+
+    chooses: str = ""
+    """The rule by which tokens are chosen at the layer's input, if any are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,17 +141,19 @@ def _tables(graph: GraphReport) -> list[object]:
     facts.add_row("prompt tokens (per sample)", f"{graph.prompt_tokens}, of which {graph.visual_tokens} visual")
     facts.add_row("kept after pruning", f"{graph.tokens_kept}, of which {graph.subject_tokens} visual")
     facts.add_row("batch", str(graph.batch))
-    facts.add_row("decoder layers", f"{len(graph.layers)}, migration in the first {graph.migration_depth}")
+    facts.add_row("decoder layers", f"{len(graph.layers)}, in {graph.migration_depth} of which two groups run")
+    facts.add_row("caches of all layers", f"{graph.tokens_kept} rows")
     if graph.flops_before and graph.flops_after:
         facts.add_row("FLOPs before", f"{graph.flops_before:.4g}")
         facts.add_row("FLOPs after", f"{graph.flops_after:.4g} ({graph.flops_after / graph.flops_before:.1%}, "
                                      f"a bound of {graph.flops_before / graph.flops_after:.2f}x)")
     layers = Table(title=f"Layers: {graph.layers_told_by}", title_justify="left")
-    for heading in ("layer", "attention", "tokens also meet at", "rows"):
+    for heading in ("layer", "attention", "tokens also meet at", "rows", "left", "chosen by", "who sees whom"):
         layers.add_column(heading)
     for layer in graph.layers:
         others = ", ".join(layer.other_mixers[:3]) + (" ..." if len(layer.other_mixers) > 3 else "")
-        layers.add_row(str(layer.index), layer.attention, others, ", ".join(f"{k} {n}" for k, n in layer.rows.items()))
+        layers.add_row(str(layer.index), layer.attention, others, ", ".join(f"{k} {n}" for k, n in layer.rows.items()),
+                       str(layer.leaving or ""), layer.chooses, layer.sees)
     passes = Table(title="Passes", title_justify="left")
     for heading in ("", "pass", "matches", "nodes added", "removed", "ms", "notes"):
         passes.add_column(heading)

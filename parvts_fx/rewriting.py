@@ -18,18 +18,21 @@ from parvts_fx.analysis.values import hint, value
 from parvts_fx.capture import capture, copy_graph_module
 from parvts_fx.errors import NotRewritten, Refusal
 from parvts_fx.runtime.merged_embeddings import MergedInput
-from parvts_fx.passes.dumps import dump_hook, log_hook
+from parvts_fx.passes.describe import layer_reports
+from parvts_fx.passes.dumps import Dump, log_hook
 from parvts_fx.options import Options, parse_options
 from parvts_fx.runtime.padding import padding_check
-from parvts_fx.passes import Pass, Plan, Work, build_pipeline, run_pipeline
+from parvts_fx.passes import Pass, Plan, build_pipeline
 from parvts_fx.capture.invert_permutations import InvertPermutations
 from parvts_fx.capture.spread_masked_updates import SpreadMaskedUpdates
 from parvts_fx.capture.version_writes import VersionWrites
 from parvts_fx.capture.write_out_sizes import WriteOutSizes
 from parvts_fx.runtime.guards import Precondition, same_count, visual_mask
 from parvts_fx.runtime.prompt_merges import is_without_visuals, prompt_merge, refuse_unseen_merges, report_merges, stream_input
-from parvts_fx.report import GraphReport, LayerReport
+from parvts_fx.pipeline import Work, run_pipeline
+from parvts_fx.report import GraphReport
 from parvts_fx.scores import reads_text
+from parvts_fx.stages import dropping
 from parvts_fx.passes.verify import CHEAP_CHECKS, Check, verifier
 from parvts_fx.torch_private import FakeTensor
 
@@ -94,15 +97,17 @@ def rewrite_graph(
     """
     start, nodes = time.perf_counter(), len(module.graph.nodes)
     work = capture(module, example_inputs)
-    attentions = attention_nodes(work.graph)
-    merge = prompt_merge(work, attentions, example_inputs, options, handed)
+    attentions, dump = attention_nodes(work.graph), Dump(work)
+    job = Work(work, hooks=(verifier(checks), log_hook, dump))
+    merge = prompt_merge(job, attentions, example_inputs, options, handed)
     given = (*example_inputs, handed.visual) if handed else tuple(example_inputs)
     merges = report_merges(work, merge, given, handed) if merge else ()
     if merge is None or is_without_visuals(work, merge, attentions, handed):
         return Rewriting(GraphReport("untouched", _UNSEEN, nodes, merges=merges))
     stream = stream_input(work, merge)
     refuse_unseen_merges(work, merge, example_inputs, handed, stream)
-    normalise(work, merge)
+    run_pipeline([WriteOutSizes(), InvertPermutations(), SpreadMaskedUpdates(merge.output, attention_nodes(work.graph)),
+                  VersionWrites(merge.output)], job)
     decoder = find_decoder(work, window_caches_follow, merge, given)
     if decoder is None:
         return Rewriting(GraphReport("untouched", _UNSEEN, nodes, merges=merges))
@@ -124,24 +129,17 @@ def rewrite_graph(
         return Rewriting(GraphReport("untouched", "all visual tokens are kept", **facts))
     if hint(visuals) == 0:
         raise Refusal("there are fewer visual tokens than samples", merge.output)
+    stages = dropping(stages, visuals)
     mask = visual_mask(work, merge)
     precondition = Precondition(work, merge, mask) if merge.count is None else None
     padding = padding_check(work, decoder, any(reads_text(stage.stage.rule) for stage in stages))
-    hooks = [verifier(checks), log_hook, dump_hook(work, merge, hint(visuals))]
-    job = Work(work, Plan(decoder, options, stages))
-    records = run_pipeline(build_pipeline(options) if passes is None else passes, job, hooks)
+    dump.tell(merge, hint(visuals))
+    job.plan = Plan(decoder, options, stages)
+    run_pipeline(build_pipeline(options) if passes is None else passes, job)
     work.recompile()
     report = GraphReport("rewritten", layers=layer_reports(job.plan), layers_told_by=decoder.period.told_by,
-                         passes=tuple(records), **facts)
+                         passes=tuple(job.records), **facts)
     return Rewriting(report, work, precondition, merge, mask, stream=stream, padding=padding)
-
-
-def normalise(module: GraphModule, merge: VisualMerge) -> None:
-    """Write what follows the merge in forms whose sizes follow the number of rows, so that the analysis can follow."""
-    WriteOutSizes().run(module)
-    InvertPermutations().run(module)
-    SpreadMaskedUpdates().run(module, merge.output, attention_nodes(module.graph))
-    VersionWrites().run(module, merge.output)
 
 
 def _count(module: GraphModule, merge: VisualMerge, example_inputs: Sequence[object]) -> int:
@@ -164,31 +162,6 @@ def _refuse_gradients(example_inputs: Sequence[object], module: GraphModule) -> 
         for x in (*example_inputs, *(value(n) for n in module.graph.nodes if n.op == "placeholder"))
     ):
         raise Refusal("gradients are recorded; pruning is for inference (use torch.no_grad() or torch.inference_mode())")
-
-
-def layer_reports(plan: Plan) -> tuple[LayerReport, ...]:
-    """Which rows run through each layer."""
-    return tuple(_layer_report(plan, index) for index in range(len(plan.layers)))
-
-
-def _layer_report(plan: Plan, index: int) -> LayerReport:
-    layer = plan.layers[index]
-    kinds = ", ".join(dict.fromkeys(attention.kind for attention in layer.attentions)) or "no attention"
-    others = tuple(mixer.output.name for mixer in layer.mixers if mixer.attention is None)
-    level = sum(stage.end <= index for stage in plan.stages)
-    running = next((stage for stage in plan.stages if stage.runs_both(index)), None)
-    text, left = hint(plan.text_count), hint(plan.visual_count(level))
-    if running is None:
-        rows = {"kept" if level else "all": text + left}
-    else:
-        subject = hint(plan.visual_count(level + 1))
-        if running.is_weighed:
-            rows = {"subject path": text + subject, "non-subject path": text + left - subject}
-        elif running.is_parallel:
-            rows = {"text": text, "subject": subject, "non-subject": left - subject}
-        else:
-            rows = {"all": text + left}
-    return LayerReport(layer.index, kinds, rows, others)
 
 
 def rewrite(

@@ -250,7 +250,7 @@ def trace_rule(
     Raises:
         ValueError: the rule cannot be traced, or does not return a [batch, rows] tensor of real numbers.
     """
-    rule, number = stage.stage.rule, stage.number
+    rule, number = stage.stage.rule, stage.written_as
     name = rule if isinstance(rule, str) else getattr(rule, "__name__", type(rule).__name__)
     function = rule_named(rule)
     returned: list[object] = []
@@ -261,7 +261,7 @@ def trace_rule(
         return returned[-1]
 
     given = [held for held in (visual, hidden, attention) if held is not None]
-    what = f"option score={name!r}" if number == 0 and emitter.plan.options.stages is None else (
+    what = f"option score={name!r}" if emitter.plan.options.stages is None else (
         f"option stages[{number}].rule={name!r}")
     try:
         node = emitter.editor.inline(traced, *given)

@@ -105,10 +105,15 @@ class PlacedStage:
     """A stage in a decoder whose number of layers is known."""
 
     number: int
+    """How many stages drop tokens in front of it."""
+
     stage: Stage
     at: int
     end: int
     """The layer at whose input the non-subject rows leave; the number of layers for "behind the last layer"."""
+
+    written_as: int = 0
+    """Which stage of the user's schedule this is: one that drops nothing from the prompt at hand is left out."""
 
     @property
     def is_weighed(self) -> bool:
@@ -162,8 +167,33 @@ def placed(stages: Sequence[Stage], layers: int) -> tuple[PlacedStage, ...]:
         if found and at < found[-1].end:
             _fail("at", stage.at, f"at least layer {found[-1].end}, where the non-subject tokens of the stage before leave "
                   f"(it came to layer {at})", "A stage begins where the one before it has ended, or behind.", number)
-        found.append(PlacedStage(number, stage, at, end))
+        found.append(PlacedStage(number, stage, at, end, number))
     return tuple(found)
+
+
+def dropping(stages: Sequence[PlacedStage], visuals: int | torch.SymInt) -> tuple[PlacedStage, ...]:
+    """The stages without those that drop none of so many visual tokens; where that is known only when the graph runs, all."""
+    if not isinstance(visuals, int):
+        return tuple(stages)
+    found: list[PlacedStage] = []
+    left = visuals
+    for placed_stage in stages:
+        kept = placed_stage.stage.kept(left, visuals)
+        if kept < left:
+            found.append(dataclasses.replace(placed_stage, number=len(found)))
+        left = kept
+    return tuple(found)
+
+
+def weighs_nothing(stages: Sequence[Stage], visuals: int) -> bool:
+    """Whether a stage with constant weights drops none of so many tokens: then there is nothing to weigh its text with."""
+    left = visuals
+    for stage in stages:
+        kept = stage.kept(left, visuals)
+        if kept == left and stage.fusion != "attention":
+            return True
+        left = kept
+    return False
 
 
 def _layers(given: int | float, layers: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from parvts_fx.options import Options
-from parvts_fx.passes.base import GraphPass, Pass, PassRecord, PassResult, PlanPass, Work, run_pipeline
+from parvts_fx.pipeline import GraphPass, Pass, PassRecord, PassResult, PlanPass, Work, run_pipeline
 from parvts_fx.passes.drop_dead_rows import DropDeadRows
 from parvts_fx.passes.duplicate_attention import DuplicateAttention
 from parvts_fx.passes.duplicate_layers import DuplicateLayers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,17 +37,13 @@ def choose(emitter: Emitter, choice: Choice) -> None:
         scores = _attended_in_tower(emitter, here)
     else:
         scores = trace_rule(emitter, stage, hidden, visual, attention)
-    merge, merged = emitter.decoder.merge, emitter.main.held[emitter.decoder.merge.output][live(0)]
-    features = [emitter.mapped(node) for node in merge.features] if merge.count is None else []
-    before = [placed.stage for placed in emitter.plan.stages[:stage.number]]
+    merged, features = _sizes(emitter)
+    count, before = emitter.decoder.merge.count, [placed.stage for placed in emitter.plan.stages[:stage.number]]
 
     def split(
         prompt: torch.Tensor, scores: torch.Tensor, visual: torch.Tensor, *features: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        visuals = merge.count
-        if visuals is None:
-            visuals = sum(feature.numel() // prompt.shape[2] for feature in features) // prompt.shape[0]
-        left = visuals
+        left = visuals = _visuals(prompt, features, count)
         for earlier in before:
             left = earlier.kept(left, visuals)
         return partition(scores, visual, stage.stage.kept(left, visuals), left)
@@ -54,6 +51,20 @@ def choose(emitter: Emitter, choice: Choice) -> None:
     tensors = editor.inline(split, merged, scores, visual, *features)
     emitter.partitions[stage.number] = tensors
     _lay_out(emitter, stage.number, tensors)
+
+
+def _sizes(emitter: Emitter) -> tuple[Node, list[Node]]:
+    """What tells how many rows a sample has: the merged embeddings [batch, seq, hidden], and the features where they do."""
+    merge = emitter.decoder.merge
+    features = [emitter.mapped(node) for node in merge.features] if merge.count is None else []
+    return emitter.main.held[merge.output][live(0)], features
+
+
+def _visuals(prompt: torch.Tensor, features: Sequence[torch.Tensor], count: int | None) -> int:
+    """Visual tokens of a sample; a torch.SymInt that the tracing follows where sizes are symbolic."""
+    if count is not None:
+        return count
+    return sum(feature.numel() // prompt.shape[2] for feature in features) // prompt.shape[0]
 
 
 def _hidden(emitter: Emitter, link: Node, here: str) -> Node:
@@ -157,10 +168,11 @@ def _text_places(emitter: Emitter, here: str, visual: Node) -> Node:
     """[batch, texts]: where the text stands among the rows that are left."""
     if TEXT in emitter.sets:
         return emitter.sets.places(TEXT, here)
-    visuals = emitter.plan.visual_count(0)
+    merged, features = _sizes(emitter)
+    count = emitter.decoder.merge.count
 
-    def places(visual: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
-        count = prompt.shape[1] - visuals
-        return torch.sort((~visual).int(), dim=1, descending=True, stable=True).indices[:, :count]
+    def places(visual: torch.Tensor, prompt: torch.Tensor, *features: torch.Tensor) -> torch.Tensor:
+        texts = prompt.shape[1] - _visuals(prompt, features, count)
+        return torch.sort((~visual).int(), dim=1, descending=True, stable=True).indices[:, :texts]
 
-    return emitter.editor.inline(places, visual, emitter.main.held[emitter.decoder.merge.output][live(0)])
+    return emitter.editor.inline(places, visual, merged, *features)

@@ -21,7 +21,7 @@ from parvts_fx.analysis.values import (
     storage_of,
     value,
 )
-from parvts_fx.passes.base import PassResult
+from parvts_fx.pipeline import PassResult
 from parvts_fx.passes.plan import Choice, Plan, PlanError, Twin
 
 _ALL, _TEXT = 0, 1

@@ -7,7 +7,7 @@ import logging
 import os
 import textwrap
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,7 +15,9 @@ from torch.fx import GraphModule
 
 from parvts_fx.analysis.records import VisualMerge
 from parvts_fx.analysis.values import ancestors, hint, hint_shape, is_equality, value
-from parvts_fx.passes.base import PassRecord, Work
+from parvts_fx.capture.graphs import copy_graph_module
+from parvts_fx.passes.describe import describe
+from parvts_fx.pipeline import PassRecord, Work
 
 log = logging.getLogger("parvts_fx")
 
@@ -27,19 +29,40 @@ def log_hook(record: PassRecord, work: Work) -> None:
     log.info("%s", record)
 
 
-def dump_hook(module: GraphModule, merge: VisualMerge, visual_tokens: int) -> Callable[[PassRecord, Work], None]:
-    """A hook that writes ``graph<n>/<position>_<pass>.py`` below the folder that the variable PARVTS_FX_DUMP names."""
-    root = os.environ.get(DUMP_VARIABLE)
-    if not root:
-        return lambda record, work: None
-    folder = _fresh_folder(Path(root))
-    stand_ins = _visual_stand_ins(merge, visual_tokens)
-    (folder / "00_captured.py").write_text(as_program(module, stand_ins))
+class Dump:
+    """A hook that writes ``graph<n>/<position>_<pass>`` below the folder that the variable PARVTS_FX_DUMP names.
 
-    def dump(record: PassRecord, work: Work) -> None:
-        (folder / f"{record.position:02d}_{record.name}.py").write_text(as_program(work.module, stand_ins))
+    A ``.py`` file for a graph, which runs; a ``.txt`` for a plan. Nothing is written for a graph that has no merge.
+    """
 
-    return dump
+    def __init__(self, module: GraphModule):
+        root = os.environ.get(DUMP_VARIABLE)
+        self._root = Path(root) if root else None
+        self._folder: Path | None = None
+        self._stand_ins: Mapping[str, str] = {}
+        self._waiting: dict[str, GraphModule] = {"00_captured": copy_graph_module(module)} if root else {}
+        """Graphs of which it is not known yet whether they have a merge, and which inputs make tokens visual."""
+
+    def __call__(self, record: PassRecord, work: Work) -> None:
+        name = f"{record.position:02d}_{record.name}"
+        if self._root is None:
+            return
+        if self._folder is None:
+            self._waiting[name] = copy_graph_module(work.module)
+        elif record.changes_graph:
+            (self._folder / f"{name}.py").write_text(as_program(work.module, self._stand_ins))
+        else:
+            (self._folder / f"{name}.txt").write_text(f"{describe(work.plan)}\n")
+
+    def tell(self, merge: VisualMerge, visual_tokens: int) -> None:
+        """What is merged, and how many visual tokens a sample has: from now on there is something to write."""
+        if self._root is None:
+            return
+        self._folder = _fresh_folder(self._root)
+        self._stand_ins = _visual_stand_ins(merge, visual_tokens)
+        for name, module in self._waiting.items():
+            (self._folder / f"{name}.py").write_text(as_program(module, self._stand_ins))
+        self._waiting.clear()
 
 
 def _fresh_folder(root: Path) -> Path:

@@ -27,7 +27,7 @@ from parvts_fx.analysis.values import (
 from parvts_fx.capture.editing import Editor
 from parvts_fx.errors import Refusal
 from parvts_fx.passes.attend import write_attention
-from parvts_fx.passes.base import PassResult, Work
+from parvts_fx.pipeline import PassResult, Work
 from parvts_fx.passes.choose import choose
 from parvts_fx.passes.paths import Path
 from parvts_fx.passes.plan import Plan, PlanError

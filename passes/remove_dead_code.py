@@ -6,7 +6,7 @@ import dataclasses
 from typing import ClassVar
 
 from parvts_fx.analysis.values import needed_for, output_node
-from parvts_fx.passes.base import PassResult, Work
+from parvts_fx.pipeline import PassResult, Work
 
 
 @dataclasses.dataclass(frozen=True)

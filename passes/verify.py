@@ -10,7 +10,7 @@ import torch
 from torch.fx import Graph, Interpreter, Node
 
 from parvts_fx.analysis.values import concrete, fake_mode_of, hint, output_node, value
-from parvts_fx.passes.base import PassRecord, Work
+from parvts_fx.pipeline import PassRecord, Work
 from parvts_fx.passes.rows import LAST, TEXT, live, non_subject
 
 

@@ -22,6 +22,7 @@ from parvts_fx.capture.spread_masked_updates import SpreadMaskedUpdates
 from parvts_fx.capture.unify_merges import UnifyMerges
 from parvts_fx.capture.version_writes import VersionWrites
 from parvts_fx.capture.write_out_sizes import WriteOutSizes
+from parvts_fx.pipeline import Work
 from parvts_fx.runtime.compiled_call import _rows_of_none_of
 from tests.comparing import TOLERANCE
 from tests.models.builders import BUILDERS
@@ -62,7 +63,7 @@ def rows_by_other_indices(x: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Te
 @pytest.mark.parametrize("function, count", [(unsorted_rows, 1), (rows_by_other_indices, 0)])
 def test_inversions_of_a_sort_become_sorts(function, count):
     inputs = torch.randn(6, 3), torch.tensor([2, 0, 5, 1, 4, 3])
-    assert rewritten_alike(function, inputs, InvertPermutations().run) == count
+    assert rewritten_alike(function, inputs, lambda module: InvertPermutations().run(Work(module)).matches) == count
 
 
 def added_to_rows(x: torch.Tensor, mask: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor]:
@@ -93,7 +94,7 @@ def test_updates_of_masked_rows_are_spread(function, count):
 
     def rewrite(module):
         merge = next(node for node in module.graph.nodes if is_merge(node))
-        return SpreadMaskedUpdates().run(module, merge, attention_nodes(module.graph))
+        return SpreadMaskedUpdates(merge, attention_nodes(module.graph)).run(Work(module)).matches
 
     assert rewritten_alike(function, (torch.randn(2, 5, 4), mask, torch.randn(4, 4)), rewrite) == count
 
@@ -114,7 +115,8 @@ def view_read_later(x: torch.Tensor) -> tuple[torch.Tensor]:
 @pytest.mark.parametrize("function, count", [(written_then_read, 1), (view_read_later, 0)])
 def test_a_tensor_has_a_new_name_behind_a_write(function, count):
     def rewrite(module):
-        return VersionWrites().run(module, next(node for node in module.graph.nodes if node.op == "call_function"))
+        first = next(node for node in module.graph.nodes if node.op == "call_function")
+        return VersionWrites(first).run(Work(module)).matches
 
     assert rewritten_alike(function, (torch.randn(3, 4, 4),), rewrite) == count
 
@@ -126,7 +128,7 @@ def test_sizes_are_written_out():
     size = graph.call_function(torch.Size, ([2, 3, 4],))
     graph.output((graph.call_method("view", (x, size)), graph.call_function(operator.getitem, (size, 1)), size))
     module = torch.fx.GraphModule({}, graph)
-    assert WriteOutSizes().run(module) == 1
+    assert WriteOutSizes().run(Work(module)).matches == 1
     module.graph.lint()
     module.recompile()
     view = next(node for node in module.graph.nodes if node.op == "call_method")
@@ -148,7 +150,7 @@ def cached_keys_in_front(features: torch.Tensor, ids: torch.Tensor, table: torch
 @pytest.mark.parametrize("function, count", [(features_in_front, 1), (cached_keys_in_front, 0)])
 def test_what_is_joined_with_text_is_visual_where_all_goes_on_from_there(function, count):
     inputs = (torch.randn(1, 4, 6), torch.arange(3)[None], nn.Parameter(torch.randn(9, 6), requires_grad=False))
-    assert rewritten_alike(function, inputs, lambda module: UnifyMerges().run(module, set())) == count
+    assert rewritten_alike(function, inputs, lambda module: UnifyMerges().run(Work(module)).matches) == count
 
 
 @pytest.mark.supports("Left unrewritten", "a learned bias chosen by a table of distances, which decode steps would count anew")

@@ -8,13 +8,20 @@ from the third on, a norm over tokens in some feed-forwards), so it is not enoug
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Collection, Iterable, Sequence
 
+import torch
+import torch.nn.functional as F
 from torch.fx import Node
 
 from parvts_fx.analysis.records import Mixer
 from parvts_fx.analysis.tokens import AxisLabels, TokenMap
 from parvts_fx.analysis.values import SUMS, has_target, hint_shape, is_tensor, leaves, value
+
+_CONVOLUTIONS = (torch.conv1d, F.conv1d, torch.conv2d, F.conv2d, torch.ops.aten.conv1d.default, torch.ops.aten.conv2d.default,
+                 torch.ops.aten.convolution.default)
+"""Their weights are [out, in of one group, ...]."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +38,20 @@ class Block:
     adds: bool = True
     """Whether it ends with a sum, as what stands within layers does."""
 
-    loose: int = 0
-    """How many groups of mixers without a matrix of their own follow it (norms over tokens)."""
+    beside: frozenset = frozenset()
+    """Those of the matrices that neither lead to where tokens meet nor follow from it: of a feed-forward beside attention."""
+
+    matrices: int = 0
+    """How many, those of one shape counted each."""
 
     @property
     def mixes(self) -> bool:
         return self.group is not None
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether tokens meet in it, and it has no matrix of its own: a norm over tokens, say."""
+        return self.mixes and not self.weights
 
 
 def blocks_of(
@@ -58,23 +73,48 @@ def blocks_of(
     for link in chain:
         own = _newly_reached(link, inside, seen)
         if link is not groups[0][0]:
-            weights = frozenset(
-                (str(node.target), hint_shape(value(side))) for node in own for side in _matrices(node, tokens))
-            block = Block(group, weights, frozenset(str(node.target) for node in own), has_target(link, SUMS, ("add", "add_")))
+            mixers = [] if group is None else groups[group][1]
+            block = _block(link, group, own, mixers, tokens)
             beside = len(reading) > 1 and group is None and max(b.group or 0 for b in blocks) == 0 and any(
                 source in inside and source not in touched for source in link.all_input_nodes)
             if beside:
                 before = blocks.pop()
                 blocks.append(dataclasses.replace(
-                    before, weights=before.weights | weights, operations=before.operations | block.operations))
-            elif blocks and block.mixes and not weights:
-                blocks[-1] = dataclasses.replace(blocks[-1], loose=blocks[-1].loose + 1)
-            elif block.mixes or weights:
+                    before, weights=before.weights | block.weights, operations=before.operations | block.operations,
+                    beside=before.beside | block.beside, matrices=before.matrices + block.matrices))
+            elif block.mixes or block.weights:
                 blocks.append(block)
         group = reading.get(link)
     while not blocks[-1].mixes and not blocks[-1].adds:  # the head
         blocks.pop()
     return blocks
+
+
+def _block(link: Node, group: int | None, own: Collection[Node], mixers: Sequence[Mixer], tokens: TokenMap) -> Block:
+    found = {node: [(str(node.target), hint_shape(value(side))) for side in matrices_of(node, tokens)] for node in own}
+    behind, stack = set(), [user for mixer in mixers for user in mixer.output.users]
+    while stack:
+        node = stack.pop()
+        if node in found and node not in behind:
+            behind.add(node)
+            stack.extend(node.users)
+    in_front, stack = set(), [source for mixer in mixers for source in _operands(mixer)]
+    while stack:
+        node = stack.pop()
+        if node in found and node not in in_front:
+            in_front.add(node)
+            stack.extend(node.all_input_nodes)
+    return Block(
+        group, frozenset(weight for weights in found.values() for weight in weights),
+        frozenset(str(node.target) for node in own), has_target(link, SUMS, ("add", "add_")),
+        frozenset(weight for node, weights in found.items() if node not in behind | in_front for weight in weights),
+        sum(map(len, found.values())))
+
+
+def _operands(mixer: Mixer) -> list[Node]:
+    if mixer.attention is None:
+        return [*mixer.reads]
+    return [operand.node for operand in (*mixer.attention.queries, *mixer.attention.keys)]
 
 
 def _newly_reached(link: Node, inside: set[Node], seen: set[Node]) -> list[Node]:
@@ -90,11 +130,13 @@ def _newly_reached(link: Node, inside: set[Node], seen: set[Node]) -> list[Node]
     return own
 
 
-def _matrices(node: Node, tokens: TokenMap) -> Iterable[Node]:
+def matrices_of(node: Node, tokens: TokenMap) -> Iterable[Node]:
+    """The matrices by which a node multiplies what runs along the prompt; a kernel for each channel by itself is none."""
     bindings = tokens.bindings.get(node, {})
     for index, leaf in enumerate(leaves(node)):
         if is_tensor(leaf) and leaf not in tokens.probed and not isinstance(bindings.get(index), AxisLabels):
-            if sum(size != 1 for size in hint_shape(value(leaf))) > 1:
+            shape = hint_shape(value(leaf))
+            if sum(size != 1 for size in (shape[:2] if has_target(node, _CONVOLUTIONS) else shape)) > 1:
                 yield leaf
 
 
@@ -113,24 +155,34 @@ class Period:
 def find_period(blocks: Sequence[Block], count: int) -> Period:
     """Which of ``count`` groups of mixers begin layers."""
     starts, told_by = _find_starts(blocks, count)
-    last = [block for block in blocks if block.mixes and block.group in starts]
-    ends = [blocks[blocks.index(block) - 1] for block in last[1:]]
-    return Period(starts, told_by, all(end.loose == blocks[-1].loose for end in ends) if ends else not blocks[-1].loose)
+    places = [place for place, block in enumerate(blocks) if block.group in starts and not block.is_bare]
+    ends, last = [_bare_in_front(blocks, place) for place in places[1:]], _bare_in_front(blocks, len(blocks))
+    return Period(starts, told_by, all(end == last for end in ends) if ends else not last)
+
+
+def _bare_in_front(blocks: Sequence[Block], place: int) -> int:
+    """How many bare blocks in a row stand there."""
+    return len(list(itertools.takewhile(lambda block: block.is_bare, reversed(blocks[:place]))))
 
 
 def _find_starts(blocks: Sequence[Block], count: int) -> tuple[list[int], str]:
-    behind_others = _behind_blocks_that_do_not_mix(blocks)
-    if _is_regular(behind_others, blocks):
-        return behind_others, "each ends with blocks in which tokens do not meet"
-    for period in range(1, len(blocks) // 2 + 1):
-        starts = _ending_alike(blocks, period)
-        if starts is not None:
-            return starts, f"{period} blocks of the residual stream, the last one alike in all layers"
-    for period in range(1, len(blocks) // 2 + 1):
-        starts = _repeating(blocks, period)
+    whole = [block for place, block in enumerate(blocks) if not block.is_bare or not place]
+    for view in (blocks, whole):  # bare blocks are parts of what repeats, or else of the layer in front of them
+        behind_others = _behind_blocks_that_do_not_mix(view)
+        regular = _is_regular(behind_others, view) and (view is whole or not view[-1].mixes)
+        for period in range(1, len(view) // 2 + 1):
+            starts = _ending_alike(view, period)
+            if starts is not None and not (regular and len(starts) <= len(behind_others)):
+                return starts, f"{period} blocks of the residual stream, the last one alike in all layers"
+        if regular:
+            return behind_others, "each ends with blocks in which tokens do not meet"
+    for period in range(1, len(whole) // 2 + 1):
+        starts = _repeating(whole, period)
         if starts is not None:
             return starts, f"{period} blocks of the residual stream, which repeat"
-    if len(behind_others) > 1 or not blocks[-1].mixes:
+    if _shared([[block] for block in whole]) and _chunks(whole, 1):
+        return _starts([[block] for block in whole]), "1 block of the residual stream, alike in part"
+    if len(behind_others) > 1 or not whole[-1].mixes:
         return behind_others, "each ends with blocks in which tokens do not meet, and has its own number of mixers"
     if count == 1:
         return [0], "one block in which tokens meet"
@@ -166,12 +218,25 @@ def _starts(chunks: Sequence[Sequence[Block]]) -> list[int]:
     return [next(block.group for block in chunk if block.mixes) for chunk in chunks]
 
 
+def _shared(chunks: Sequence[Sequence[Block]]) -> frozenset:
+    """The matrices that the last blocks have in common."""
+    return frozenset.intersection(*(chunk[-1].weights for chunk in chunks))
+
+
 def _ending_alike(blocks: Sequence[Block], period: int) -> list[int] | None:
-    """Layers whose last blocks share matrices (a feed-forward's) that no other block has."""
+    """Layers whose last blocks share matrices (a feed-forward's) that no other block has.
+
+    Where there are no other blocks, a matrix of that shape in all of them may be a coincidence: of attention's output and an
+    expert's router, say. Then all blocks have the same matrices, or share those of a feed-forward beside what mixes.
+    """
     chunks = _chunks(blocks, period)
     if chunks is None:
         return None
-    shared = frozenset.intersection(*(chunk[-1].weights for chunk in chunks))
+    shared = _shared(chunks)
+    if period == 1:
+        alike = len({(block.weights, block.matrices) for block in blocks}) == 1
+        found = shared and (alike or frozenset.intersection(*(block.beside for block in blocks)))
+        return _starts(chunks) if found else None
     others = [block for chunk in chunks for block in chunk[:-1]]
     return _starts(chunks) if shared and not any(shared <= block.weights for block in others) else None
 

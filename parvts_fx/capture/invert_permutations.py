@@ -7,10 +7,11 @@ import operator
 from typing import ClassVar
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from parvts_fx.analysis.values import has_target, hint_shape, is_index, is_tensor, value
 from parvts_fx.capture.editing import Editor
+from parvts_fx.pipeline import PassResult, Work
 
 _SORTS = (torch.sort, torch.argsort, torch.ops.aten.sort.default, torch.ops.aten.argsort.default)
 _SORT_METHODS = ("sort", "argsort")
@@ -29,9 +30,8 @@ class InvertPermutations:
 
     name: ClassVar[str] = "invert_permutations"
 
-    def run(self, module: GraphModule) -> int:
-        """Rewrite the graph; returns the number of inversions found."""
-        editor, count = Editor(module), 0
+    def run(self, work: Work) -> PassResult:
+        module, editor, count = work.module, Editor(work.module), 0
         for node in list(module.graph.nodes):
             if node.op == "call_function" and node.target is operator.setitem and _inverts(*node.args):
                 buffer, permutation, _ = node.args
@@ -41,7 +41,7 @@ class InvertPermutations:
                     user.replace_input_with(buffer, inverse)
                 module.graph.erase_node(node)
                 count += 1
-        return count
+        return PassResult(count)
 
 
 def _inverts(buffer: object, permutation: object, table: object) -> bool:

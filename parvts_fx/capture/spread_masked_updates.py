@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from collections.abc import Collection
 from typing import ClassVar
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 
 from parvts_fx.analysis.merge import enters_a_layer, is_merge
 from parvts_fx.analysis.values import (
@@ -24,6 +25,7 @@ from parvts_fx.analysis.values import (
 )
 from parvts_fx.capture.editing import Editor
 from parvts_fx.torch_private import assert_scalar
+from parvts_fx.pipeline import PassResult, Work
 
 _POINTWISE = (operator.add, operator.iadd, operator.mul, operator.imul, operator.sub, torch.add, torch.mul, torch.sub)
 _POINTWISE_METHODS = ("add", "add_", "mul", "mul_", "sub", "to", "clone", "type_as")
@@ -44,16 +46,19 @@ class SpreadMaskedUpdates:
     """
 
     name: ClassVar[str] = "spread_masked_updates"
+    merged: Node
+    """Only what depends on these embeddings is rewritten."""
 
-    def run(self, module: GraphModule, merged: Node, attentions: set[Node]) -> int:
-        """Rewrite what depends on ``merged``; returns the number of updates that were spread."""
-        editor, count = Editor(module), 0
-        for node in descendants(module.graph, [merged]):
-            if is_merge(node) and enters_a_layer(node, attentions):
+    attentions: Collection[Node]
+
+    def run(self, work: Work) -> PassResult:
+        editor, count = Editor(work.module), 0
+        for node in descendants(work.module.graph, [self.merged]):
+            if is_merge(node) and enters_a_layer(node, self.attentions):
                 count += _spread_scatter(editor, node)
             elif node.op == "call_function" and node.target is operator.setitem:
                 count += _spread_setitem(editor, node)
-        return count
+        return PassResult(count)
 
 
 def spread(features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -9,12 +9,13 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import ClassVar
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from parvts_fx.analysis.merge import CHOICES, Stream, is_visual
 from parvts_fx.analysis.modality import Origin, origin_of
 from parvts_fx.analysis.values import ancestors, has_target, is_tensor, storage_of, value
 from parvts_fx.capture.editing import Editor
+from parvts_fx.pipeline import PassResult, Work
 
 _PUTS = (torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default, torch.index_put)
 _PUT_METHODS = ("index_put", "index_put_")
@@ -36,29 +37,28 @@ class UnifyMerges:
     """
 
     name: ClassVar[str] = "unify_merges"
+    attentions: Collection[Node] = ()
+    handed: Node | None = None
+    """An input that holds embeddings into which an earlier graph has merged."""
 
-    def run(
-        self, module: GraphModule, attentions: set[Node], handed: Node | None = None,
-        texts: Collection[Node] = (), origins: Mapping[Node, Origin] | None = None,
-    ) -> int:
-        """Rewrite the graph; returns the number of merges that were rewritten.
+    texts: Collection[Node] = ()
+    """Inputs that hold embeddings which an earlier graph has looked up."""
 
-        Args:
-            handed: an input that holds embeddings into which an earlier graph has merged.
-            texts: inputs that hold embeddings which an earlier graph has looked up.
-            origins: what earlier graphs have told of other placeholders.
-        """
-        editor, stream = Editor(module), Stream(attentions, handed, texts)
+    origins: Mapping[Node, Origin] = dataclasses.field(default_factory=dict)
+    """What earlier graphs have told of other placeholders."""
+
+    def run(self, work: Work) -> PassResult:
+        editor, stream = Editor(work.module), Stream(self.attentions, self.handed, self.texts)
         count = 0
-        for node in list(module.graph.nodes):
+        for node in list(work.module.graph.nodes):
             if not node.op.startswith("call"):
                 continue
-            merged = (_scatter_assignment(editor, node, stream) or _scatter_joint(editor, node, stream, origins or {})
+            merged = (_scatter_assignment(editor, node, stream) or _scatter_joint(editor, node, stream, self.origins)
                       or _turn_choice(editor, node, stream))
             count += bool(merged)
             for new in merged or [node]:
                 stream.accept(new)
-        return count
+        return PassResult(count)
 
 
 def _scatter_assignment(editor: Editor, node: Node, stream: Stream) -> list[Node]:

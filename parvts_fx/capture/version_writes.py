@@ -6,10 +6,11 @@ import dataclasses
 import operator
 from typing import ClassVar
 
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from parvts_fx.analysis.values import descendants, is_tensor, storage_of, value
 from parvts_fx.capture.editing import Editor
+from parvts_fx.pipeline import PassResult, Work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,14 +22,15 @@ class VersionWrites:
     """
 
     name: ClassVar[str] = "version_writes"
+    merged: Node
+    """Only what depends on these embeddings is rewritten."""
 
-    def run(self, module: GraphModule, merged: Node) -> int:
-        """Rewrite what depends on ``merged``; returns the number of writes."""
-        editor, count = Editor(module), 0
-        for node in descendants(module.graph, [merged]):
+    def run(self, work: Work) -> PassResult:
+        editor, count = Editor(work.module), 0
+        for node in descendants(work.module.graph, [self.merged]):
             if node.op == "call_function" and node.target is operator.setitem:
                 count += _version(editor, node)
-        return count
+        return PassResult(count)
 
 
 def _version(editor: Editor, write: Node) -> bool:

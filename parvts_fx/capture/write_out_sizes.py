@@ -6,8 +6,10 @@ import dataclasses
 from typing import ClassVar
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 from torch.fx.node import map_arg
+
+from parvts_fx.pipeline import PassResult, Work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,13 +21,12 @@ class WriteOutSizes:
 
     name: ClassVar[str] = "write_out_sizes"
 
-    def run(self, module: GraphModule) -> int:
-        """Rewrite the graph; returns the number of sizes written out."""
+    def run(self, work: Work) -> PassResult:
         count = 0
-        for node in list(module.graph.nodes):
+        for node in list(work.module.graph.nodes):
             if node.op == "call_function" and node.target is torch.Size and node.args:
                 count += _write_out(node)
-        return count
+        return PassResult(count)
 
 
 def _write_out(size: Node) -> int:

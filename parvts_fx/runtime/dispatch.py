@@ -17,6 +17,7 @@ from parvts_fx.rewriting import Rewriting
 from parvts_fx.runtime.caches import cache_outputs, note_short_caches, tell_merge, tell_pruning
 from parvts_fx.runtime.guards import same_count
 from parvts_fx.runtime.merged_embeddings import MergedInput, visual_rows
+from parvts_fx.stages import weighs_nothing
 
 Compiled = Callable[..., Any]
 Lower = Callable[[GraphModule, Sequence[object]], Compiled]
@@ -84,6 +85,8 @@ class Dispatch:
             reason = _DIFFER
         elif self._done.padding is not None and self._done.padding(visual, *given):
             reason = _PADDING
+        elif not isinstance(self._done.merge.visual_tokens, int) and weighs_nothing(self._options.schedule, count):
+            reason = "a stage with constant weights drops none of this prompt's tokens, so that there is nothing to weigh"
         elif _has_labels():
             reason = "labels are given, and a loss needs the logits of every position"
         compiled = None

@@ -25,6 +25,7 @@ from parvts_fx.analysis.values import fake_mode_of, output_node, value
 from parvts_fx.capture import capture
 from parvts_fx.capture.unify_merges import UnifyMerges
 from parvts_fx.errors import ParvtsWarning
+from parvts_fx.pipeline import Work
 from parvts_fx.runtime.caches import Watch, current_call, merged_rows
 from parvts_fx.runtime.input_origins import is_lost, note_lost, noted_origins, noting_origins
 
@@ -149,7 +150,7 @@ def _merges(module: GraphModule, example_inputs: Sequence[object], position: int
     attentions = attention_nodes(work.graph)
     into = None if position is None else [node for node in work.graph.nodes if node.op == "placeholder"][position]
     texts, _ = noted_origins(work, example_inputs)
-    UnifyMerges().run(work, attentions, into, texts)
+    UnifyMerges(attentions, into, texts).run(Work(work))
     handed = None if into is None else Merge(into, into, None, False, Origin())
     merge = find_merge(work.graph, attentions, handed=handed, texts=texts, prunes=lambda modality: True)
     return merge is not None and merge.output is not into

@@ -17,6 +17,7 @@ from parvts_fx.analysis.values import descendants, hint, is_tensor, value
 from parvts_fx.capture.unify_merges import UnifyMerges
 from parvts_fx.errors import Refusal
 from parvts_fx.options import Options
+from parvts_fx.pipeline import Work, run_pipeline
 from parvts_fx.report import MergeReport
 from parvts_fx.runtime.guards import merged_mask, same_count, visual_mask
 from parvts_fx.runtime.input_origins import noted_origins
@@ -25,15 +26,16 @@ from parvts_fx.torch_private import FakeTensor
 
 
 def prompt_merge(
-    work: GraphModule, attentions: set[Node], example_inputs: Sequence[object], options: Options,
+    job: Work, attentions: set[Node], example_inputs: Sequence[object], options: Options,
     handed: MergedInput | None = None,
 ) -> VisualMerge | None:
     """Where features enter, written as one kind of merge; with what has been handed over, if anything has."""
+    work = job.module
     texts, origins = noted_origins(work, example_inputs)
     first = handed and handed.receive(work)
     if first is not None and not handed.by_graph:
         first = dataclasses.replace(first, prunable=options.prunes(UNKNOWN))
-    UnifyMerges().run(work, attentions, first and first.output, texts, origins)
+    run_pipeline([UnifyMerges(attentions, first and first.output, texts, origins)], job)
     merge = find_merge(work.graph, attentions, handed=first, texts=texts, origins=origins, prunes=options.prunes)
     if first is not None and merge.merges == (first,):
         return dataclasses.replace(merge, count=int(handed.visual[0].sum()))

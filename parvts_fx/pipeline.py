@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from torch.fx import GraphModule
 
-from parvts_fx.passes.plan import Plan
 
 if TYPE_CHECKING:
     from parvts_fx.passes.emit import Written
+    from parvts_fx.passes.plan import Plan
 
 
 @dataclasses.dataclass
@@ -21,8 +21,16 @@ class Work:
 
     module: GraphModule
     plan: Plan | None = None
+    """None until the decoder is known."""
+
     written: Written | None = None
     """What the emitter wrote; None in front of it."""
+
+    hooks: Sequence[Hook] = ()
+    """Called after each pass: verification, logging, dumps."""
+
+    records: list[PassRecord] = dataclasses.field(default_factory=list)
+    """One for each pass that has run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +88,9 @@ class PassRecord:
 Hook = Callable[[PassRecord, Work], None]
 
 
-def run_pipeline(
-    passes: Sequence[Pass], work: Work, hooks: Sequence[Hook] = (), first_position: int = 1
-) -> list[PassRecord]:
-    """Run passes in order; after each one, call every hook (verification, logging, dumps)."""
-    records: list[PassRecord] = []
-    for position, given in enumerate(passes, start=first_position):
+def run_pipeline(passes: Sequence[Pass], work: Work) -> None:
+    """Run passes in order; after each one, call every hook."""
+    for given in passes:
         before, graph, plans = set(work.module.graph.nodes), work.module.graph, hasattr(given, "plan")
         start = time.perf_counter()
         if plans:
@@ -95,9 +100,8 @@ def run_pipeline(
         elapsed = 1e3 * (time.perf_counter() - start)
         after = set(work.module.graph.nodes)
         kept = len(before & after) if work.module.graph is graph else work.written.copied
-        record = PassRecord(
-            position, given.name, result.matches, len(after) - kept, len(before) - kept, elapsed, result.notes, not plans)
-        records.append(record)
-        for hook in hooks:
-            hook(record, work)
-    return records
+        work.records.append(PassRecord(
+            len(work.records) + 1, given.name, result.matches, len(after) - kept, len(before) - kept, elapsed, result.notes,
+            not plans))
+        for hook in work.hooks:
+            hook(work.records[-1], work)
