@@ -134,8 +134,9 @@ class Options:
             _fail("mode", self.mode, f"one of {', '.join(MODES)}", "The modes are torch.compile's.")
         given = self.extra_passes if isinstance(self.extra_passes, (list, tuple)) else (self.extra_passes,)
         for graph_pass in given:
-            if not isinstance(getattr(graph_pass, "name", None), str) or not callable(getattr(graph_pass, "run", None)):
-                _fail("extra_passes", graph_pass, "objects with a name and a method run(state)",
+            works = callable(getattr(graph_pass, "run", None)) or callable(getattr(graph_pass, "plan", None))
+            if not isinstance(getattr(graph_pass, "name", None), str) or not works:
+                _fail("extra_passes", graph_pass, "objects with a name and a method run(work) or plan(plan)",
                       "See parvts_fx.pipeline.Pass.")
         object.__setattr__(self, "extra_passes", tuple(given))
         self._check_references()

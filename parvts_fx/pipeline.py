@@ -93,6 +93,8 @@ def run_pipeline(passes: Sequence[Pass], work: Work) -> None:
     for given in passes:
         before, graph, plans = set(work.module.graph.nodes), work.module.graph, hasattr(given, "plan")
         start = time.perf_counter()
+        if plans and work.written is not None:
+            raise RuntimeError(f"parvts_fx: pass {given.name} refines the plan, and stands behind emit, which has written it")
         if plans:
             work.plan, result = given.plan(work.plan)
         else:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from parvts_fx.picture import draw
 from parvts_fx.pipeline import PassRecord
 
 
@@ -102,6 +105,16 @@ class Report:
     def merges(self) -> tuple[MergeReport, ...]:
         """Everything that is merged into the prompt, in the order of the graphs."""
         return tuple(merge for graph in self.graphs for merge in graph.merges)
+
+    def show(self, path: str | Path | None = None) -> Any:
+        """Draw the prefill's plan, layers against rows; see :func:`parvts_fx.picture.draw`.
+
+        Raises:
+            ValueError: nothing was rewritten.
+        """
+        if self.prefill is None:
+            raise ValueError("parvts_fx: there is no plan to draw: no graph merges visual features into a prompt")
+        return draw(self.prefill, path)
 
     def __str__(self) -> str:
         console = Console(width=110, no_color=True)

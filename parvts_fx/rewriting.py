@@ -22,7 +22,7 @@ from parvts_fx.passes.describe import layer_reports
 from parvts_fx.passes.dumps import Dump, log_hook
 from parvts_fx.options import Options, parse_options
 from parvts_fx.runtime.padding import padding_check
-from parvts_fx.passes import Pass, Plan, build_pipeline
+from parvts_fx.passes import Pass, Plan, PlanError, build_pipeline
 from parvts_fx.capture.invert_permutations import InvertPermutations
 from parvts_fx.capture.spread_masked_updates import SpreadMaskedUpdates
 from parvts_fx.capture.version_writes import VersionWrites
@@ -136,6 +136,8 @@ def rewrite_graph(
     dump.tell(merge, hint(visuals))
     job.plan = Plan(decoder, options, stages)
     run_pipeline(build_pipeline(options) if passes is None else passes, job)
+    if job.written is None:
+        raise PlanError("parvts_fx: the pipeline lacks the pass emit, without which no graph is written")
     work.recompile()
     report = GraphReport("rewritten", layers=layer_reports(job.plan), layers_told_by=decoder.period.told_by,
                          passes=tuple(job.records), **facts)

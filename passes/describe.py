@@ -20,16 +20,16 @@ def _layer_report(plan: Plan, index: int) -> LayerReport:
     running = next((stage for stage in plan.stages if stage.runs_both(index)), None)
     text, left = hint(plan.text_count), hint(plan.visual_count(level))
     if running is None:
-        rows, sees = {"kept" if level else "all": text + left}, "all rows see each other"
+        rows, sees = {"kept" if level else "all": text + left}, "all see all"
     else:
         subject = hint(plan.visual_count(level + 1))
         rows = {"text": text, "subject": subject, "non-subject": left - subject}
-        sees = "text sees both groups, each group sees itself and the text"
+        sees = "text sees all, a group its own and text"
         if running.is_weighed:
             rows = {"subject path": text + subject, "non-subject path": text + left - subject}
-            sees = f"each path by itself; text {running.stage.fusion:g} to {1 - running.stage.fusion:g} at the end"
+            sees = f"each path its own; text joins {running.stage.fusion:g} to {1 - running.stage.fusion:g}"
         elif not running.is_parallel:
-            rows, sees = {"all": text + left}, "all rows see each other"
+            rows, sees = {"all": text + left}, "all see all"
     leaving = sum(hint(plan.visual_count(stage.number)) - hint(plan.visual_count(stage.number + 1))
                   for stage in plan.stages if stage.end == index)
     chooses = next((rule_name(stage.stage.rule) for stage in plan.stages if stage.at == index), "")
