@@ -12,7 +12,7 @@ floor := torch==2.11.0 transformers==5.17.0
 pinned := --constraint constraints.txt
 newest := --upgrade --upgrade-strategy eager
 
-.PHONY: demo test test-versions fuzz clean
+.PHONY: demo test test-versions fuzz types clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python -m bench.demo
@@ -29,7 +29,7 @@ fuzz: $(VENV)/.test
 # The constraints pin torch, so that the same versions are installed everywhere.
 $(VENV)/.%: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[demo$(if $(filter test,$*),$(comma)test)]"
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[demo$(if $(filter-out demo,$*),$(comma)$*)]"
 	touch $@
 
 # All of them run, whatever fails; then one line each. `make test-versions VERSIONS=floor` is one alone.
@@ -50,5 +50,11 @@ test-with-floor test-with-pinned test-with-newest: test-with-%:
 	.venvs/$*/bin/python -m pip install --quiet $($*) --editable ".[demo,test]"
 	OMP_NUM_THREADS=1 .venvs/$*/bin/python -m pytest -n 2 -m versions -rs
 
+# mypy finds packages by their folders, and passes and backends lie beside parvts_fx: links put them where they are imported.
+types: $(VENV)/.types
+	rm -rf .types && mkdir -p .types/parvts_fx
+	ln -s $(addprefix $(CURDIR)/,$(filter-out %__pycache__,$(wildcard parvts_fx/*)) passes backends) .types/parvts_fx/
+	cd .types && ../$(VENV)/bin/python -m mypy --config-file ../pyproject.toml --python-executable ../$(VENV)/bin/python -p parvts_fx
+
 clean:
-	rm -rf $(VENV) .venvs demo_out .pytest_cache
+	rm -rf $(VENV) .venvs .types demo_out .pytest_cache

@@ -53,7 +53,7 @@ def pick_kernels(module: GraphModule) -> GraphModule:
         return module
     if any("autocast" in str(node.target) for node in module.graph.nodes):
         return module
-    chosen = {node.name for node in module.graph.nodes if _sizes(node) is not None and prefers_onednn(*_sizes(node))}
+    chosen = {node.name for node in module.graph.nodes if (sizes := _sizes(node)) is not None and prefers_onednn(*sizes)}
     if not chosen:
         return module
     copy = copy_graph_module(module)
@@ -85,8 +85,9 @@ def _sizes(node: Node) -> tuple[int, int, int, bool, int] | None:
     if any(type(t) not in plain or t.dtype != torch.float32 or t.device.type != "cpu" for t in tensors):
         return None
     x, weight = tensors[:2]
-    rows = hint(x.numel() // x.shape[-1]) if x.dim() > 1 else None
-    columns, inner = map(hint, weight.shape) if weight.dim() == 2 else (None, None)
+    if x.dim() < 2 or weight.dim() != 2:
+        return None
+    rows, columns, inner = hint(x.numel() // x.shape[-1]), hint(weight.shape[0]), hint(weight.shape[1])
     if None in (rows, columns, inner) or 2 * rows * columns * inner < _LEAST_FLOPS:
         return None
     return rows, columns, inner, len(operands) == 3, torch.get_num_threads()

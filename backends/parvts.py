@@ -58,7 +58,7 @@ def parvts(
             on_rewriting(module, example_inputs, done)
         if done.module is not None:
             lowered = lower_as_asked(done.module, example_inputs) if handed is None else None
-            return Dispatch(done, lowered, module, parsed, handed and handed.position, attempt, lower_as_asked)
+            return Dispatch(done, lowered, module, parsed, None if handed is None else handed.position, attempt, lower_as_asked)
         if done.merge is not None:
             return hand_on(module, done, lambda copy: lower_as_asked(copy, example_inputs), handed, example_inputs)
         caches = cache_outputs(module)

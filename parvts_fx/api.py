@@ -46,7 +46,8 @@ def compile(model: Model, **options: Any) -> Model:
     arguments = {name: options.pop(name) for name in _COMPILE_ARGUMENTS if name in options}
     mode = options.pop("mode", None)
     parsed = parse_options(options, mode)
-    for module in (model, *_generating_parts(model)):
+    modules: list[Any] = [model, *_generating_parts(model)]
+    for module in modules:
         module.compile(backend=functools.partial(parvts, options=parsed, window_caches_follow=True), **arguments)
         surround_compiled_call(module, functools.partial(watched_call, options=parsed, model=module))
         if _generating_parts(module) and callable(getattr(type(module), "generate", None)):

@@ -109,7 +109,8 @@ def expression(size: torch.SymInt | torch.SymFloat) -> sympy.Expr:
 
 def traced_number(size: torch.SymInt | torch.SymFloat | torch.SymBool) -> Any:
     """What a symbolic size was when it was traced; None where it depends on data."""
-    return size.node.hint
+    node = size.node
+    return int(node.maybe_as_int()) if node.is_constant() else node.hint
 
 
 def traced_numbers(size: torch.SymInt | torch.SymFloat) -> Mapping[sympy.Symbol, Any]:
@@ -209,7 +210,7 @@ def as_newer_torch() -> Iterator[None]:
     warning. And ``torch.compiler.is_exporting()`` is answered with True, so that models take their slow way for exports.
     Where names are gone, nothing is done.
     """
-    if torch.__version__ >= (2, 13):
+    if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13):
         yield
         return
     checks, name = _find("torch.fx.experimental", "_config", contextlib), "soft_pending_unbacked_not_found_error"

@@ -94,7 +94,10 @@ def _fused(
             elif hint(shape[axis]) != 1:
                 raise Refusal(f"the attention mask has {shape[axis]} entries for {tokens.size} tokens", node)
         bindings[index] = AxisLabels(tuple(axes))
-    return Attention((node,), queries, keys, node, tokens.plain_axis(node), kind, {node: bindings})
+    rows = tokens.plain_axis(node)
+    if rows is None:
+        raise Refusal("the rows of an attention's result cannot be told", node)
+    return Attention((node,), queries, keys, node, rows, kind, {node: bindings})
 
 
 def _with_computed_mask(

@@ -106,7 +106,7 @@ def find_decoder(
 
 def _token_axes(module: GraphModule, nodes: list[Node], start: Node, size: int | torch.SymInt) -> TokenMap:
     """Probe with a longer prompt, or where that does not work with a shorter one: what pads up to blocks has room then."""
-    problem: Refusal | None = None
+    problems: list[Refusal] = []
     for shorter in (False, True):
         try:
             probe = Probe(module, size, Probe.lengths_for(module, hint(size), [TOKEN], shorter))
@@ -114,8 +114,8 @@ def _token_axes(module: GraphModule, nodes: list[Node], start: Node, size: int |
             probe.run([node for node in nodes if node is not start])
             return probe.found
         except Refusal as refusal:
-            problem = problem or refusal
-    raise problem
+            problems.append(refusal)
+    raise problems[0]
 
 
 def _sample_axes(module: GraphModule, nodes: list[Node], start: Node, batch: int | torch.SymInt) -> TokenMap:
@@ -157,7 +157,7 @@ def _with_buffers(graph: Graph, nodes: list[Node], size: int | torch.SymInt) -> 
     """The nodes, and the fresh tensors that are as long as what the nodes do with them: those that they write into, and those
     with several entries a token (the rows of all samples, say)."""
     written = {storage_of(target) for node in nodes if (target := changed_in_place(node)) is not None}
-    inside, buffers = set(nodes), set()
+    inside, buffers = set(nodes), set[Node]()
     for node in graph.nodes:
         if node in inside or not is_tensor(node):
             continue

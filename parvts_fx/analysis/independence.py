@@ -144,7 +144,7 @@ class _Search:
         self._accept(node, found)
         return True
 
-    def _accept(self, node: Node, found: dict[int | None, Layout]) -> None:
+    def _accept(self, node: Node, found: dict[Any, Layout]) -> None:
         if None in found:
             self.layouts[node] = found[None]
         else:
@@ -152,7 +152,7 @@ class _Search:
 
     def _key(self, node: Node) -> Hashable:
         """Equal for operations on operands of equal sizes that follow the rows alike."""
-        described = []
+        described: list[Hashable] = []
         for index, leaf in enumerate(leaves(node)):
             if is_tensor(leaf) and leaf in self.runs.tokens.probed:
                 layout = tuple(self.layouts.get(leaf, {}).items())

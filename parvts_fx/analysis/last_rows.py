@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 from torch.fx import Node
 
@@ -78,7 +79,7 @@ def takes_last_rows(node: Node, tokens: TokenMap) -> bool:
     if axis is None or any(part is None or part is Ellipsis for part in index) or axis >= len(index):
         return False
 
-    def number(part: object) -> object:
+    def number(part: Any) -> Any:
         if is_tensor(part):
             return None
         return hint(value(part)) if isinstance(part, Node) else part

@@ -12,6 +12,7 @@ import dataclasses
 import math
 import operator
 from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -46,7 +47,7 @@ _REMEDY = "compile with dynamic=True, where sizes have names: then it can be tol
 
 
 def check_numbers(
-    runs: SmallRuns, nodes: Iterable[Node], kind: type = int, constant: Callable[[Node, float], bool] = lambda node, leaf: False
+    runs: SmallRuns, nodes: Iterable[Node], kind: type = int, constant: Callable[[Node, Any], bool] = lambda node, leaf: False
 ) -> None:
     """Refuse numbers in a static graph that equal the prompt's length, or one over it, and enter values; and positions in an
     index that may be counted from the prompt's end, which Dynamo writes as plain numbers in any graph.
@@ -144,8 +145,8 @@ def _is_a_value(runs: SmallRuns, node: Node, place: int) -> bool:
         results = [_run_with(runs, node, place, more) for more in (0, other)]
     except Exception:  # no other number does: it is a size
         return False
-    one, other = results
-    return one.shape == other.shape and not torch.equal(one.nan_to_num(), other.nan_to_num())
+    one, changed = results
+    return one.shape == changed.shape and not torch.equal(one.nan_to_num(), changed.nan_to_num())
 
 
 def _run_with(runs: SmallRuns, node: Node, place: int, more: int) -> torch.Tensor:
@@ -191,7 +192,8 @@ class Tables:
     """Looks at the tables that the decoder reads."""
 
     def __init__(self, runs: SmallRuns):
-        self.runs, self._known = runs, {}
+        self.runs = runs
+        self._known: dict[Any, _Table | None] = {}
 
     def check(
         self, nodes: Sequence[Node], meeting: Collection[Node], attentions: Iterable[Attention], layers: Sequence[Layer]
@@ -280,10 +282,10 @@ class Tables:
 
     def _for_more(self, side: Node, more: int) -> torch.Tensor | None:
         """The table for a longer prompt; None if it cannot be made."""
-        length, held = self.runs.length, {}
+        length, held = self.runs.length, dict[Node, Any]()
         of_prompt = symbols(self.runs.tokens.size)
 
-        def changed(leaf: object) -> object:
+        def changed(leaf: Any) -> Any:
             if isinstance(leaf, Node):
                 return held[leaf]
             if not of_prompt and _may_count(leaf, length):

@@ -159,7 +159,7 @@ def find_merge(
         if held is not None and (handed is None or handed.output in stream.before(node)):
             found[node] = held
     if not found:
-        return handed and _visual((handed,))
+        return None if handed is None else _visual((handed,))
     output = next(reversed(found))
     passed = set(stream.before(output))
     chain = [] if handed is None else [handed]

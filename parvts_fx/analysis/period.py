@@ -192,14 +192,14 @@ def _find_starts(blocks: Sequence[Block], count: int) -> tuple[list[int], str]:
 def _behind_blocks_that_do_not_mix(blocks: Sequence[Block]) -> list[int]:
     starts = [0]
     for before, block in zip(blocks, blocks[1:]):
-        if block.mixes and not before.mixes:
+        if block.group is not None and not before.mixes:
             starts.append(block.group)
     return starts
 
 
 def _is_regular(starts: Sequence[int], blocks: Sequence[Block]) -> bool:
     """Whether there are several layers, all with as many blocks that mix."""
-    mixing = [block.group for block in blocks if block.mixes]
+    mixing = [block.group for block in blocks if block.group is not None]
     ends = [*starts[1:], len(blocks) + max(mixing)]
     sizes = {sum(start <= group < end for group in mixing) for start, end in zip(starts, ends)}
     return len(starts) > 1 and len(sizes) == 1
@@ -215,7 +215,7 @@ def _chunks(blocks: Sequence[Block], period: int) -> list[Sequence[Block]] | Non
 
 
 def _starts(chunks: Sequence[Sequence[Block]]) -> list[int]:
-    return [next(block.group for block in chunk if block.mixes) for chunk in chunks]
+    return [next(block.group for block in chunk if block.group is not None) for chunk in chunks]
 
 
 def _shared(chunks: Sequence[Sequence[Block]]) -> frozenset:

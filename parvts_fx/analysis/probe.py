@@ -12,7 +12,7 @@ import contextlib
 import logging
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.fx import GraphModule, Node
@@ -100,12 +100,12 @@ class Probe:
             Refusal: no way of reading a node's integers and side tensors, and those in front of it, lets it work at
                 another prompt length.
         """
-        found: list[Iterator[Finding] | None] = [None] * len(nodes)
+        found: dict[int, Iterator[Finding]] = {}
         conflicts: dict[int, set[Node]] = {}
-        problem: Refusal | None = None
+        problems: list[Refusal] = []
         retreats = place = 0
         while place < len(nodes):
-            if found[place] is None:
+            if place not in found:
                 found[place] = self._findings(nodes[place])
             try:
                 self._record(nodes[place], next(found[place]))
@@ -114,7 +114,7 @@ class Probe:
             except StopIteration:
                 pass
             except Refusal as refusal:
-                problem = problem or refusal
+                problems.append(refusal)
             # go back to the nearest choice in front that this node depends on
             involved = ancestors([nodes[place]]) | conflicts.get(place, set())
             retreats += 1
@@ -125,9 +125,9 @@ class Probe:
                 if finding is not None:
                     break
             else:
-                raise problem
+                raise problems[0]
             for later in range(earlier + 1, place + 1):
-                found[later] = None
+                found.pop(later, None)
                 conflicts.pop(later, None)
                 self._forget(nodes[later])
             conflicts.setdefault(earlier, set()).update(involved)
@@ -225,7 +225,7 @@ class Probe:
         with self.mode:
             if type(tensor) not in (torch.Tensor, torch.nn.Parameter, FakeTensor):
                 return self._wrapper_like(tensor, axes)
-            order = sorted(range(tensor.dim()), key=lambda i: -hint(tensor.stride(i)))  # keep the memory layout
+            order = sorted(range(tensor.dim()), key=lambda i: -hint(tensor.stride()[i]))  # keep the memory layout
             dense = torch.empty([shape[i] for i in order], dtype=tensor.dtype, device=tensor.device)
             return dense.permute([order.index(i) for i in range(tensor.dim())]) if tensor.dim() else dense
 
@@ -233,11 +233,12 @@ class Probe:
         """The same for a tensor that wraps others, such as a quantised weight, which does not follow the prompt."""
         if axes or not is_traceable_wrapper_subclass(tensor):
             raise Refusal(f"a tensor of the subclass {type(tensor).__name__} is not understood")
-        names, context = tensor.__tensor_flatten__()
+        wrapper: Any = tensor
+        names, context = wrapper.__tensor_flatten__()
         parts = {name: self._like(getattr(tensor, name), {}) for name in names}
-        return type(tensor).__tensor_unflatten__(parts, context, tensor.shape, tensor.stride())
+        return type(wrapper).__tensor_unflatten__(parts, context, tensor.shape, tensor.stride())
 
-    def _axes_of(self, node: Node, result: Any) -> dict[int, Axis] | bool | None:
+    def _axes_of(self, node: Node, result: Any) -> dict[int, Axis] | Literal[False] | None:
         """Compare a result with the traced one; False if their sizes are not related through token counts."""
         example = value(node)
         if not isinstance(result, torch.Tensor) or not isinstance(example, torch.Tensor):
@@ -283,7 +284,8 @@ class Probe:
                 return None
             known = self._inner.get(source, {}).get(source_axis)
             for inner in dict.fromkeys((kind.multiple, 1)) if known is None else (known,):
-                key = (node.op, node.target, str(node.args), str(node.kwargs), tuple(choice.items()), source_axis, axis, inner)
+                key: tuple[Any, ...] = (
+                    node.op, node.target, str(node.args), str(node.kwargs), tuple(choice.items()), source_axis, axis, inner)
                 key = (*key[:2], key[2].replace(source.name, ""), *key[3:], tuple(self.found.probed[source].shape))
                 if key not in self._moved:
                     self._moved[key] = self._moves_whole(node, current, choice, source, source_axis, axis, inner)

@@ -93,7 +93,7 @@ class Attention:
     kind: str
     """One of "fused causal", "fused masked", "fused" or "written out"."""
 
-    bindings: dict[Node, dict[int, object]]
+    bindings: Mapping[Node, Mapping[int, object]]
     """For each own node, which of its argument leaves follow the query or key axis."""
 
     @property

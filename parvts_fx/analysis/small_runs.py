@@ -71,7 +71,7 @@ class Scale:
         return self.tokens if label == TOKENS else self.samples
 
     def with_count(self, label: str, count: int) -> Scale:
-        return dataclasses.replace(self, **{label: count})
+        return dataclasses.replace(self, tokens=count) if label == TOKENS else dataclasses.replace(self, samples=count)
 
     def dtype(self, dtype: torch.dtype) -> torch.dtype:
         if self.precision == "double" and dtype.is_floating_point and dtype.itemsize in (2, 4, 8):
@@ -138,8 +138,8 @@ class SmallRuns:
             kind = mine or others
             if kind is None:
                 return Extent(size)
-            counts = (kind.multiple, 0) if others is None else (0, kind.multiple)
-            return Extent(size, *counts, kind.offset)
+            tokens, samples = (kind.multiple, 0) if others is None else (0, kind.multiple)
+            return Extent(size, tokens, samples, kind.offset)
         each, rest = divmod(mine.multiple, self.batch)
         if rest or mine.offset or others.offset or others.multiple != each * self.length:
             raise Unproven("an axis of samples and tokens is not understood")
@@ -188,7 +188,7 @@ class SmallRuns:
         """What an integer leaf is with two numbers of tokens and samples."""
         return tuple(self.number(reader, index, leaf, scale) for scale in (Scale(7, 2), Scale(11, 3)))
 
-    def _counted(self, node: Node, own: int) -> Extent:
+    def _counted(self, node: Node, own: Any) -> Extent:
         """An integer that the decoder computes from sizes."""
         def per(found: TokenMap | None) -> int:
             if found is None or not isinstance(found.probed.get(node), int):
@@ -206,7 +206,8 @@ class SmallRuns:
         of_prompt = symbols(self.tokens.size)
         if not isinstance(held, (torch.SymInt, torch.SymFloat)) or not of_prompt & symbols(held):
             return hint(held) if isinstance(held, (torch.SymInt, torch.SymFloat, torch.SymBool)) else held
-        size = expression(self.tokens.size)
+        length: Any = self.tokens.size
+        size = expression(length)
         if not size.is_Symbol:
             raise Unproven("a number is computed from the prompt's length")
         others = {
@@ -273,7 +274,7 @@ class SmallRuns:
                 kind = None if held is None else (type(held), str(getattr(held, "__tensor_flatten__", lambda: None)()))
                 self._identities[node] = kind
             else:
-                self._identities[node] = hashlib.sha1(held.contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()
+                self._identities[node] = hashlib.sha1(held.contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
         return self._identities[node]
 
     def given(self, node: Node) -> torch.Tensor | None:

@@ -161,7 +161,7 @@ def _variables(node: Node, labels: tuple[str, ...], tokens: TokenMap) -> dict[in
             offset = next((o for o in _OFFSETS if number == hint(tokens.size) + o), 0) if is_indexing(node) else 0
             if not number or not offset and number % hint(tokens.size):
                 continue  # no multiple: right as it is, where the tokens are padded up to it
-            counts = [Count(label, (number - offset) // hint(tokens.size), offset) for label in labels]
+            counts: list[Binding | None] = [Count(label, (number - offset) // hint(tokens.size), offset) for label in labels]
             variables[index] = counts if follows else [None, *counts]
         elif is_tensor(leaf):
             sides = _side_readings(value(leaf), labels, tokens)
@@ -195,7 +195,7 @@ def _fillings(node: Node, tokens: TokenMap) -> set[int]:
     if front + 1 >= len(amounts):
         return set()
 
-    def number(amount: object) -> int:
+    def number(amount: Any) -> int:
         return hint(value(amount) if isinstance(amount, Node) else amount)
 
     at_front = number(amounts[front]) > 0 and number(amounts[front + 1]) == 0
@@ -205,8 +205,8 @@ def _fillings(node: Node, tokens: TokenMap) -> set[int]:
 def _side_readings(tensor: torch.Tensor, labels: tuple[str, ...], tokens: TokenMap) -> list[Binding | None]:
     per_axis: list[list[tuple[int, str] | None]] = []
     of_prompt = symbols(tokens.size)
-    for axis, size in enumerate(tensor.shape):
-        size = concrete(size)
+    for axis, entries in enumerate(tensor.shape):
+        size = concrete(entries)
         if of_prompt:
             if of_prompt & symbols(size) and hint(size) == hint(tokens.size):
                 per_axis.append([(axis, label) for label in labels])

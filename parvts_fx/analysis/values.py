@@ -37,16 +37,14 @@ def is_symbolic_int(node: object) -> bool:
     return isinstance(node, Node) and isinstance(value(node), (int, torch.SymInt)) and not isinstance(value(node), bool)
 
 
-def hint(size: int | torch.SymInt) -> int | None:
-    """The concrete size seen when the graph was traced; None for a data-dependent size."""
+def hint(size: int | torch.SymInt | torch.SymFloat | torch.SymBool) -> Any:
+    """The concrete size (or number) seen when the graph was traced; None for one that depends on data."""
     if isinstance(size, int):
         return size
-    if size.node.is_constant():
-        return int(size.node.maybe_as_int())
     return traced_number(size)
 
 
-def symbols(size: int | torch.SymInt) -> frozenset:
+def symbols(size: int | torch.SymInt | torch.SymFloat) -> frozenset:
     return frozenset() if isinstance(size, int) else frozenset(expression(size).free_symbols)
 
 
@@ -56,7 +54,8 @@ def concrete(size: int | torch.SymInt) -> int | torch.SymInt:
     return size if constant is None else constant
 
 
-def hint_shape(tensor: torch.Tensor) -> tuple[int | None, ...]:
+def hint_shape(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """The same of every axis."""
     return tuple(hint(size) for size in tensor.shape)
 
 
@@ -73,7 +72,7 @@ def with_leaves(node: Node, new: Sequence[Any]) -> tuple[tuple[Any, ...], dict[s
     return map_aggregate((node.args, node.kwargs), lambda _: next(supply))
 
 
-def call(module: GraphModule | None, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def call(module: GraphModule, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run what a node says on the given values."""
     if op == "call_method":
         return getattr(args[0], target)(*args[1:], **kwargs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -17,7 +17,7 @@ from parvts_fx.analysis.values import call, concrete, fake_mode_of, value
 from parvts_fx.errors import Refusal
 from parvts_fx.torch_private import enable_python_dispatcher, make_fx
 
-Size = int | Node
+Size: TypeAlias = "int | Node"
 
 
 class Editor:

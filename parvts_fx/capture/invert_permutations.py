@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch.fx import Node
@@ -44,7 +44,7 @@ class InvertPermutations:
         return PassResult(count)
 
 
-def _inverts(buffer: object, permutation: object, table: object) -> bool:
+def _inverts(buffer: Any, permutation: Any, table: Any) -> bool:
     if not (is_tensor(buffer) and is_tensor(permutation) and is_tensor(table)):
         return False
     shape = hint_shape(value(permutation))
