@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from parvts_fx.analysis.values import ancestors, concrete, hint, is_tensor, value
+from parvts_fx.torch_private import make_fx
 
 if TYPE_CHECKING:
     from torch.fx import Node

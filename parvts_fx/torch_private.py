@@ -139,12 +139,17 @@ def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
 
 # -- graphs and modules ----------------------------------------------------------------------------------------------------------
 
+def takes_and_returns_as(graph: Graph, other: Graph) -> None:
+    """Let a graph take and return what the other does. Dynamo's return lists, which nothing else tells."""
+    graph._codegen = other._codegen
+
+
 def graph_module_like(module: GraphModule, graph: Graph) -> GraphModule:
-    """A module around a graph, which takes and returns what ``module`` does (Dynamo's graphs return lists).
+    """A module around a graph, which takes and returns what ``module`` does.
 
     Its Python source is written when somebody runs or reads it; at once where torch has no lazy modules: slower.
     """
-    graph._codegen = module.graph._codegen
+    takes_and_returns_as(graph, module.graph)
     try:
         lazily, make = (_get("torch.fx._lazy_graph_module", name) for name in ("_use_lazy_graph_module", "_make_graph_module"))
     except TorchMoved:

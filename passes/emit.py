@@ -34,6 +34,7 @@ from parvts_fx.passes.plan import Plan, PlanError
 from parvts_fx.passes.rows import LAST, RowSets, live
 from parvts_fx.passes.twins import TwinPath, join, share_prefix
 from parvts_fx.passes.writes import refuse_split_writes
+from parvts_fx.torch_private import expression, takes_and_returns_as
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +103,7 @@ class Emitter:
         self.plan, self.old = work.plan, work.module.graph
         self.decoder = self.plan.decoder
         self.graph = Graph(tracer_cls=getattr(self.old, "_tracer_cls", None))
-        self.graph._codegen = self.old._codegen
+        takes_and_returns_as(self.graph, self.old)
         self.editor = Editor(work.module, self.graph)
         self.inside = set(self.decoder.nodes)
         self.fresh = self.inside - set(descendants(self.old, [self.decoder.merge.output]))
@@ -214,7 +215,7 @@ class Emitter:
     def resize(self, number: Node, name: str, path: Path) -> Any:
         """A number computed from the prompt's length, computed again for some rows."""
         held, size = value(number), self.decoder.tokens.size
-        if isinstance(held, torch.SymInt) and isinstance(size, torch.SymInt) and held.node.expr == size.node.expr:
+        if isinstance(held, torch.SymInt) and isinstance(size, torch.SymInt) and expression(held) == expression(size):
             return self.sets[name].count
         if number.op == "placeholder":
             raise Refusal("a number that depends on the prompt's length comes from outside", number)
