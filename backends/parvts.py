@@ -10,7 +10,6 @@ from typing import Any
 from torch.fx import GraphModule
 
 from parvts_fx.analysis.calls import attention_nodes
-from parvts_fx.analysis.decoder import NoDecoder
 from parvts_fx.backends.lowering import Compiled, lower
 from parvts_fx.errors import NotRewritten, ParvtsWarning, Refusal
 from parvts_fx.options import Options, parse_options
@@ -18,10 +17,8 @@ from parvts_fx.report import GraphReport
 from parvts_fx.rewriting import Rewriting, rewrite_graph
 from parvts_fx.runtime.caches import cache_outputs, tell_merge, watch_short_caches
 from parvts_fx.runtime.dispatch import Dispatch
-from parvts_fx.runtime.guards import merged_mask, visual_mask
 from parvts_fx.runtime.input_origins import noting_origins
-from parvts_fx.runtime.merged_embeddings import MergedInput, can_hand_on, hand_on
-from parvts_fx.runtime.prompt_merges import report_merges
+from parvts_fx.runtime.merged_embeddings import MergedInput, hand_on
 
 
 def parvts(
@@ -87,16 +84,6 @@ def _attempt(
     """Rewrite, or say why not. The only place that catches everything: users keep their model, whatever breaks."""
     try:
         return rewrite_graph(module, example_inputs, options, window_caches_follow=window_caches_follow, handed=handed)
-    except NoDecoder as refusal:
-        reason = str(refusal)
-        if can_hand_on(refusal.merge.output):
-            found = refusal.module, refusal.merge
-            report = GraphReport("untouched", "visual features are merged here, for a decoder in another graph",
-                                 len(module.graph.nodes), merges=report_merges(*found, example_inputs, handed))
-            return Rewriting(
-                report, None, None, refusal.merge, visual_mask(*found), merged_mask=merged_mask(*found))
-        if options.strict:
-            raise NotRewritten(f"parvts_fx: this multimodal prefill cannot be rewritten: {reason}") from refusal
     except Refusal as refusal:
         reason = str(refusal)
         if options.strict:

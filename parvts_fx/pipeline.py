@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from torch.fx import GraphModule
 
-
 if TYPE_CHECKING:
     from parvts_fx.passes.emit import Written
     from parvts_fx.passes.plan import Plan

@@ -14,28 +14,28 @@ from torch.fx import GraphModule
 
 from parvts_fx.analysis import Decoder, VisualMerge, find_decoder
 from parvts_fx.analysis.calls import attention_nodes
+from parvts_fx.analysis.decoder import attention_follows
 from parvts_fx.analysis.values import hint, value
 from parvts_fx.capture import capture, copy_graph_module
-from parvts_fx.errors import NotRewritten, Refusal
-from parvts_fx.runtime.merged_embeddings import MergedInput
-from parvts_fx.passes.describe import layer_reports
-from parvts_fx.passes.dumps import Dump, log_hook
-from parvts_fx.options import Options, parse_options
-from parvts_fx.runtime.padding import padding_check
-from parvts_fx.passes import Pass, Plan, PlanError, build_pipeline
 from parvts_fx.capture.invert_permutations import InvertPermutations
 from parvts_fx.capture.spread_masked_updates import SpreadMaskedUpdates
 from parvts_fx.capture.version_writes import VersionWrites
 from parvts_fx.capture.write_out_sizes import WriteOutSizes
-from parvts_fx.runtime.guards import Precondition, same_count, visual_mask
-from parvts_fx.runtime.prompt_merges import is_without_visuals, prompt_merge, refuse_unseen_merges, report_merges, stream_input
+from parvts_fx.errors import NotRewritten, Refusal
+from parvts_fx.options import Options, parse_options
+from parvts_fx.passes import Pass, Plan, PlanError, build_pipeline
+from parvts_fx.passes.describe import layer_reports
+from parvts_fx.passes.dumps import Dump, log_hook
+from parvts_fx.passes.verify import CHEAP_CHECKS, Check, verifier
 from parvts_fx.pipeline import Work, run_pipeline
 from parvts_fx.report import GraphReport
+from parvts_fx.runtime.guards import Precondition, merged_mask, same_count, visual_mask
+from parvts_fx.runtime.merged_embeddings import MergedInput, can_hand_on
+from parvts_fx.runtime.padding import padding_check
+from parvts_fx.runtime.prompt_merges import has_visuals, prompt_merge, refuse_unseen_merges, report_merges, stream_input
 from parvts_fx.scores import reads_text
 from parvts_fx.stages import dropping
-from parvts_fx.passes.verify import CHEAP_CHECKS, Check, verifier
 from parvts_fx.torch_private import FakeTensor
-
 
 _UNSEEN = "no visual features are merged into embeddings"
 
@@ -100,37 +100,51 @@ def rewrite_graph(
     attentions, dump = attention_nodes(work.graph), Dump(work)
     job = Work(work, hooks=(verifier(checks), log_hook, dump))
     merge = prompt_merge(job, attentions, example_inputs, options, handed)
+    if merge is None:
+        return Rewriting(GraphReport("untouched", _UNSEEN, nodes))
     given = (*example_inputs, handed.visual) if handed else tuple(example_inputs)
-    merges = report_merges(work, merge, given, handed) if merge else ()
-    if merge is None or is_without_visuals(work, merge, attentions, handed):
-        return Rewriting(GraphReport("untouched", _UNSEEN, nodes, merges=merges))
+    facts: dict[str, Any] = {"nodes": nodes, "merges": report_merges(work, merge, given, handed)}
+    follows = attention_follows(work.graph, merge)
+    if not has_visuals(merge, handed) and (follows or not can_hand_on(merge.output)):
+        return Rewriting(GraphReport("untouched", _UNSEEN, **facts))
     stream = stream_input(work, merge)
-    refuse_unseen_merges(work, merge, example_inputs, handed, stream)
+    if has_visuals(merge, handed):
+        refuse_unseen_merges(work, merge, example_inputs, handed, stream)
+    if not follows and can_hand_on(merge.output):
+        report = GraphReport("untouched", "visual features are merged here, for a decoder in another graph", **facts)
+        return Rewriting(
+            report, merge=merge, visual_mask=visual_mask(work, merge), merged_mask=merged_mask(work, merge))
     run_pipeline([WriteOutSizes(), InvertPermutations(), SpreadMaskedUpdates(merge.output, attention_nodes(work.graph)),
                   VersionWrites(merge.output)], job)
     decoder = find_decoder(work, window_caches_follow, merge, given)
     if decoder is None:
-        return Rewriting(GraphReport("untouched", _UNSEEN, nodes, merges=merges))
-    analysis = 1e3 * (time.perf_counter() - start)
-    stages = options.placed(len(decoder.layers))
+        return Rewriting(GraphReport("untouched", _UNSEEN, **facts))
+    facts["analysis_milliseconds"] = 1e3 * (time.perf_counter() - start)
     _refuse_gradients(example_inputs, module)
-    batch, size, _ = value(merge.output).shape
     if merge.visual_tokens is None or hint(merge.visual_tokens) is None:  # rewrite for the prompt at hand
         merge = dataclasses.replace(merge, count=_count(work, merge, given))
         decoder = dataclasses.replace(decoder, merge=merge)
-    visuals = merge.visual_tokens
+    done = _write(job, decoder, options, passes, facts, dump)
+    return done if done.module is None else dataclasses.replace(done, stream=stream)
+
+
+def _write(
+    job: Work, decoder: Decoder, options: Options, passes: Sequence[Pass] | None, facts: dict[str, Any], dump: Dump
+) -> Rewriting:
+    """Plan what runs on which rows, and write it."""
+    work, merge = job.module, decoder.merge
+    visuals, (batch, size, _) = merge.visual_tokens, value(merge.output).shape
+    stages = options.placed(len(decoder.layers))
     subjects = options.subject_count(hint(visuals))
-    facts = {
-        "nodes": nodes, "prompt_tokens": hint(size), "batch": hint(batch), "visual_tokens": hint(visuals),
-        "subject_tokens": subjects, "merges": merges, "migration_depth": sum(stage.end - stage.at for stage in stages),
-        "analysis_milliseconds": analysis,
+    facts |= {
+        "prompt_tokens": hint(size), "batch": hint(batch), "visual_tokens": hint(visuals), "subject_tokens": subjects,
+        "migration_depth": sum(stage.end - stage.at for stage in stages),
     }
     if options.keeps_all or hint(visuals) == subjects and isinstance(visuals, int):
         return Rewriting(GraphReport("untouched", "all visual tokens are kept", **facts))
     if hint(visuals) == 0:
         raise Refusal("there are fewer visual tokens than samples", merge.output)
-    stages = dropping(stages, visuals)
-    mask = visual_mask(work, merge)
+    stages, mask = dropping(stages, visuals), visual_mask(work, merge)
     precondition = Precondition(work, merge, mask) if merge.count is None else None
     padding = padding_check(work, decoder, any(reads_text(stage.stage.rule) for stage in stages))
     dump.tell(merge, hint(visuals))
@@ -141,7 +155,7 @@ def rewrite_graph(
     work.recompile()
     report = GraphReport("rewritten", layers=layer_reports(job.plan), layers_told_by=decoder.period.told_by,
                          passes=tuple(job.records), **facts)
-    return Rewriting(report, work, precondition, merge, mask, stream=stream, padding=padding)
+    return Rewriting(report, work, precondition, merge, mask, padding=padding)
 
 
 def _count(module: GraphModule, merge: VisualMerge, example_inputs: Sequence[object]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from parvts_fx.options import Options
-from parvts_fx.pipeline import GraphPass, Pass, PassRecord, PassResult, PlanPass, Work, run_pipeline
 from parvts_fx.passes.drop_dead_rows import DropDeadRows
 from parvts_fx.passes.duplicate_attention import DuplicateAttention
 from parvts_fx.passes.duplicate_layers import DuplicateLayers
@@ -13,6 +12,7 @@ from parvts_fx.passes.plan import Plan, PlanError
 from parvts_fx.passes.prune_branch import PruneBranch
 from parvts_fx.passes.remove_dead_code import RemoveDeadCode
 from parvts_fx.passes.share_prefix import SharePrefix
+from parvts_fx.pipeline import GraphPass, Pass, PassRecord, PassResult, PlanPass, Work, run_pipeline
 
 
 def build_pipeline(options: Options) -> tuple[Pass, ...]:

@@ -28,7 +28,7 @@ _ASKED = "last text row"
 
 def choose(emitter: Emitter, choice: Choice) -> None:
     """Write one choice, and lay out the rows that follow from it."""
-    editor, sets, stage = emitter.editor, emitter.sets, choice.stage
+    editor, stage = emitter.editor, choice.stage
     here = live(stage.number)
     visual = _visual(emitter, here)
     attention = None if choice.attention is None else _attention(emitter, choice, here, visual)

@@ -21,8 +21,8 @@ from parvts_fx.analysis.values import (
     storage_of,
     value,
 )
-from parvts_fx.pipeline import PassResult
 from parvts_fx.passes.plan import Choice, Plan, PlanError, Twin
+from parvts_fx.pipeline import PassResult
 
 _ALL, _TEXT = 0, 1
 """Levels of a twin's nodes: all of its rows, or its text rows alone."""

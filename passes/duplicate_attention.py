@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from parvts_fx.analysis.calls import is_fused_attention
 from parvts_fx.errors import Refusal
-from parvts_fx.pipeline import PassResult
 from parvts_fx.passes.plan import Plan
+from parvts_fx.pipeline import PassResult
 from parvts_fx.stages import PlacedStage
 
 

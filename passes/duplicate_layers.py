@@ -6,8 +6,8 @@ import dataclasses
 from typing import ClassVar
 
 from parvts_fx.analysis.values import descendants, needed_for
-from parvts_fx.pipeline import PassResult
 from parvts_fx.passes.plan import Plan, Twin
+from parvts_fx.pipeline import PassResult
 from parvts_fx.stages import PlacedStage
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -20,20 +19,19 @@ from parvts_fx.analysis.values import (
     is_tensor,
     needed_for,
     output_node,
-    storage_of,
     symbols,
     value,
 )
 from parvts_fx.capture.editing import Editor
 from parvts_fx.errors import Refusal
 from parvts_fx.passes.attend import write_attention
-from parvts_fx.pipeline import PassResult, Work
 from parvts_fx.passes.choose import choose
 from parvts_fx.passes.paths import Path
 from parvts_fx.passes.plan import Plan, PlanError
 from parvts_fx.passes.rows import LAST, RowSets, live
 from parvts_fx.passes.twins import TwinPath, join, share_prefix
 from parvts_fx.passes.writes import refuse_split_writes
+from parvts_fx.pipeline import PassResult, Work
 from parvts_fx.torch_private import expression, takes_and_returns_as
 
 

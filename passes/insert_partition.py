@@ -9,8 +9,8 @@ import torch
 from torch.fx import Node
 
 from parvts_fx.analysis.records import Attention
-from parvts_fx.pipeline import PassResult
 from parvts_fx.passes.plan import Choice, Plan
+from parvts_fx.pipeline import PassResult
 from parvts_fx.scores import reads_attention, reads_hidden
 from parvts_fx.stages import PlacedStage
 
@@ -96,7 +96,7 @@ class InsertPartition:
         if not calls:
             where = f"layer {stage.at - 1} of this model has no softmax attention" if stage.at else "there is no layer in front"
             raise ValueError(
-                f"parvts_fx: option stages[{stage.written_as}].rule={stage.stage.rule!r}: expected a layer with attention in front "
-                f"of layer {stage.at}, where it chooses: it reads attention weights, and {where}. Choose at another layer "
+                f"parvts_fx: option stages[{stage.written_as}].rule={stage.stage.rule!r}: expected a layer with attention in "
+                f"front of layer {stage.at}, where it chooses: it reads attention weights, and {where}. Choose at another layer "
                 "(at=2, say), or use a rule that reads the hidden states.")
         return calls[-1]

@@ -6,8 +6,8 @@ import dataclasses
 from typing import ClassVar
 
 from parvts_fx.analysis.values import descendants
-from parvts_fx.pipeline import PassResult
 from parvts_fx.passes.plan import Plan
+from parvts_fx.pipeline import PassResult
 
 
 @dataclasses.dataclass(frozen=True)

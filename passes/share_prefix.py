@@ -9,8 +9,8 @@ from torch.fx import Node
 
 from parvts_fx.analysis.masks import Mask, masks_of
 from parvts_fx.analysis.values import ancestors, changed_in_place, fake_mode_of, hint, is_tensor, value
-from parvts_fx.pipeline import PassResult
 from parvts_fx.passes.plan import Plan, Twin
+from parvts_fx.pipeline import PassResult
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 from torch.fx import Graph, Interpreter, Node
 
 from parvts_fx.analysis.values import concrete, fake_mode_of, hint, output_node, value
-from parvts_fx.pipeline import PassRecord, Work
 from parvts_fx.passes.rows import LAST, TEXT, live, non_subject
+from parvts_fx.pipeline import PassRecord, Work
 
 
 class VerificationError(RuntimeError):

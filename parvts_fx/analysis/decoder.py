@@ -39,15 +39,15 @@ TOKEN, SAMPLE = "token", "sample"
 _FRESH = (torch.empty, torch.zeros, torch.ones, torch.full)
 
 
-class NoDecoder(Refusal):
-    """Visual features are merged in this graph, and what follows the merge is in another one."""
+NO_DECODER = (
+    "visual features are merged in this graph, but no attention that is understood follows: the graph breaks between the merge "
+    "and the decoder (parvts_fx.compile(model) captures both in one graph where Dynamo can), or the model uses an attention that "
+    "is neither scaled_dot_product_attention nor a softmax")
 
-    def __init__(self, module: GraphModule, merge: VisualMerge):
-        super().__init__(
-            "visual features are merged in this graph, but no attention that is understood follows: the graph breaks between "
-            "the merge and the decoder (parvts_fx.compile(model) captures both in one graph where Dynamo can), or the model "
-            "uses an attention that is neither scaled_dot_product_attention nor a softmax", merge.output)
-        self.module, self.merge = module, merge
+
+def attention_follows(graph: Graph, merge: VisualMerge) -> bool:
+    """Whether any attention reads what has been merged: else the decoder is in another graph."""
+    return not attention_nodes(graph).isdisjoint(descendants(graph, [merge.output]))
 
 
 def find_decoder(
@@ -67,7 +67,6 @@ def find_decoder(
 
     Raises:
         Refusal: there is a merge, but what follows it is not understood.
-        NoDecoder: there is a merge, and no attention follows.
     """
     merge = merge or find_merge(module.graph, attention_nodes(module.graph))
     if merge is None:
@@ -79,7 +78,7 @@ def find_decoder(
         raise Refusal("the prompt's length depends on data", merge.output)
     nodes = _with_buffers(module.graph, descendants(module.graph, [merge.output]), size)
     if not any(node in attention_nodes(module.graph) for node in nodes):
-        raise NoDecoder(module, merge)
+        raise Refusal(NO_DECODER, merge.output)
     unseen = next(filter(writes_unseen, nodes), None)
     if unseen is not None:
         raise Refusal("an operation of the model's own library writes into its arguments", unseen)

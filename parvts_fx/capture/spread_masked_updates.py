@@ -24,8 +24,8 @@ from parvts_fx.analysis.values import (
     with_leaves,
 )
 from parvts_fx.capture.editing import Editor
-from parvts_fx.torch_private import assert_scalar
 from parvts_fx.pipeline import PassResult, Work
+from parvts_fx.torch_private import assert_scalar
 
 _POINTWISE = (operator.add, operator.iadd, operator.mul, operator.imul, operator.sub, torch.add, torch.mul, torch.sub)
 _POINTWISE_METHODS = ("add", "add_", "mul", "mul_", "sub", "to", "clone", "type_as")

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 import torch
 from torch.fx import GraphModule, Node
 
-from parvts_fx.analysis.decoder import NoDecoder
 from parvts_fx.analysis.merge import find_merge
 from parvts_fx.analysis.modality import MODALITIES, UNKNOWN, content_before
 from parvts_fx.analysis.records import Merge, VisualMerge
-from parvts_fx.analysis.values import descendants, hint, is_tensor, value
+from parvts_fx.analysis.values import hint, is_tensor, value
 from parvts_fx.capture.unify_merges import UnifyMerges
 from parvts_fx.errors import Refusal
 from parvts_fx.options import Options
@@ -21,7 +20,7 @@ from parvts_fx.pipeline import Work, run_pipeline
 from parvts_fx.report import MergeReport
 from parvts_fx.runtime.guards import merged_mask, same_count, visual_mask
 from parvts_fx.runtime.input_origins import noted_origins
-from parvts_fx.runtime.merged_embeddings import MergedInput, can_hand_on, lost_merges, merged_in_front
+from parvts_fx.runtime.merged_embeddings import MergedInput, lost_merges, merged_in_front
 from parvts_fx.torch_private import FakeTensor
 
 
@@ -42,18 +41,10 @@ def prompt_merge(
     return merge
 
 
-def is_without_visuals(work: GraphModule, merge: VisualMerge, attentions: set[Node], handed: MergedInput | None) -> bool:
-    """Whether nothing that may be dropped is merged in front of a decoder.
-
-    Raises:
-        NoDecoder: nothing so far, and the decoder is in another graph, for which more may be merged.
-    """
+def has_visuals(merge: VisualMerge, handed: MergedInput | None) -> bool:
+    """Whether anything that may be dropped is merged, in this graph or in front of it."""
     own = [held for held in merge.merges if held.prunable and not (handed and held is merge.merges[0])]
-    if own or handed and merge.merges[0].prunable and handed.visual.any():
-        return False
-    if attentions.isdisjoint(descendants(work.graph, [merge.output])) and can_hand_on(merge.output):
-        raise NoDecoder(work, merge)
-    return True
+    return bool(own) or handed is not None and merge.merges[0].prunable and bool(handed.visual.any())
 
 
 def refuse_unseen_merges(
