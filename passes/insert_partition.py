@@ -78,9 +78,14 @@ class InsertPartition:
     name: ClassVar[str] = "insert_partition"
 
     def plan(self, plan: Plan) -> tuple[Plan, PassResult]:
-        choices = tuple(self._choice(plan, stage) for stage in plan.stages)
+        choices: list[Choice] = []
+        for stage in plan.stages:
+            choice = self._choice(plan, stage)
+            if choices and choice.behind < choices[-1].behind:  # it chooses among what the one before has left
+                choice = dataclasses.replace(choice, behind=choices[-1].behind)
+            choices.append(choice)
         notes = ", ".join(f"layer {choice.stage.at}" for choice in choices)
-        return dataclasses.replace(plan, choices=choices), PassResult(len(choices), f"tokens are chosen at the input of {notes}")
+        return dataclasses.replace(plan, choices=tuple(choices)), PassResult(len(choices), f"tokens are chosen at the input of {notes}")
 
     def _choice(self, plan: Plan, stage: PlacedStage) -> Choice:
         link, rule = plan.link(stage.at), stage.stage.rule
