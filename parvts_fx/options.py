@@ -230,7 +230,7 @@ def _names(given: object) -> tuple[object, ...]:
     return tuple(given) if isinstance(given, (tuple, list)) else (given,)
 
 
-def _closest(name: str, known: Any) -> str:
+def _closest(name: object, known: Any) -> str:
     close = difflib.get_close_matches(str(name), list(known), n=1)
     return f'Did you mean "{close[0]}"?' if close else ""
 
@@ -239,7 +239,7 @@ def _fail_both(name: str, value: object) -> None:
     _fail(name, value, "nothing beside stages=, which says it too", "Write the schedule in one of the two ways.")
 
 
-def parse_options(given: Mapping[str, Any] | None = None, mode: str | None = None) -> Options:
+def parse_options(given: Options | Mapping[str, Any] | None = None, mode: str | None = None) -> Options:
     """Build :class:`Options` from a user's dict, which stays as it is.
 
     A key that is no field of ours goes to the lowering when Inductor knows it; any other is an error.

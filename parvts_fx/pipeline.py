@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol, cast
 
 from torch.fx import GraphModule
 
@@ -94,13 +94,14 @@ def run_pipeline(passes: Sequence[Pass], work: Work) -> None:
         start = time.perf_counter()
         if plans and work.written is not None:
             raise RuntimeError(f"parvts_fx: pass {given.name} refines the plan, and stands behind emit, which has written it")
+        result: PassResult
         if plans:
-            work.plan, result = given.plan(work.plan)
+            work.plan, result = cast("PlanPass", given).plan(cast("Plan", work.plan))
         else:
-            result = given.run(work)
+            result = cast("GraphPass", given).run(work)
         elapsed = 1e3 * (time.perf_counter() - start)
         after = set(work.module.graph.nodes)
-        kept = len(before & after) if work.module.graph is graph else work.written.copied
+        kept = len(before & after) if work.written is None or work.module.graph is graph else work.written.copied
         work.records.append(PassRecord(
             len(work.records) + 1, given.name, result.matches, len(after) - kept, len(before) - kept, elapsed, result.notes,
             not plans))

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -123,7 +123,7 @@ class Report:
         return capture.get()
 
     def __rich__(self) -> Group:
-        parts: list[object] = []
+        parts: list[RenderableType] = []
         prefill = self.prefill
         untouched = sum(graph.status == "untouched" for graph in self.graphs)
         parts.append(Text(f"{len(self.graphs)} graphs, of which {untouched} have nothing to prune"))
@@ -149,7 +149,7 @@ def _merges(merges: tuple[MergeReport, ...]) -> Table:
     return table
 
 
-def _tables(graph: GraphReport) -> list[object]:
+def _tables(graph: GraphReport) -> list[RenderableType]:
     facts = Table(show_header=False, title="Prefill", title_justify="left")
     facts.add_row("prompt tokens (per sample)", f"{graph.prompt_tokens}, of which {graph.visual_tokens} visual")
     facts.add_row("kept after pruning", f"{graph.tokens_kept}, of which {graph.subject_tokens} visual")

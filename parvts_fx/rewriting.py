@@ -132,8 +132,8 @@ def _write(
     job: Work, decoder: Decoder, options: Options, passes: Sequence[Pass] | None, facts: dict[str, Any], dump: Dump
 ) -> Rewriting:
     """Plan what runs on which rows, and write it."""
-    work, merge = job.module, decoder.merge
-    visuals, (batch, size, _) = merge.visual_tokens, value(merge.output).shape
+    work, merge, visuals = job.module, decoder.merge, decoder.visual_tokens
+    batch, size, _ = value(merge.output).shape
     stages = options.placed(len(decoder.layers))
     subjects = options.subject_count(hint(visuals))
     facts |= {
@@ -153,8 +153,9 @@ def _write(
     if job.written is None:
         raise PlanError("parvts_fx: the pipeline lacks the pass emit, without which no graph is written")
     work.recompile()
-    report = GraphReport("rewritten", layers=layer_reports(job.plan), layers_told_by=decoder.period.told_by,
-                         passes=tuple(job.records), **facts)
+    told_by = "" if decoder.period is None else decoder.period.told_by
+    report = GraphReport(
+        "rewritten", layers=layer_reports(job.plan), layers_told_by=told_by, passes=tuple(job.records), **facts)
     return Rewriting(report, work, precondition, merge, mask, padding=padding)
 
 

@@ -15,7 +15,7 @@ there runs unrewritten).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -253,7 +253,7 @@ def trace_rule(
     rule, number = stage.stage.rule, stage.written_as
     name = rule if isinstance(rule, str) else getattr(rule, "__name__", type(rule).__name__)
     function = rule_named(rule)
-    returned: list[object] = []
+    returned: list[Any] = []
 
     def traced(visual: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:
         rest = list(given)

@@ -76,7 +76,7 @@ class Stage:
         if self.paths not in ("parallel", "joint"):
             _fail("paths", self.paths, '"parallel" or "joint"', 'Use "parallel" for ParVTS.')
         weighed = not isinstance(self.fusion, (str, bool)) and isinstance(self.fusion, (int, float))
-        if not (0 <= self.fusion <= 1 if weighed else self.fusion == "attention"):
+        if not (0 <= self.weight <= 1 if weighed else self.fusion == "attention"):
             _fail("fusion", self.fusion, '"attention" or a number in [0, 1] (the subject path\'s weight)',
                   'Use "attention" if unsure.')
         if self.paths == "joint" and weighed:
@@ -88,6 +88,11 @@ class Stage:
                   "Where the other tokens leave at once there is no second group; give migrate, or leave this out.")
         if self.merge is not None:
             _fail("merge", self.merge, "None", "Dropped tokens are not merged into the kept ones.")
+
+    @property
+    def weight(self) -> float:
+        """The subject path's constant weight."""
+        return float(self.fusion)
 
     def kept(self, live: Any, original: Any) -> Any:
         """How many of ``live`` visual tokens stay, of ``original`` ones that the sample had (ints or torch.SymInt)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -112,6 +111,7 @@ def _fused_operands(path: Path, attention: Attention, queries: str, keys: str) -
         named.update(is_causal=False, attn_mask=emitter.causal_mask(queries, keys, value(query.node).dim(), samples))
     elif named["attn_mask"] is not None:
         ((index, binding),) = attention.bindings[node].items()
+        assert isinstance(binding, AxisLabels), "a fused call's mask has axes, and nothing else of it is bound"
         samples = samples_of_side(emitter.decoder, named["attn_mask"], node, index, query.node)
         axes = [(axis, queries if label == QUERY else keys) for axis, label in binding.axes]
         named["attn_mask"] = path.cut_side(named["attn_mask"], axes, samples)
@@ -143,20 +143,18 @@ def attention_weights(path: Path, attention: Attention, queries: str, keys: str)
             mask = _write_out(path, attention, queries, keys, named["attn_mask"])
             named |= {"query": path.read(query, queries), "key": path.read(named["key"], keys)}
         scale, causal = named["scale"], named["is_causal"]
-        given = [named["query"], named["key"], *([] if mask is None else [mask])]
 
-        def weigh(*given: torch.Tensor) -> torch.Tensor:
-            return _by_head(_weights(*given, scale=scale, is_causal=causal), samples)
+        def weigh(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+            return _by_head(_weights(query, key, mask, scale, causal), samples)
 
-        return emitter.editor.inline(weigh, *given)
+        return emitter.editor.inline(weigh, named["query"], named["key"], *([] if mask is None else [mask]))
     samples = samples_of(emitter.decoder, softmax)
     weights = _write_out(path, attention, queries, keys, softmax)
     return emitter.editor.inline(lambda given: _by_head(given.float().nan_to_num(), samples), weights)
 
 
 def _weights(
-    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None = None, scale: float | None = None,
-    is_causal: bool = False,
+    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scale: float | None, is_causal: bool
 ) -> torch.Tensor:
     if query.dim() > 3 and key.shape[-3] != query.shape[-3]:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
@@ -176,8 +174,3 @@ def _by_head(weights: torch.Tensor, samples: Samples | None) -> torch.Tensor:
     batch, outer = weights.shape[0] // samples.each, samples.each // samples.inner
     weights = weights.reshape(outer, batch, samples.inner, *weights.shape[1:]).movedim(1, 0)
     return weights.reshape(batch, -1, *weights.shape[-2:])
-
-
-def last_text_row(text: Node, editor: Any) -> Node:
-    """[batch, 1]: the position of each sample's last text row."""
-    return editor.call(operator.getitem, text, (slice(None), slice(-1, None)))

@@ -10,7 +10,8 @@ import torch
 from torch.fx import Node
 
 from parvts_fx.analysis.merge import flatten_mask
-from parvts_fx.analysis.samples import samples_of
+from parvts_fx.analysis.records import Attention
+from parvts_fx.analysis.samples import samples_of, stream_axis
 from parvts_fx.analysis.tower import trace_attended
 from parvts_fx.analysis.values import value
 from parvts_fx.errors import Refusal
@@ -31,7 +32,7 @@ def choose(emitter: Emitter, choice: Choice) -> None:
     editor, stage = emitter.editor, choice.stage
     here = live(stage.number)
     visual = _visual(emitter, here)
-    attention = None if choice.attention is None else _attention(emitter, choice, here, visual)
+    attention = None if choice.attention is None else _attention(emitter, choice, choice.attention, here, visual)
     hidden = _hidden(emitter, choice.link, here) if choice.reads_link else None
     if stage.stage.rule == ATTENDED:
         scores = _attended_in_tower(emitter, here)
@@ -69,7 +70,7 @@ def _visuals(prompt: torch.Tensor, features: Sequence[torch.Tensor], count: int 
 
 def _hidden(emitter: Emitter, link: Node, here: str) -> Node:
     """The residual stream as [batch, rows, hidden], however the model lays it out."""
-    held, axis = emitter.main.read(link, here), emitter.decoder.tokens.plain_axis(link)
+    held, axis = emitter.main.read(link, here), stream_axis(emitter.decoder, link)
     samples = samples_of(emitter.decoder, link)
     if samples is not None and samples.each > 1:
         raise Refusal("the rows of all samples lie along one axis where tokens are chosen", link)
@@ -133,7 +134,7 @@ def _lay_out(emitter: Emitter, number: int, tensors: dict[str, Node]) -> None:
         sets.add(RowSet(LAST, index, plan.take_count), [*larger, subject])
 
 
-def _attention(emitter: Emitter, choice: Choice, here: str, visual: Node) -> Node:
+def _attention(emitter: Emitter, choice: Choice, attention: Attention, here: str, visual: Node) -> Node:
     """[batch, heads, rows that are asked, rows that are left] float32.
 
     Of the text rows those in front of the first visual one, which may be padding, have zeros.
@@ -148,8 +149,8 @@ def _attention(emitter: Emitter, choice: Choice, here: str, visual: Node) -> Nod
         sets.add(RowSet(_ASKED, index, 1), [])
     asked = TEXT if all_text else _ASKED
     sets.add(sets[asked], [live(level) for level in range(choice.stage.number + 1)])
-    keys = live(emitter.plan.live.get(choice.attention.output, 0))
-    weights = attention_weights(emitter.main, choice.attention, asked, keys)
+    keys = live(emitter.plan.live.get(attention.output, 0))
+    weights = attention_weights(emitter.main, attention, asked, keys)
     if keys != here:
         def columns(weights: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
             return weights.gather(3, places[:, None, None, :].expand(-1, *weights.shape[1:3], -1))

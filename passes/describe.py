@@ -27,7 +27,7 @@ def _layer_report(plan: Plan, index: int) -> LayerReport:
         sees = "text sees all, a group its own and text"
         if running.is_weighed:
             rows = {"subject path": text + subject, "non-subject path": text + left - subject}
-            sees = f"each path its own; text joins {running.stage.fusion:g} to {1 - running.stage.fusion:g}"
+            sees = f"each path its own; text joins {running.stage.weight:g} to {1 - running.stage.weight:g}"
         elif not running.is_parallel:
             rows, sees = {"all": text + left}, "all see all"
     leaving = sum(hint(plan.visual_count(stage.number)) - hint(plan.visual_count(stage.number + 1))

@@ -51,7 +51,7 @@ class Dump:
             self._waiting[name] = copy_graph_module(work.module)
         elif record.changes_graph:
             (self._folder / f"{name}.py").write_text(as_program(work.module, self._stand_ins))
-        else:
+        elif work.plan is not None:
             (self._folder / f"{name}.txt").write_text(f"{describe(work.plan)}\n")
 
     def tell(self, merge: VisualMerge, visual_tokens: int) -> None:

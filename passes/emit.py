@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 
 from parvts_fx.analysis.last_rows import last_rows_of
@@ -83,26 +83,26 @@ class Emit:
     name: ClassVar[str] = "emit"
 
     def run(self, work: Work) -> PassResult:
-        if work.written is not None:
-            raise PlanError("parvts_fx: pass emit may stand in a pipeline once")
+        if work.written is not None or work.plan is None:
+            raise PlanError("parvts_fx: pass emit may stand in a pipeline once, and behind the analysis")
         missing = work.plan.missing_pass()
         if missing is not None:
             raise PlanError(f"parvts_fx: the pipeline lacks the pass {missing}, which this schedule needs in front of emit")
-        emitter = Emitter(work)
+        emitter = Emitter(work.plan, work.module)
         work.written = emitter.write()
         work.module.graph = emitter.graph
-        return PassResult(len(work.plan.decoder.nodes), f"{len(emitter.calls)} attention calls")
+        return PassResult(len(emitter.decoder.nodes), f"{len(emitter.calls)} attention calls")
 
 
 class Emitter:
     """Goes through the captured graph once, in order."""
 
-    def __init__(self, work: Work):
-        self.plan, self.old = work.plan, work.module.graph
+    def __init__(self, plan: Plan, module: GraphModule):
+        self.plan, self.old = plan, module.graph
         self.decoder = self.plan.decoder
         self.graph = Graph(tracer_cls=getattr(self.old, "_tracer_cls", None))
         takes_and_returns_as(self.graph, self.old)
-        self.editor = Editor(work.module, self.graph)
+        self.editor = Editor(module, self.graph)
         self.inside = set(self.decoder.nodes)
         self.fresh = self.inside - set(descendants(self.old, [self.decoder.merge.output]))
         self.outside: dict[Node, Node] = {}
@@ -112,7 +112,7 @@ class Emitter:
 
         self.kept: set[Node] = set()
         self.copied = 0
-        self.sets: RowSets | None = None
+        self._sets: RowSets | None = None
         self.visual: Node | None = None
         """[batch, seq] bool, once a choice has needed it."""
 
@@ -122,6 +122,13 @@ class Emitter:
         self.main = Path(self, self.inside, self._rows_of, self._rows_left)
         self.twins = {
             number: TwinPath(self, twin, self.main) for number, twin in self.plan.twins.items()}
+
+    @property
+    def sets(self) -> RowSets:
+        """The sets of rows that have been chosen so far."""
+        if self._sets is None:
+            raise Refusal("the decoder begins in front of the merged embeddings", self.decoder.merge.output)
+        return self._sets
 
     def _rows_of(self, node: Node) -> str:
         level = self.plan.levels.get(node, 0)
@@ -170,8 +177,8 @@ class Emitter:
                 path.write(node)
             elif node is attention.output:
                 write_attention(path, attention)
-            if node is self.decoder.merge.output and self.sets is None:
-                self.sets = RowSets(self.editor, self.main.held[node][live(0)])
+            if node is self.decoder.merge.output and self._sets is None:
+                self._sets = RowSets(self.editor, self.main.held[node][live(0)])
         for twin in self.twins.values():
             if node is twin.twin.end:
                 join(twin)

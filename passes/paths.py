@@ -60,7 +60,7 @@ class Path:
         Raises:
             Refusal: it does not have these rows, or they cannot be told apart in it.
         """
-        if node not in self.nodes:
+        if node not in self.nodes and self.outer is not None:
             return self.outer.read(node, name)
         if is_symbolic_int(node):
             return self.resized(node, name)
@@ -158,7 +158,7 @@ class Path:
         rank, taken = value(side).dim(), self.emitter.outside[side]
         for axis, name in axes:
             new_in_front = value(taken).dim() - rank  # of axes, one of which holds the samples
-            held = dataclasses.replace(samples, axis=0) if new_in_front else samples
+            held = dataclasses.replace(samples, axis=0) if samples is not None and new_in_front else samples
             taken = self.emitter.sets.take(taken, axis + new_in_front, name, live(0), held)
         return taken
 

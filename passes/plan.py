@@ -94,7 +94,7 @@ class Plan:
 
     def visual_count(self, level: int) -> int | torch.SymInt:
         """How many visual tokens a sample has on a level."""
-        visuals = left = self.decoder.merge.visual_tokens
+        visuals = left = self.decoder.visual_tokens
         for stage in self.stages[:level]:
             left = stage.stage.kept(left, visuals)
         return concrete(left)
@@ -102,7 +102,7 @@ class Plan:
     @property
     def text_count(self) -> int | torch.SymInt:
         """How many rows a sample has that are not visual."""
-        return concrete(value(self.decoder.merge.output).shape[1] - self.decoder.merge.visual_tokens)
+        return concrete(value(self.decoder.merge.output).shape[1] - self.decoder.visual_tokens)
 
     def row_count(self, level: int) -> int | torch.SymInt:
         """How many rows a sample has on a level."""

@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch.fx import Node
 
 from parvts_fx.analysis.masks import Mask, masks_of
+from parvts_fx.analysis.records import Attention
 from parvts_fx.analysis.values import ancestors, changed_in_place, fake_mode_of, hint, is_tensor, value
 from parvts_fx.passes.plan import Plan, Twin
 from parvts_fx.pipeline import PassResult
@@ -47,9 +48,9 @@ class SharePrefix:
         calls = [self._masks(mixer.attention, behind, inside) for mixer in mixers]
         if not calls or any(masks is None for masks in calls) or region[0] < behind:
             return twin
-        return dataclasses.replace(twin, prefix=tuple(dict.fromkeys(map(tuple, calls))))
+        return dataclasses.replace(twin, prefix=tuple(dict.fromkeys(tuple(masks or ()) for masks in calls)))
 
-    def _masks(self, attention: object, behind: Node, inside: set[Node]) -> list[Mask] | None:
+    def _masks(self, attention: Attention | None, behind: Node, inside: set[Node]) -> list[Mask] | None:
         """What forbids a call's rows to look ahead; None where that is not known where the rows are chosen."""
         masks = [] if attention is None else masks_of(attention)
         if attention is None or not (masks or attention.is_causal):

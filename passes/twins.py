@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from parvts_fx.analysis.masks import Mask
-from parvts_fx.analysis.samples import along, samples_of
+from parvts_fx.analysis.samples import along, samples_of, stream_axis
 from parvts_fx.analysis.values import value
 from parvts_fx.passes.paths import Path
 from parvts_fx.passes.plan import Twin
@@ -52,7 +52,7 @@ class TwinPath(Path):
 def join(path: TwinPath) -> None:
     """Merge the text rows of both paths; the subject rows, and text that path A computes for both, stay."""
     emitter, end, name = path.emitter, path.twin.end, live(path.twin.stage.number + 1)
-    weight, axis = path.twin.stage.stage.fusion, emitter.decoder.tokens.plain_axis(end)
+    weight, axis = path.twin.stage.stage.weight, stream_axis(emitter.decoder, end)
     samples, rank = samples_of(emitter.decoder, end), value(end).dim()
     text_alone = path.rows(end) == path.text_rows
     other = path.read(end, path.text_rows if text_alone else path.all_rows)
@@ -94,7 +94,9 @@ def share_prefix(path: TwinPath) -> None:
     counted = editor.inline(measure, sets[TEXT].index, *(emitter.mapped(mask.node) for mask in masks))
     names = ("is_text", "partners", "text_partners")
     path.joining = dict(zip(names, editor.inline(behind_it, counted, *(parts[name] for name in names))))
-    with editor.mode.shape_env.ignore_fresh_unbacked_symbols():  # the lowering's own tracing binds its own
+    shapes = editor.mode.shape_env
+    assert shapes is not None, "only a graph that may hold data shares a prefix"
+    with shapes.ignore_fresh_unbacked_symbols():  # the lowering's own tracing binds its own
         path.shared = editor.method("item", counted)
     emitter.kept.add(editor.check(editor.call(operator.ge, path.shared, 0)))
     path.all_rows = _without_front(path, path.all_rows)

@@ -10,6 +10,7 @@ import torch
 from torch.fx import Graph, Interpreter, Node
 
 from parvts_fx.analysis.values import concrete, fake_mode_of, hint, output_node, value
+from parvts_fx.passes.plan import Plan
 from parvts_fx.passes.rows import LAST, TEXT, live, non_subject
 from parvts_fx.pipeline import PassRecord, Work
 
@@ -59,7 +60,7 @@ def has_same_interface(work: Work) -> str | None:
     flat = _outputs(work)
     if len(flat) != len(written.original_outputs):
         return f"{len(flat)} outputs instead of {len(written.original_outputs)}"
-    size = hint(work.plan.decoder.tokens.size)
+    size = hint(written.plan.decoder.tokens.size)
     for position, (now, then) in enumerate(zip(flat, written.original_outputs)):
         now = value(now) if isinstance(now, Node) else now
         if not (isinstance(now, torch.Tensor) and isinstance(then, torch.Tensor)):
@@ -78,9 +79,8 @@ def _outputs(work: Work) -> list[object]:
     return list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
 
 
-def _planned(work: Work, name: str) -> int | None:
+def _planned(plan: Plan, name: str) -> int | None:
     """How many rows of a set a sample has by the plan; None for a number that is known when the graph runs."""
-    plan = work.plan
     counts = {live(level): plan.row_count(level) for level in range(plan.final + 1)}
     counts[TEXT], counts[LAST] = plan.text_count, plan.take_count
     for stage in plan.stages:
@@ -93,7 +93,7 @@ def runs_on_planned_rows(work: Work) -> str | None:
     """Every operation of the decoder has as many rows as the plan says, and none has rows that have left in front of it."""
     if work.written is None:
         return None
-    plan, here = work.plan, set(work.module.graph.nodes)
+    plan, here = work.written.plan, set(work.module.graph.nodes)
     for node, held in work.written.held.items():
         axis = plan.decoder.tokens.plain_axis(node)
         for name, copy in held.items():
@@ -102,7 +102,7 @@ def runs_on_planned_rows(work: Work) -> str | None:
             level = plan.last if name == LAST else int(name.rpartition(" ")[2])
             if level < plan.live.get(node, 0) and any(user in here for user in copy.users):
                 return f"node '{node.name}' runs on rows that have left in front of it"
-            rows, planned = hint(value(copy).shape[axis]), _planned(work, name)
+            rows, planned = hint(value(copy).shape[axis]), _planned(plan, name)
             if rows != planned:
                 return f"node '{node.name}' has {rows} rows where the plan has {planned}"
     return None
@@ -112,11 +112,11 @@ def sees_planned_keys(work: Work) -> str | None:
     """Every attention call asks for the queries and sees the keys of its group."""
     if work.written is None:
         return None
-    plan = work.plan
+    plan = work.written.plan
     asked: dict[Node, set[tuple[str, str]]] = {}
     for call in work.written.calls:
         asked.setdefault(call.attention.output, set()).add((call.queries, call.keys))
-        planned = _planned(work, call.queries)
+        planned = _planned(plan, call.queries)
         if planned is not None and hint(value(call.output).shape[call.attention.output_axis]) != planned:
             return f"a call in place of '{call.attention.output.name}' does not answer {planned} rows"
     for output, stage in plan.groups.items():
@@ -132,7 +132,8 @@ def returns_what_is_left(work: Work) -> str | None:
     """What leaves the graph has a row for every token that is left in the end, or for each of those asked for."""
     if work.written is None:
         return None
-    plan, final = work.plan, _planned(work, live(work.plan.final))
+    plan = work.written.plan
+    final = _planned(plan, live(plan.final))
     originals = output_node(plan.decoder.merge.output.graph).args[0]
     originals = originals if isinstance(originals, (tuple, list)) else [originals]
     for position, (now, then) in enumerate(zip(_outputs(work), originals)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 
 import torch
 from torch.fx import Graph, Node
@@ -47,7 +48,7 @@ def is_merge(node: Node) -> bool:
     )
 
 
-def enters_a_layer(node: Node, attentions: set[Node]) -> bool:
+def enters_a_layer(node: Node, attentions: AbstractSet[Node]) -> bool:
     """Whether a merge writes into something that attention has touched, leaving aside where merged features come from."""
     seen: set[Node] = set()
     stack = [_operands(node)[0]]
@@ -70,7 +71,7 @@ class Stream:
         texts: inputs that hold embeddings which an earlier graph has looked up.
     """
 
-    def __init__(self, attentions: set[Node], handed: Node | None = None, texts: Collection[Node] = ()):
+    def __init__(self, attentions: AbstractSet[Node], handed: Node | None = None, texts: Collection[Node] = ()):
         self.attentions = attentions
         self.handed = handed
         self.texts = {handed, *texts} - {None}
@@ -130,7 +131,7 @@ class Stream:
 
 def find_merge(
     graph: Graph,
-    attentions: set[Node],
+    attentions: AbstractSet[Node],
     *,
     handed: Merge | None = None,
     texts: Collection[Node] = (),

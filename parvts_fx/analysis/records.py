@@ -10,6 +10,7 @@ import torch
 from torch.fx import Node
 
 from parvts_fx.analysis.values import concrete, value
+from parvts_fx.errors import Refusal
 
 if TYPE_CHECKING:
     from parvts_fx.analysis.modality import Origin
@@ -163,3 +164,15 @@ class Decoder:
 
     unordered: frozenset[Node] = frozenset()
     """Whose rows are not their tokens' own, though those of what follows are: experts' sorts. None can be taken by itself."""
+
+    @property
+    def visual_tokens(self) -> int | torch.SymInt:
+        """Visual tokens per sample, once their number is known (:attr:`VisualMerge.count`).
+
+        Raises:
+            Refusal: it is not.
+        """
+        count = self.merge.visual_tokens
+        if count is None:
+            raise Refusal("the number of visual tokens depends on data", self.merge.output)
+        return count

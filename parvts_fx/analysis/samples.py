@@ -63,6 +63,18 @@ def samples_of(decoder: Decoder, node: Node) -> Samples | None:
     return Samples(axis, kind.multiple, inner)
 
 
+def stream_axis(decoder: Decoder, link: Node) -> int:
+    """The axis of a link of the residual stream along which its rows lie.
+
+    Raises:
+        Refusal: there is no such axis.
+    """
+    axis = decoder.tokens.plain_axis(link)
+    if axis is None:
+        raise Refusal("the residual stream has no plain token axis here", link)
+    return axis
+
+
 def samples_of_side(decoder: Decoder, side: Node, reader: Node, index: int, like: Node | None) -> Samples | None:
     """The same for a tensor from outside the decoder, as leaf number ``index`` of one of its nodes.
 
@@ -79,6 +91,7 @@ def samples_of_side(decoder: Decoder, side: Node, reader: Node, index: int, like
     if like is None:
         raise Refusal("a side input's samples cannot be told apart", side)
     there = samples_of(decoder, like)
+    assert there is not None, "a batch of one has returned above"
     axis = there.axis - (value(like).dim() - value(side).dim())
     if axis >= 0 and hint(value(side).shape[axis]) != 1:
         raise Refusal("a side input's samples cannot be told apart", side)

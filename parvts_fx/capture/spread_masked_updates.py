@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Collection
+from collections.abc import Set as AbstractSet
 from typing import ClassVar
 
 import torch
@@ -49,7 +49,7 @@ class SpreadMaskedUpdates:
     merged: Node
     """Only what depends on these embeddings is rewritten."""
 
-    attentions: Collection[Node]
+    attentions: AbstractSet[Node]
 
     def run(self, work: Work) -> PassResult:
         editor, count = Editor(work.module), 0

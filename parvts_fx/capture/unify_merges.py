@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import ClassVar
 
 import torch
@@ -37,7 +38,7 @@ class UnifyMerges:
     """
 
     name: ClassVar[str] = "unify_merges"
-    attentions: Collection[Node] = ()
+    attentions: AbstractSet[Node] = frozenset()
     handed: Node | None = None
     """An input that holds embeddings into which an earlier graph has merged."""
 
