@@ -13,16 +13,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.table import Table
 
 import parvts_fx
 from bench.accuracy.batches import stream
 from bench.accuracy.examples import VISUAL, Examples, lay_out
 from bench.accuracy.questions import END, IMAGE_TOKEN, PAD, SHARES, Question, ask, vocabulary
-from bench.accuracy.scenes import GRID, IMAGE, PATCH, draw, sample_scene
+from bench.accuracy.scenes import GRID, draw, sample_scene
 from bench.accuracy.ways import generate, load
-from bench.plots import pyplot
-from parvts_fx.scores import rule_named
+from bench.plots import plot_patches
+from bench.tables import Sheet
 from tests import reference
 
 
@@ -68,13 +67,11 @@ def show_answers(keep_ratio: float, seed: int = 7) -> Shown:
 def _reference(model: Any, examples: Examples, batch: dict[str, torch.Tensor],
                keep_ratio: float) -> tuple[torch.Tensor, list[str]]:
     """The first question's kept rows, and every question's first word."""
-    options = parvts_fx.Options(keep_ratio=keep_ratio)
     text = model.model.language_model
     positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
     prefills = reference.prefill(
         model, text.layers, lambda hidden: model.lm_head(text.norm(hidden)), {**batch, "position_ids": positions},
-        batch["input_ids"] == IMAGE_TOKEN, depth=options.migration_depth, score=rule_named(options.score),
-        keep_ratio=keep_ratio, fusion=options.fusion)
+        batch["input_ids"] == IMAGE_TOKEN, stages=parvts_fx.Options(keep_ratio=keep_ratio).schedule)
     first = torch.stack([prefill.logits[-1].argmax() for prefill in prefills])
     return prefills[0].rows, words(first[:, None])
 
@@ -89,28 +86,17 @@ def words(ids: torch.Tensor) -> list[str]:
     return texts
 
 
-def table(shown: Shown) -> Table:
+def table(shown: Shown) -> Sheet:
     """Questions, right answers, and what the whole and the pruned model said."""
-    found = Table(title=f"A trained model, {VISUAL} visual tokens or {int(shown.kept.sum())}", title_justify="left")
-    for heading in ("question", "right answer", "all tokens", "parvts"):
-        found.add_column(heading)
-    for question, whole, pruned in zip(shown.questions, shown.whole, shown.pruned):
-        marked = (text if text == question.answer else f"[red]{text}[/red]" for text in (whole, pruned))
-        found.add_row(question.text, question.answer, *marked)
-    return found
+    def marked(text: str, question: Question) -> str:
+        return text if text == question.answer else f"{text} **(wrong)**"
+
+    return Sheet(f"A trained model, {VISUAL} visual tokens or {int(shown.kept.sum())}",
+                 ["question", "right answer", "all tokens", "parvts"],
+                 [[question.text, question.answer, marked(whole, question), marked(pruned, question)]
+                  for question, whole, pruned in zip(shown.questions, shown.whole, shown.pruned)])
 
 
 def picture(shown: Shown, path: Path) -> Path:
     """The picture beside its kept patches."""
-    figure, axes = pyplot().subplots(1, 2, figsize=(8, 4.4), layout="constrained")
-    bright = shown.kept.repeat_interleave(PATCH, 0).repeat_interleave(PATCH, 1)[..., None].numpy()
-    panels = (("what the model sees", shown.picture),
-              (f"subject group: {int(shown.kept.sum())} of {VISUAL} patches",
-               np.where(bright, shown.picture, shown.picture // 4)))
-    for axis, (heading, pixels) in zip(axes, panels):
-        axis.imshow(pixels, interpolation="nearest", extent=(0, IMAGE, IMAGE, 0))
-        axis.set_title(heading)
-        axis.axis("off")
-    figure.savefig(path, dpi=100)
-    pyplot().close(figure)
-    return path
+    return plot_patches(shown.picture / 255, shown.kept, path)

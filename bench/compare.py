@@ -10,17 +10,15 @@ import argparse
 import dataclasses
 import functools
 import json
-import logging
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
+from bench import figures
 from bench.demo import HEAD_DIM, build_model
 from bench.floor import Floor, decoder_weights
 from bench.measuring import (
@@ -36,14 +34,16 @@ from bench.measuring import (
     seconds,
     spread,
 )
-from bench.methods import DEPTH, FASTV_LAYERS, LOWERINGS, QUICKER, methods
+from bench.methods import DEPTH, LOWERINGS, QUICKER, methods
 from bench.models import Scene, build_scene, cache_bytes
 from bench.plots import plot_kept, plot_lengths
-from bench.tables import table_of_kept, table_of_lengths, tables_of_methods
+from bench.tables import progress, quieten
+from parvts_fx.schedules import SCHEDULES
 
 RESULTS = Path(__file__).parent / "results"
 STUDIES = ("methods", "kept", "lengths")
 KNOWN = tuple(method.name for method in methods())
+FASTV_LAYERS = SCHEDULES["fastv"][0].at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,9 +79,9 @@ class Settings:
         if self.width % HEAD_DIM:
             raise ValueError(f"--width: {self.width} is no multiple of {HEAD_DIM} (the size of a head)")
         if self.layers <= FASTV_LAYERS:
-            raise ValueError(f"--layers: {self.layers} must be more than {FASTV_LAYERS}, behind which FastV prunes")
-        if not 0 <= self.depth <= self.layers:
-            raise ValueError(f"--depth: {self.depth} is not within 0 to --layers={self.layers}")
+            raise ValueError(f"--layers: {self.layers} must be more than {FASTV_LAYERS}, behind which FastV chooses")
+        if not 1 <= self.depth <= self.layers:
+            raise ValueError(f"--depth: {self.depth} is not within 1 to --layers={self.layers}")
         for name, kept, visual in (("kept", self.kept, self.visual), ("sweep", max(self.sweep), self.visual),
                                    ("lengths", self.kept, min(self.lengths))):
             if kept > visual:
@@ -243,33 +243,28 @@ def bound(times: Sequence[float], plain: Sequence[float], flops: int, plain_flop
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run studies; prints tables, writes compare.json and plots, and returns what the JSON holds."""
     studies, settings, out = parse_arguments(arguments)
-    transformers.logging.set_verbosity_error()
-    if not os.environ.get("TORCH_LOGS"):
-        torch._logging.set_logs(dynamo=logging.ERROR)
+    quieten()
     console = Console()
     model = build_model(settings.layers, settings.width)
     path = out / "compare.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-               TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress, many_compiles():
-        study = Study(settings, model, progress)
+    with progress(console) as display, many_compiles():
+        study = Study(settings, model, display)
         measures = {"methods": study.all_methods, "kept": study.by_kept, "lengths": study.by_length}
         for name in studies:
             rows = measures[name]()
             found[name] = {"machine": machine(model.device), "settings": dataclasses.asdict(settings), "rows": rows}
             path.write_text(json.dumps(found, indent=1) + "\n")
             torch._dynamo.reset()
-    held = {name: found[name]["rows"] for name in studies}
     written = [path]
-    if "methods" in held:
-        console.print(*tables_of_methods(held["methods"]))
-    if "kept" in held:
-        console.print(table_of_kept(held["kept"]))
-        written.append(plot_kept(held["kept"], out / "prefill_by_kept.png"))
-    if "lengths" in held:
-        console.print(table_of_lengths(held["lengths"]))
-        written.append(plot_lengths(held["lengths"], out / "by_length.png"))
+    if "methods" in studies:
+        console.print(*figures.methods(found["methods"]))
+    if "kept" in studies:
+        console.print(figures.kept(found["kept"]))
+        written.append(plot_kept(found["kept"]["rows"], out / "prefill_by_kept.png"))
+    if "lengths" in studies:
+        console.print(figures.lengths(found["lengths"]))
+        written.append(plot_lengths(found["lengths"]["rows"], out / "by_length.png"))
     console.print("Written:", *map(str, written))
     return found
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import logging
 import os
 import statistics
 import subprocess
@@ -22,13 +21,14 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 import parvts_fx
+from bench import figures
 from bench.demo import build_model
 from bench.flops import CONFIGURATIONS, capture_prefill, rewrite
 from bench.measuring import machine
 from bench.models import Prefill, build_scene
+from bench.tables import quieten
 from parvts_fx.options import parse_options
 
 RESULTS = Path(__file__).parent / "results" / "compile_time.json"
@@ -47,7 +47,7 @@ def rewriting_seconds(layers: int, repeats: int) -> tuple[float, int]:
 @torch.no_grad()
 def first_call(kind: str, layers: int, width: int) -> float:
     """Seconds of a prefill's first call in this process, without those of a second one."""
-    torch._logging.set_logs(dynamo=logging.ERROR)
+    quieten()
     scene = build_scene(build_model(layers, width), 576, tower=False)
     prefill = Prefill(scene.model)
     call = torch.compile(prefill) if kind == "inductor" else parvts_fx.compile(prefill, strict=True, **OPTIONS)
@@ -79,26 +79,19 @@ def main() -> None:
         return
     console = Console()
     repeats, sizes, width = (1, LAYERS[:2], 256) if given.short else (given.repeats, LAYERS, 1024)
-    table = Table("layers", "nodes", "rewriting", "per layer", title="Analysis, passes and cheap checks")
     rewriting, whole = [], []
     for layers in track(sizes, "rewriting", console=console):
         seconds, nodes = rewriting_seconds(layers, repeats)
         rewriting.append({"layers": layers, "nodes": nodes, "seconds": round(seconds, 3)})
-        table.add_row(str(layers), str(nodes), f"{seconds:.2f} s", f"{1e3 * seconds / layers:.0f} ms")
-    console.print(table)
-    table = Table("layers", *KINDS, "ratio", title=f"First call with empty caches, width {width}")
     for layers in track(sizes[:2], "whole compile", console=console):
         found = {kind: [] for kind in KINDS}
         for _ in range(repeats):
             for kind in KINDS:
                 found[kind].append(in_own_process(kind, layers, width))
-        medians = {kind: statistics.median(seconds) for kind, seconds in found.items()}
         whole.append({"layers": layers, "width": width, "seconds": found})
-        table.add_row(str(layers), *(f"{medians[kind]:.1f} s" for kind in KINDS),
-                      f"{medians['parvts'] / medians['inductor']:.2f}x")
-    console.print(table)
+    held = {"machine": machine(torch.device("cpu")), "rewriting": rewriting, "whole": whole}
+    console.print(figures.compile_time(held))
     if not given.short:
-        held = {"machine": machine(torch.device("cpu")), "rewriting": rewriting, "whole": whole}
         RESULTS.write_text(json.dumps(held, indent=1) + "\n")
 
 

@@ -12,11 +12,8 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import logging
-import os
 import statistics
 import sys
-import time
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -25,19 +22,19 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from rich.progress import Progress
 
 import parvts_fx
 from bench import answers
-from parvts_fx.scores import AUTO, rule_named
+from bench.measuring import flops_of, in_turns, seconds
+from bench.models import PATCH, TEXT_AFTER, TEXT_BEFORE
+from bench.plots import plot_patches
+from bench.tables import Sheet, progress, quieten
+from parvts_fx import Stage
 from tests import reference
 
-IMAGE, PATCH = 336, 14
+IMAGE = 336
 GRID = IMAGE // PATCH
-TEXT_BEFORE, TEXT_AFTER = 35, 29
 IMAGE_TOKEN, VOCABULARY = 32000, 32064
 HEAD_DIM = 64
 DECODE_STEPS = 8
@@ -142,25 +139,6 @@ def build_prompt() -> Prompt:
     return Prompt(inputs, ids == IMAGE_TOKEN, photograph.clamp(0, 1))
 
 
-def count_flops(model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[int, torch.Tensor]:
-    """FLOPs of the whole unpruned call, vision tower included, and its logits."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it does not know CPU's attention
-        logits = model(**inputs).logits[0]
-    return counter.get_total_flops(), logits
-
-
-def measure(models: list[Any], inputs: dict[str, Any], repeats: int, advance: Any) -> list[list[float]]:
-    """Seconds of every call. The models take turns, so that whatever else the machine does hits all of them alike."""
-    seconds: list[list[float]] = [[] for _ in models]
-    for _ in range(repeats):
-        for model, times in zip(models, seconds):
-            start = time.perf_counter()
-            model(**inputs)
-            times.append(time.perf_counter() - start)
-        advance()
-    return seconds
-
-
 def compare(
     model: torch.nn.Module, output: Any, expected: reference.Prefill, unpruned: torch.Tensor, mask: torch.Tensor
 ) -> Agreement:
@@ -177,119 +155,86 @@ def compare(
     return Agreement(error(actual.logits, last), cache, error(unpruned, last), tokens, expected_tokens)
 
 
-def draw(path: Path, prompt: Prompt, rows: torch.Tensor, title: str) -> None:
-    """The photograph as the model sees it, and the same with all but its subject patches dimmed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise SystemExit('The demo needs scikit-image and matplotlib: pip install -e ".[demo]"') from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    kept = torch.zeros(prompt.visual.shape[1], dtype=torch.bool)
-    kept[rows] = True
-    patches = kept[prompt.visual[0]].reshape(GRID, GRID)
-    bright = patches.repeat_interleave(PATCH, 0).repeat_interleave(PATCH, 1)[..., None]
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 5.4), layout="constrained")
-    panels = ((f"what the model sees: {GRID * GRID} patches", prompt.photograph),
-              (f"subject group: {int(patches.sum())} patches", torch.where(bright, prompt.photograph, prompt.photograph * 0.25)))
-    for axis, (heading, picture) in zip(axes, panels):
-        axis.imshow(picture.numpy())
-        axis.set_title(heading)
-        axis.axis("off")
-    figure.suptitle(title)
-    figure.savefig(path, dpi=100)
-    pyplot.close(figure)
-
-
 @contextlib.contextmanager
-def step(progress: Progress, text: str, total: int | None = None) -> Iterator[Any]:
+def step(display: Progress, text: str, total: int | None = None) -> Iterator[Any]:
     """One line of the progress display; gives a function that advances it."""
-    task = progress.add_task(text, total=total or 1)
-    yield lambda: progress.advance(task)
+    task = display.add_task(text, total=total or 1)
+    yield lambda: display.advance(task)
     if total is None:
-        progress.advance(task)
+        display.advance(task)
 
 
-def show(console: Console, options: argparse.Namespace, prompt: Prompt, kept: int, seconds: list[list[float]],
+def show(console: Console, options: argparse.Namespace, prompt: Prompt, kept: int, times: list[list[float]],
          flops: tuple[int, int] | None, agreement: Agreement) -> None:
     """Print what was measured: plain Inductor, parvts with Inductor's matrix products, parvts as it comes."""
     size, visual = prompt.visual.shape[1], int(prompt.visual.sum())
-    plain, same, fast = (statistics.median(times) for times in seconds)
-    table = Table(title=f"Prefill, {torch.get_num_threads()} threads, float32", title_justify="left")
-    table.add_column("")
-    for heading in ("Inductor", "parvts, Inductor's\nmatrix products", "parvts"):
-        table.add_column(heading, justify="right")
-    table.add_row("prompt tokens", *3 * [str(size)])
-    rows = f"{kept}, {kept - size + visual} visual"
-    table.add_row(f"kept from layer {options.migration_depth} on", str(size), rows, rows)
-    if flops is None:
-        table.add_row("FLOPs", *3 * ["not available"])
-    else:
-        table.add_row("FLOPs", *(f"{count / 1e9:.1f} G" for count in (*flops, flops[1])))
-        table.add_row("speedup that they allow", "", *2 * [f"{flops[0] / flops[1]:.2f}x"])
-    table.add_row(f"time, median of {options.repeats}", *(f"{time:.3f} s" for time in (plain, same, fast)))
-    table.add_row("fastest to slowest", *(f"{min(times):.3f} to {max(times):.3f} s" for times in seconds))
-    table.add_row("speedup measured", "", *(f"[bold]{plain / time:.2f}x[/bold]" for time in (same, fast)))
-    console.print(table)
+    plain, same, fast = (statistics.median(each) for each in times)
+    counts = ["not available"] * 3 if flops is None else [f"{count / 1e9:.1f} G" for count in (*flops, flops[1])]
+    allowed = [] if flops is None else [["speedup that they allow", "", *2 * [f"{flops[0] / flops[1]:.2f}x"]]]
+    console.print(Sheet(
+        f"Prefill, {torch.get_num_threads()} threads, float32",
+        ["", "Inductor", "parvts, Inductor's matrix products", "parvts"], [
+            ["prompt tokens", *3 * [str(size)]],
+            [f"kept from layer {options.migration_depth} on", str(size), *2 * [f"{kept}, {kept - size + visual} visual"]],
+            ["FLOPs", *counts], *allowed,
+            [f"time, median of {options.repeats}", *(f"{time:.3f} s" for time in (plain, same, fast))],
+            ["fastest to slowest", *(f"{min(each):.3f} to {max(each):.3f} s" for each in times)],
+            ["speedup measured", "", *(f"**{plain / time:.2f}x**" for time in (same, fast))],
+        ]))
     if fast < 0.9 * same:
         console.print("On this processor parvts found a quicker library for the large matrix products (option "
                       "linear_kernels): the last column gains by pruning and by that.")
     equal = sum(ours == theirs for ours, theirs in zip(agreement.tokens, agreement.expected_tokens))
-    facts = Table(title="Against the eager reference", title_justify="left", show_header=False)
-    facts.add_row("logits of the next token", f"relative error {agreement.logits:.1e}")
-    facts.add_row("cached keys and values, all layers", f"relative error {agreement.cache:.1e}")
-    facts.add_row("greedy tokens", f"{equal} of {len(agreement.expected_tokens)} equal")
-    facts.add_row("for scale: the unpruned model's logits", f"relative error {agreement.unpruned_logits:.1e}")
-    console.print(facts)
+    console.print(Sheet("Against the eager reference", ["", "relative error"], [
+        ["logits of the next token", f"{agreement.logits:.1e}"],
+        ["cached keys and values, all layers", f"{agreement.cache:.1e}"],
+        ["for scale: the unpruned model's logits", f"{agreement.unpruned_logits:.1e}"],
+    ]))
+    console.print(f"Greedy tokens: {equal} of {len(agreement.expected_tokens)} equal")
 
 
 @torch.no_grad()
 def main(arguments: list[str] | None = None) -> int:
     """Run the demo; returns 0 if the compiled prefill agrees with the reference."""
     options = parse_arguments(arguments)
-    transformers.logging.set_verbosity_error()
-    if not os.environ.get("TORCH_LOGS"):  # Dynamo's page on the graph break in transformers' input check
-        torch._logging.set_logs(dynamo=logging.ERROR)
+    quieten()
     console = Console()
-    pruning = dict(keep_ratio=options.keep_ratio, migration_depth=options.migration_depth, score=AUTO)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        with step(progress, "answers of a trained model"):
+    pruning = dict(stages=(Stage(keep=options.keep_ratio, migrate=options.migration_depth),))
+    with progress(console) as display:
+        with step(display, "answers of a trained model"):
             shown = answers.show_answers(options.keep_ratio)
-        with step(progress, "build the model and the prompt"):
+        with step(display, "build the model and the prompt"):
             prompt, model = build_prompt(), build_model(options.layers, options.width)
             text = model.model.language_model
-        with step(progress, "eager reference"):
+        with step(display, "eager reference"):
             expected = reference.prefill(
                 model, text.layers, lambda hidden: model.lm_head(text.norm(hidden)), prompt.inputs, prompt.visual,
-                depth=options.migration_depth, score=rule_named(AUTO), keep_ratio=options.keep_ratio)[0]
-        with step(progress, "count FLOPs"):
+                **pruning)[0]
+        with step(display, "count FLOPs"):
             found = parvts_fx.explain(model, options=pruning, **prompt.inputs).prefill
-            total, unpruned = count_flops(model, prompt.inputs)
-        with step(progress, "compile with Inductor"):
+            total, unpruned = flops_of(lambda: model(**prompt.inputs).logits[0])
+        with step(display, "compile with Inductor"):
             plain = torch.compile(model)
             plain(**prompt.inputs)
-        with step(progress, "compile with parvts"):
+        with step(display, "compile with parvts"):
             same = parvts_fx.compile(copy.deepcopy(model), strict=True, linear_kernels="inductor", **pruning)
             same(**prompt.inputs)
             fast = parvts_fx.compile(copy.deepcopy(model), strict=True, **pruning)
             output = fast(**prompt.inputs)
-        with step(progress, "measure", options.repeats + 1) as advance:
-            models = [plain, same, fast]
-            measure(models, prompt.inputs, 1, advance)  # once more to warm up
-            seconds = measure(models, prompt.inputs, options.repeats, advance)
-        with step(progress, "compare with the reference"):
+        with step(display, "measure", options.repeats + 1) as advance:
+            calls = [lambda each=each: seconds(lambda: each(**prompt.inputs), model.device) for each in (plain, same, fast)]
+            times = in_turns(calls, options.repeats, 1, advance)
+        with step(display, "compare with the reference"):
             agreement = compare(model, output, expected, unpruned, prompt.inputs["attention_mask"][0])
     counted = found is not None and found.flops_before and found.flops_after
     flops = (total, total - found.flops_before + found.flops_after) if counted else None
     console.print(answers.table(shown))
     console.print(f"Picture: {answers.picture(shown, options.out / 'question_patches.png')}")
-    show(console, options, prompt, output.past_key_values.layers[-1].keys.shape[2], seconds, flops, agreement)
-    plain_time, _, fast_time = (statistics.median(times) for times in seconds)
-    path = options.out / "subject_patches.png"
-    draw(path, prompt, expected.rows, f"prefill {plain_time:.2f} s with Inductor, {fast_time:.2f} s with parvts "
-                                      f"({plain_time / fast_time:.2f}x)")
+    show(console, options, prompt, output.past_key_values.layers[-1].keys.shape[2], times, flops, agreement)
+    slow, _, quick = (statistics.median(each) for each in times)
+    kept = torch.isin(prompt.visual[0].nonzero()[:, 0], expected.rows).view(GRID, GRID)
+    path = plot_patches(prompt.photograph, kept, options.out / "subject_patches.png",
+                        f"prefill {slow:.2f} s with Inductor, {quick:.2f} s with parvts ({slow / quick:.2f}x)")
     console.print(f"Picture: {path}")
     if not (agreement.holds and shown.holds):
         console.print("[bold red]The compiled prefill does not agree with the eager reference.[/bold red]")

@@ -1,4 +1,4 @@
-"""The README's tables of figures, written from what has been measured: ``python -m bench.figures``.
+"""What has been measured as tables, for terminals and for the README: ``python -m bench.figures`` writes the latter.
 
 Reads ``compare.json``, ``compile_time.json`` and ``flops.json`` in ``bench/results/``; a test fails when the README
 differs from them.
@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from bench.methods import QUICKER
-from tests.supported import replaced
+from bench.tables import Sheet, mebibytes, milliseconds, percent, seconds
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
 Row = dict[str, Any]
 
 TITLES = {
-    "eager": "eager", "inductor": "Inductor", "inductor + kernels": "Inductor + kernels",
+    "inductor": "Inductor", "inductor + kernels": "Inductor + kernels",
     "downsampled image": "image downsampled to as many tokens", "random": "random choice before layer 0",
+    "uniform": "evenly spread choice before layer 0", "diverse": "diverse choice before layer 0",
     "FastV": "FastV-style, K = 2", "joint": "joint: all tokens together, then pruned", "parvts": "**parvts**",
     "parvts with dead rows": "parvts without `skip_dead_rows`", "parvts fusion 0.5": "parvts, `fusion=0.5`",
     "parvts fusion 0.5, prefix twice": "parvts, `fusion=0.5` without `share_prefix`",
@@ -29,18 +30,8 @@ TITLES = {
 }
 
 
-def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Lines of Markdown."""
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join(f"| {' | '.join(line)} |".replace("  ", " ") for line in lines)
-
-
-def seconds(spread: dict[str, float] | None) -> str:
-    return "" if spread is None else f"{spread['median']:.3f} s"
-
-
-def milliseconds(spread: dict[str, float]) -> str:
-    return f"{1e3 * spread['median']:.0f} ms"
+def title(name: str) -> str:
+    return TITLES.get(name, name)
 
 
 def ratio(row: Row, equal: Row | None = None) -> str:
@@ -51,38 +42,39 @@ def ratio(row: Row, equal: Row | None = None) -> str:
     return f"{row['bound']['reached']:.2f}x{same}"
 
 
-def mebibytes(count: int) -> str:
-    return f"{count / 2**20:.0f} MiB"
+def allowed(row: Row) -> str:
+    return f"{row['bound']['allowed']:.2f}x" if row["bound"]["allowed"] != 1 else ""
 
 
-def methods(results: dict[str, Any]) -> str:
+def methods(results: dict[str, Any]) -> list[Sheet]:
     """All methods, a table for each batch size."""
-    tables = []
-    for batch in results["settings"]["batch"]:
+    sheets = []
+    for batch in dict.fromkeys(row["batch"] for row in results["rows"]):
         rows = [row for row in results["rows"] if row["batch"] == batch]
         tokens, named = rows[0]["tokens"], {row["method"]: row for row in rows}
         equal = {f"parvts {QUICKER}": named.get(f"inductor {QUICKER}")}
         headings = [f"batch {batch}", "prefill", "ratio", "FLOPs allow", "products alone", "first token",
                     f"{tokens} tokens", "decode step", "peak memory", "KV cache", "first call"]
-        tables.append(table(headings, [[
-            TITLES[row["method"]], seconds(row["prefill"]), ratio(row, equal.get(row["method"])),
-            f"{row['bound']['allowed']:.2f}x" if row["bound"]["allowed"] != 1 else "", seconds(row["floor"]),
-            seconds(row["first_token"]), seconds(row["whole"]), milliseconds(row["step"]), mebibytes(row["peak_memory"]),
-            mebibytes(row["cache_bytes"]), f"{row['compile_seconds']:.0f} s" if row["compile_seconds"] else "",
+        sheets.append(Sheet(f"Medians of answers in turns, {rows[0]['visual']} visual tokens", headings, [[
+            title(row["method"]), seconds(row["prefill"]), ratio(row, equal.get(row["method"])), allowed(row),
+            seconds(row["floor"]), seconds(row["first_token"]), seconds(row["whole"]), milliseconds(row["step"]),
+            mebibytes(row["peak_memory"]), mebibytes(row["cache_bytes"]),
+            f"{row['compile_seconds']:.0f} s" if row["compile_seconds"] else "",
         ] for row in rows]))
-    return "\n\n".join(tables)
+    return sheets
 
 
-def kept(results: dict[str, Any]) -> str:
+def kept(results: dict[str, Any]) -> Sheet:
     """Prefill by visual tokens kept; in brackets what the FLOPs allow."""
     points = list(dict.fromkeys(row["asked"] for row in results["rows"]))
     named = list(dict.fromkeys(row["method"] for row in results["rows"]))
     of = {(row["method"], row["asked"]): row for row in results["rows"]}
-    return table([f"kept of {results['rows'][0]['visual']}", *(TITLES[name] for name in named)],
+    return Sheet("Prefill by visual tokens kept (what the FLOPs allow)",
+                 [f"kept of {results['rows'][0]['visual']}", *map(title, named)],
                  [[str(point), *(_prefill(of[name, point]) for name in named)] for point in points])
 
 
-def lengths(results: dict[str, Any]) -> str:
+def lengths(results: dict[str, Any]) -> Sheet:
     """Prefill, decode step and memory by visual tokens of the prompt."""
     named = list(dict.fromkeys(row["method"] for row in results["rows"]))
     of = {(row["method"], row["visual"]): row for row in results["rows"]}
@@ -93,7 +85,7 @@ def lengths(results: dict[str, Any]) -> str:
     }
     rows = [[f"{visual} visual tokens: {what}", *(show(of[name, visual]) for name in named)]
             for visual in dict.fromkeys(row["visual"] for row in results["rows"]) for what, show in columns.items()]
-    return table(["", *(TITLES[name] for name in named)], rows)
+    return Sheet("By length of the prompt: one sample, features given", ["", *map(title, named)], rows)
 
 
 def _prefill(row: Row) -> str:
@@ -102,7 +94,7 @@ def _prefill(row: Row) -> str:
     return f"{seconds(row['prefill'])}, {ratio(row)} ({row['bound']['allowed']:.2f}x)"
 
 
-def compile_time(results: dict[str, Any]) -> str:
+def compile_time(results: dict[str, Any]) -> Sheet:
     """Rewriting alone, and whole first calls, by layers."""
     whole = {entry["layers"]: entry["seconds"] for entry in results["whole"]}
     rows = []
@@ -111,35 +103,46 @@ def compile_time(results: dict[str, Any]) -> str:
                        for kind in ("inductor", "parvts"))
         calls = [f"{plain:.1f} s", f"{ours:.1f} s", f"{ours / plain:.2f}x"] if plain else ["", "", ""]
         rows.append([str(entry["layers"]), f"{entry['seconds']:.2f} s", *calls])
-    return table(["layers", "analysis, passes, checks", "first call, Inductor", "parvts", "ratio"], rows)
+    return Sheet("What compiling costs", ["layers", "analysis, passes, checks", "first call, Inductor", "parvts", "ratio"], rows)
 
 
-def flops(results: dict[str, Any]) -> str:
+def flops(results: dict[str, Any]) -> Sheet:
     """FLOPs that are left of the full prompt's, by configuration and tokens kept."""
     rows = results["results"]
     points = list(dict.fromkeys(row["kept"] for row in rows))
     names = list(dict.fromkeys((row["model"], row["visual"]) for row in rows))
     of = {(row["model"], row["kept"]): row for row in rows}
+    return Sheet("FLOPs left of the full prompt's", ["decoder", "visual tokens", *(f"{point} kept" for point in points)], [
+        [name, str(visual), *(percent(of[name, point]["flops_after"] / of[name, point]["flops_before"]) for point in points)]
+        for name, visual in names])
 
-    def ratio(row: dict[str, Any]) -> str:
-        return f"{row['flops_after'] / row['flops_before']:.1%}".replace("%", " %")
 
-    return table(["decoder", "visual tokens", *(f"{point} kept" for point in points)], [
-        [name, str(visual), *(ratio(of[name, point]) for point in points)] for name, visual in names])
+def schedules(results: dict[str, Any]) -> Sheet:
+    """Published schedules beside Inductor."""
+    rows, machine = results["rows"], results["machine"]
+    return Sheet(
+        f"{results['settings']['visual']} visual tokens, prefill with the vision tower, {machine['threads']} threads",
+        ["schedule", "kept", "the decoder's FLOPs", "prefill", "fastest to slowest", "ratio"],
+        [[row["method"], str(row["kept"]), percent(row["flops_share"]), seconds(row["prefill"]),
+          f"{row['prefill']['min']:.3f} to {row['prefill']['max']:.3f} s",
+          f"{rows[0]['prefill']['median'] / row['prefill']['median']:.2f}x" if row is not rows[0] else ""] for row in rows])
 
 
 def tables() -> dict[str, str]:
     """The README's tables by the name in their markers."""
     compared = json.loads((RESULTS / "compare.json").read_text())
     return {
-        "methods": methods(compared["methods"]), "kept": kept(compared["kept"]), "lengths": lengths(compared["lengths"]),
-        "compile time": compile_time(json.loads((RESULTS / "compile_time.json").read_text())),
-        "flops": flops(json.loads((RESULTS / "flops.json").read_text())),
+        "methods": "\n\n".join(sheet.markdown() for sheet in methods(compared["methods"])),
+        "kept": kept(compared["kept"]).markdown(), "lengths": lengths(compared["lengths"]).markdown(),
+        "compile time": compile_time(json.loads((RESULTS / "compile_time.json").read_text())).markdown(),
+        "flops": flops(json.loads((RESULTS / "flops.json").read_text())).markdown(),
     }
 
 
 def fill(text: str) -> str:
     """The README's text with its tables as they have been measured."""
+    from tests.supported import replaced
+
     for name, lines in tables().items():
         text = replaced(text, lines, f"<!-- {name}:begin -->", f"<!-- {name}:end -->")
     return text

@@ -19,10 +19,10 @@ import torch
 import transformers as hf
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 
+from bench import figures
 from parvts_fx.api import count_flops
 from parvts_fx.capture import capture
 from parvts_fx.options import Options, parse_options
@@ -151,7 +151,6 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="LLaVA-1.5-7B alone")
     given = parser.parse_args()
     console = Console()
-    table = Table("model", "visual tokens", "kept", "TFLOPs before", "after", "left", "formula", "apart", "rewriting")
     results = []
     for config in track(CONFIGURATIONS[:1] if given.short else CONFIGURATIONS, "configurations", console=console):
         graph, inputs = capture_prefill(config)
@@ -163,20 +162,19 @@ def main() -> None:
             after = count_flops(done.module)
             scoring = 2 * full * full * config.hidden  # the default rule compares all tokens with one another
             expected = config.formula(rows_of(config, kept, DEPTH), 1) + scoring
-            apart = max(abs(after / expected - 1), abs(before / expected_before - 1))
             results.append({
                 "model": config.name, "layers": config.layers, "text": config.text, "visual": config.visual, "kept": kept,
                 "depth": DEPTH, "flops_before": before, "flops_after": after, "formula_before": expected_before,
                 "formula_after": expected, "rewriting_seconds": round(seconds, 3),
             })
-            table.add_row(config.name, str(config.visual), str(kept), f"{before / 1e12:.2f}", f"{after / 1e12:.2f}",
-                          f"{after / before:.1%}", f"{expected / expected_before:.1%}", f"{apart:.2%}", f"{seconds:.2f} s")
-    console.print(table)
+    console.print(figures.flops({"results": results}))
+    apart = max(abs(row[f"flops_{side}"] / row[f"formula_{side}"] - 1) for row in results for side in ("before", "after"))
+    console.print(f"At most {apart:.2%} from the closed formula")
     RESULTS.parent.mkdir(exist_ok=True)
     versions = {"torch": torch.__version__.split("+")[0], "transformers": hf.__version__}
     if not given.short:
         RESULTS.write_text(json.dumps(versions | {"results": results}, indent=1) + "\n")
-    if any(abs(r["flops_after"] / r["formula_after"] - 1) > 0.005 for r in results):
+    if apart > 0.005:
         raise SystemExit("FLOPs differ from the closed formula by more than 0.5 %")
 
 

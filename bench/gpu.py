@@ -10,13 +10,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 
 from bench.configurations import PUBLISHED, SMALL, Configuration
@@ -30,16 +28,16 @@ from bench.measuring import (
     machine,
     many_compiles,
     peak_memory,
+    profile_call,
     seconds,
     spread,
 )
-from bench.methods import DEPTH, LOWERINGS, inductor, methods
+from bench.methods import LOWERINGS, inductor, methods
 from bench.models import Prefill, Scene, cache_bytes
-from bench.profiling import Breakdown, profile_call
-from bench.tables import mebibytes, milliseconds, open_table
-from parvts_fx.scores import AUTO, rule_named
+from bench.tables import Sheet, mebibytes, milliseconds, quieten
 from tests import reference
 
+METHODS = {method.name: method for method in methods()}
 TOLERANCE = 1e-3
 """In float32; a wrong token or mask shows as 0.01 to 1."""
 
@@ -75,7 +73,7 @@ def run_reference(scene: Scene, kept: int, dtype: torch.dtype) -> reference.Pref
             parameter.data = data.to(dtype)
         return reference.prefill(
             Prefill(model), text.layers, lambda hidden: model.lm_head(text.norm(hidden)), inputs,
-            scene.ids[:1] == model.config.image_token_id, depth=DEPTH, score=rule_named(AUTO), keep_tokens=kept)[0]
+            scene.ids[:1] == model.config.image_token_id, stages=METHODS["parvts"].stages(kept))[0]
     finally:
         for parameter, data in held:
             parameter.data = data
@@ -109,8 +107,8 @@ def measure(config: Configuration, model: torch.nn.Module, batch: int, company: 
     dtype = model.dtype
     exact = run_reference(scene, config.kept, torch.float32)
     rounded = None if dtype == torch.float32 else run_reference(scene, config.kept, dtype)
-    known, backend = {method.name: method for method in methods()}, LOWERINGS[given.lowering]
-    plain, ours = (company.join(build(known[name], scene, config.kept, backend=backend))
+    backend = LOWERINGS[given.lowering]
+    plain, ours = (company.join(build(METHODS[name], scene, config.kept, backend=backend))
                    for name in ("inductor", "parvts"))
     found = check(ours, exact, rounded)
     answers = in_turns([lambda one=one: answer(one, given.tokens)[0] for one in (plain, ours)], given.repeats)
@@ -126,7 +124,7 @@ def measure(config: Configuration, model: torch.nn.Module, batch: int, company: 
     } for one, taken, floor, seen in zip((plain, ours), answers, alone, profiles)]
     if batch == config.batches[0]:
         graphed = inductor("reduce-overhead") if given.lowering == "inductor" else backend
-        pair = [build(known[name], scene, config.kept, backend=graphed) for name in ("inductor", "parvts")]
+        pair = [build(METHODS[name], scene, config.kept, backend=graphed) for name in ("inductor", "parvts")]
         # CUDA graphs are recorded in the second call: one more to warm up than elsewhere
         taken = in_turns([lambda one=one: seconds(one.run_prefill, device) for one in pair], given.repeats, warm_up=3)
         rows += [{"mode": "reduce-overhead", "method": one.method.name, "prefill": spread(times),
@@ -140,20 +138,18 @@ def show(console: Console, result: dict[str, Any]) -> None:
     """One configuration's results as tables."""
     title = (f"{result['model']}, {result['dtype']}, batch {result['batch']}, "
              f"{result['kept']} of {result['visual']} kept")
-    table = open_table(title, "method", "mode", "prefill ms", "of floor", "first ms", "step ms",
-                       f"{result['tokens']} tokens", "peak MiB", "cache MiB")
-    for row in result["rows"]:
-        default = row["mode"] == "default"
-        table.add_row(row["method"], row["mode"], milliseconds(row["prefill"]), *((
-            f"{row['prefill']['median'] / row['floor']['median']:.2f}", milliseconds(row["first_token"]),
-            milliseconds(row["step"]), milliseconds(row["whole"]), mebibytes(row["peak_memory"]),
-            mebibytes(row["cache_bytes"])) if default else ()))
-    console.print(table)
+    headings = ["method", "mode", "prefill", "of floor", "first token", "decode step", f"{result['tokens']} tokens",
+                "peak memory", "KV cache"]
+    console.print(Sheet(title, headings, [[row["method"], row["mode"], milliseconds(row["prefill"]), *((
+        f"{row['prefill']['median'] / row['floor']['median']:.2f}", milliseconds(row["first_token"]),
+        milliseconds(row["step"]), milliseconds(row["whole"]), mebibytes(row["peak_memory"]), mebibytes(row["cache_bytes"]),
+    ) if row["mode"] == "default" else [""] * 6)] for row in result["rows"]]))
     plain, ours = result["rows"][:2]
-    reached, allowed = plain["prefill"]["median"] / ours["prefill"]["median"], plain["flops"] / ours["flops"]
-    console.print(f"prefill {reached:.2f}x over Inductor, {allowed:.2f}x allowed by the FLOPs")
-    seen = [Breakdown(**row["profile"]) for row in (plain, ours)]
-    console.print(seen[1].table_beside(seen[0], 1 / allowed))
+    reached, share = plain["prefill"]["median"] / ours["prefill"]["median"], ours["flops"] / plain["flops"]
+    console.print(f"prefill {reached:.2f}x over Inductor, {1 / share:.2f}x allowed by the FLOPs")
+    parts = [(name, 1e3 * plain["profile"][name], 1e3 * ours["profile"][name]) for name in plain["profile"]]
+    console.print(Sheet("Profile of the prefill", ["ms", "inductor", "bound", "parvts", "missing"], [
+        [name, *(f"{held:.2f}" for held in (whole, share * whole, part, part - share * whole))] for name, whole, part in parts]))
     found = result["check"]
     console.print(f"against the eager reference: logits {found['logits']:.1e} of {found['allowed_logits']:.1e}, cache"
                   f" {found['cache']:.1e} of {found['allowed_cache']:.1e} allowed"
@@ -180,8 +176,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check and time all configurations; returns 0 if all agree with the reference."""
     given = parse_arguments(arguments)
-    transformers.logging.set_verbosity_error()
-    torch._logging.set_logs(dynamo=logging.ERROR)
+    quieten()
     console = Console()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""Time, memory and FLOPs of one method on one scene, and the machine they were measured on."""
+"""Time, memory and FLOPs of one method on one scene, where its time goes, and the machine they were measured on."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from typing import Any
 import torch
 import transformers
 from torch._inductor.utils import fresh_cache
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench.methods import Backend, Method, Recorder, inductor
-from bench.models import Decode, Scene, Tower, shallow_copy, step_positions
+from bench.models import Decode, Prefill, Scene, Tower, shallow_copy, step_positions
 from parvts_fx.api import count_flops
 
 
@@ -73,7 +75,7 @@ def build(method: Method, scene: Scene, kept: int, *, backend: Backend = inducto
     """
     given = method.scene(scene, kept)
     recorder = Recorder(method.lowering(backend))
-    call = method.compile(method.make(given, kept), recorder, None if method.keeps_all else kept, dynamic=False)
+    call = method.compile(Prefill(given.model), recorder, kept, dynamic=False)
     built = Built(method, scene.visual if method.keeps_all else kept, given, call)
     with fresh_cache() if fresh else contextlib.nullcontext():
         first = seconds(built.run_prefill, given.ids.device)
@@ -101,7 +103,7 @@ class Company:
                     tower = torch.compile(tower, backend=method.lowering(self._backend), dynamic=False)
                 self._towers[key] = tower
             built.tower = self._towers[key]
-        kind = (method.compiled, method.options is not None, method.quicker_products)
+        kind = (method.compiled, method.stages is not None, method.quicker_products)
         if kind not in self._decodes:
             self._decodes[kind] = method.compile(Decode(scene.model), method.lowering(self._backend), dynamic=True)
         built.decode = self._decodes[kind]
@@ -182,6 +184,56 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> int:
         held += event.nbytes()
         most = max(most, held)
     return most
+
+
+def flops_of(call: Callable[[], Any]) -> tuple[int, Any]:
+    """Floating-point operations of an eager call, and its result."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it does not know CPU's attention
+        result = call()
+    return counter.get_total_flops(), result
+
+
+_ATTENTION = ("flash", "fmha", "attention", "sdpa", "cudnn_generated")
+_PRODUCTS = ("gemm", "gemv", "cutlass", "nvjet", "splitk", "cublas", "::mm", "::addmm", "::bmm", "::linear", "_mm_")
+
+
+@dataclasses.dataclass(frozen=True)
+class Breakdown:
+    """Seconds of one call, by what ran."""
+
+    products: float
+    attention: float
+    rest: float
+    """On a GPU all other kernels; on a CPU all other time, for Inductor's own kernels are no events there."""
+
+    idle: float
+    """On a GPU the time in which no kernel ran (launches, synchronisation); 0 on a CPU."""
+
+
+def profile_call(call: Callable[[], Any], device: torch.device) -> Breakdown:
+    """Profile one call, after one to warm up; its whole time is taken without the profiler."""
+    call()
+    whole = seconds(call, device)
+    on_device = device.type == "cuda"
+    activities = [ProfilerActivity.CUDA] if on_device else [ProfilerActivity.CPU]
+    with quiet_stderr(), profile(activities=activities) as record:
+        seconds(call, device)
+    parts = {"products": 0.0, "attention": 0.0, "rest": 0.0}
+    for event in record.key_averages():
+        spent = 1e-6 * (event.self_device_time_total if on_device else event.self_cpu_time_total)
+        parts[_kind(event.key)] += spent
+    if on_device:
+        return Breakdown(**parts, idle=max(0.0, whole - sum(parts.values())))
+    parts["rest"] = max(0.0, whole - parts["products"] - parts["attention"])
+    return Breakdown(**parts, idle=0.0)
+
+
+def _kind(name: str) -> str:
+    """Which part a kernel or operator belongs to, by its name."""
+    lowered = name.lower()
+    if any(word in lowered for word in _ATTENTION):
+        return "attention"
+    return "products" if any(word in lowered for word in _PRODUCTS) and "triton" not in lowered else "rest"
 
 
 @contextlib.contextmanager

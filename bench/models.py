@@ -25,7 +25,7 @@ class Scene:
     """[batch, prompt]"""
 
     features: torch.Tensor
-    """[batch * visual, width], what the vision tower makes of ``pixels``."""
+    """[batch * visual, width], what the vision tower makes of ``pixels``; or the pixels, to have the prefill see them."""
 
     visual: int
     """Visual tokens of each prompt."""
@@ -70,7 +70,7 @@ class Scene:
         ids = torch.cat([self.ids[:, :first], self.ids[:, first:first + 1].expand(-1, kept),
                          self.ids[:, first + self.visual:]], 1)
         pixels = pixels.to(self.pixels.dtype)
-        return Scene(self.model, ids, Tower(self.model)(pixels), kept, pixels)
+        return Scene(self.model, ids, see(self.model, pixels), kept, pixels)
 
 
 def rectangle(count: int) -> tuple[int, int]:
@@ -98,7 +98,7 @@ def build_scene(model: nn.Module, visual: int, batch: int = 1, *, tower: bool = 
         features = torch.randn(batch * visual, weight.shape[1], generator=generator).to(weight)
         return Scene(model, ids, features, visual)
     pixels = torch.randn(batch * pictures, 3, height * PATCH, width * PATCH, generator=generator).to(weight)
-    return Scene(model, ids, Tower(model)(pixels), visual, pixels)
+    return Scene(model, ids, see(model, pixels), visual, pixels)
 
 
 class Tower(nn.Module):
@@ -110,8 +110,13 @@ class Tower(nn.Module):
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """[pictures, 3, height, width] to [pictures * tokens, width]."""
-        found = self.model.get_image_features(pixel_values=pixels, interpolate_pos_encoding=True, return_dict=True)
-        return torch.cat(list(found.pooler_output), 0)
+        return see(self.model, pixels)
+
+
+def see(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    """Visual features, [pictures * tokens, width]."""
+    found = model.get_image_features(pixel_values=pixels, interpolate_pos_encoding=True, return_dict=True)
+    return torch.cat(list(found.pooler_output), 0)
 
 
 class Prefill(nn.Module):
@@ -129,7 +134,9 @@ class Prefill(nn.Module):
         return self.model.lm_head(out.last_hidden_state[:, -1]), out.past_key_values
 
     def merge(self, ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        """The decoder's input, [batch, prompt, width]."""
+        """The decoder's input, [batch, prompt, width], from features or pixels."""
+        if features.dim() == 4:
+            features = see(self.model, features)
         embedded = self.model.get_input_embeddings()(ids)
         return embedded.masked_scatter((ids == self.model.config.image_token_id)[..., None], features)
 

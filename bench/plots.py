@@ -1,10 +1,12 @@
-"""The plots of bench.compare."""
+"""Plots: lines with their scatter, and pictures with their kept patches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 Row = dict[str, Any]
 
@@ -18,10 +20,8 @@ _STYLES = {  # Okabe and Ito's colours, and a marker each, so that nothing hangs
 def plot_kept(rows: Sequence[Row], path: Path) -> Path:
     """Prefill against visual tokens kept, with the time that parvts' FLOPs allow drawn in."""
     figure, axes = open_figure()
-    _lines(axes, rows, "asked", lambda row: row["prefill"])
-    ours = [row for row in rows if row["method"] == "parvts"]
-    axes.plot([row["asked"] for row in ours], [row["bound"]["seconds"] for row in ours], color=_STYLES["parvts"][0],
-              linestyle="--", label="bound: Inductor's time x parvts' share of the FLOPs")
+    _methods(axes, rows, "asked", "prefill")
+    _bound(axes, rows, "asked")
     axes.set(xlabel=f"visual tokens kept of {rows[0]['visual']}", ylabel="prefill, seconds", ylim=(0, None),
              xticks=sorted({row["asked"] for row in rows}))
     axes.legend()
@@ -30,32 +30,61 @@ def plot_kept(rows: Sequence[Row], path: Path) -> Path:
 
 def plot_lengths(rows: Sequence[Row], path: Path) -> Path:
     """Prefill and decode step against the length of the prompt."""
-    figure, (left, right) = pyplot().subplots(1, 2, figsize=(12, 5), layout="constrained")
-    _lines(left, rows, "visual", lambda row: row["prefill"])
-    _lines(right, rows, "visual", lambda row: row["step"])
-    ours = [row for row in rows if row["method"] == "parvts"]
-    left.plot([row["visual"] for row in ours], [row["bound"]["seconds"] for row in ours], color=_STYLES["parvts"][0],
-              linestyle="--", label="bound: Inductor's time x parvts' share of the FLOPs")
+    figure, (left, right) = open_figure(2, 12)
+    _methods(left, rows, "visual", "prefill")
+    _bound(left, rows, "visual")
+    _methods(right, rows, "visual", "step")
+    least = min(row["kept"] for row in rows)
     for axes, what in ((left, "prefill"), (right, "decode step")):
-        axes.set(xlabel=f"visual tokens of the prompt, {ours[0]['kept']} kept", ylabel=f"{what}, seconds",
+        axes.set(xlabel=f"visual tokens of the prompt, {least} kept", ylabel=f"{what}, seconds",
                  ylim=(0, None), xticks=sorted({row["visual"] for row in rows}))
         axes.legend()
     return save(figure, path)
 
 
-def _lines(axes: Any, rows: Sequence[Row], across: str, of: Callable[[Row], dict[str, float]]) -> None:
+def _methods(axes: Any, rows: Sequence[Row], across: str, what: str) -> None:
     for name in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == name]
-        least, middle, most = ([of(row)[which] for row in own] for which in ("min", "median", "max"))
-        reach = [[m - low for m, low in zip(middle, least)], [high - m for m, high in zip(middle, most)]]
         colour, marker = _STYLES.get(name, (None, "x"))
-        axes.errorbar([row[across] for row in own], middle, yerr=reach, color=colour, marker=marker, capsize=3,
-                      label=name)
+        line(axes, [row[across] for row in own], [[row[what][which] for row in own] for which in ("median", "min", "max")],
+             label=name, color=colour, marker=marker)
 
 
-def open_figure() -> tuple[Any, Any]:
-    """A figure with one pair of axes."""
-    return pyplot().subplots(figsize=(7.5, 5), layout="constrained")
+def _bound(axes: Any, rows: Sequence[Row], across: str) -> None:
+    ours = [row for row in rows if row["method"] == "parvts"]
+    axes.plot([row[across] for row in ours], [row["bound"]["seconds"] for row in ours], color=_STYLES["parvts"][0],
+              linestyle="--", label="bound: Inductor's time x parvts' share of the FLOPs")
+
+
+def line(axes: Any, across: Sequence[float], values: Sequence[Sequence[float]], **style: Any) -> None:
+    """A line with its scatter: ``values`` are the middle, the least and the most at each point."""
+    middle, least, most = np.asarray(values)
+    axes.errorbar(across, middle, yerr=[middle - least, most - middle], capsize=3, **style)
+
+
+def plot_patches(pixels: Any, kept: Any, path: Path, title: str = "") -> Path:
+    """A picture as the model sees it, and the same with all but its kept patches dimmed.
+
+    Args:
+        pixels: [height, width, 3] in 0..1.
+        kept: [rows, columns] bool, by patch.
+    """
+    pixels, kept = np.asarray(pixels), np.asarray(kept)
+    bright = np.kron(kept, np.ones([size // count for size, count in zip(pixels.shape, kept.shape)], dtype=bool))
+    figure, axes = open_figure(2, 10)
+    panels = ((f"what the model sees: {kept.size} patches", pixels),
+              (f"subject group: {kept.sum()} patches", np.where(bright[..., None], pixels, pixels * 0.25)))
+    for axis, (heading, picture) in zip(axes, panels):
+        axis.imshow(picture, interpolation="nearest")
+        axis.set_title(heading)
+        axis.axis("off")
+    figure.suptitle(title)
+    return save(figure, path)
+
+
+def open_figure(columns: int = 1, width: float = 7.5) -> tuple[Any, Any]:
+    """A figure with axes side by side."""
+    return pyplot().subplots(1, columns, figsize=(width, 5.2), layout="constrained")
 
 
 def pyplot() -> Any:
@@ -63,7 +92,7 @@ def pyplot() -> Any:
     try:
         import matplotlib
     except ImportError:
-        raise SystemExit('This needs matplotlib: pip install -e ".[bench]"') from None
+        raise SystemExit('This needs matplotlib: pip install -e ".[bench]" (the demo: ".[demo]")') from None
     matplotlib.use("Agg")
     from matplotlib import pyplot as found
 

@@ -1,92 +1,93 @@
-"""The results of bench.compare as tables for a terminal."""
+"""One writer of tables, for terminals and for pages, and what else a terminal shows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+import dataclasses
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
 
+import torch
+import transformers
 from rich import box
+from rich.console import Console, ConsoleOptions
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
-Row = dict[str, Any]
-
-
-def tables_of_methods(rows: Sequence[Row]) -> Iterable[Table]:
-    """For each batch size two tables: the prefill's time, and everything else."""
-    for batch in dict.fromkeys(row["batch"] for row in rows):
-        here = [row for row in rows if row["batch"] == batch]
-        title = f"batch {batch}, {here[0]['visual']} visual tokens, medians of answers in turns"
-        yield _table(f"Prefill: {title}", here, {
-            "kept": lambda row: str(row["kept"]),
-            "ms": lambda row: milliseconds(row["prefill"]),
-            "min": lambda row: milliseconds(row["prefill"], "min"),
-            "max": lambda row: milliseconds(row["prefill"], "max"),
-            "speedup": lambda row: f"{row['bound']['reached']:.2f}x",
-            "allowed": lambda row: f"{row['bound']['allowed']:.2f}x",
-            "floor ms": lambda row: milliseconds(row["floor"]),
-            "of floor": lambda row: f"{row['prefill']['median'] / row['floor']['median']:.2f}",
-        })
-        yield _table(f"Answers and costs: {title}", here, {
-            "first ms": lambda row: milliseconds(row["first_token"]),
-            "step ms": lambda row: milliseconds(row["step"]),
-            f"{here[0]['tokens']} tokens": lambda row: milliseconds(row["whole"]),
-            "GFLOPs": lambda row: f"{row['flops'] / 1e9:.1f}",
-            "peak MiB": lambda row: mebibytes(row["peak_memory"]),
-            "cache MiB": lambda row: mebibytes(row["cache_bytes"]),
-            "compile s": lambda row: "" if row["compile_seconds"] is None else f"{row['compile_seconds']:.1f}",
-        })
+Spread = dict[str, float]
+"""Median, least and greatest of repeated measurements."""
 
 
-def table_of_kept(rows: Sequence[Row]) -> Table:
-    """Prefill by visual tokens kept: a line for each method, with the time that its FLOPs allow."""
-    points = list(dict.fromkeys(row["asked"] for row in rows))
-    table = open_table(f"Prefill in ms by visual tokens kept of {rows[0]['visual']} (what the FLOPs allow)", "method",
-                       *map(str, points))
-    for name in dict.fromkeys(row["method"] for row in rows):
-        own = {row["asked"]: row for row in rows if row["method"] == name}
-        table.add_row(name, *(f"{milliseconds(own[point]['prefill'])} ({1e3 * own[point]['bound']['seconds']:.0f})"
-                              for point in points))
-    return table
+@dataclasses.dataclass(frozen=True)
+class Sheet:
+    """A table: cells are text, in which ``**`` and backticks mean what they mean in Markdown."""
+
+    title: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def markdown(self) -> str:
+        """Lines for a page; its own text says what the title says."""
+        return markdown(self.headings, self.rows)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        """For a terminal: as many columns side by side as fit, further ones below; headings are broken where that helps."""
+        texts = [[Text.from_markup(_markup(cell)) for cell in line] for line in (self.headings, *self.rows)]
+        widths = [max(*(text.cell_len for text in column[1:]), *map(len, column[0].plain.split()), 0)
+                  for column in zip(*texts)]
+        title, column = self.title, 1
+        while column < len(widths):
+            end = column + 1
+            while end < len(widths) and widths[0] + sum(widths[column:end + 1]) + 3 * (end - column + 2) <= options.max_width:
+                end += 1
+            table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+            for number in (0, *range(column, end)):
+                table.add_column(texts[0][number], justify="right" if number else "left", max_width=widths[number])
+            for line in texts[1:]:
+                table.add_row(line[0], *line[column:end])
+            yield table
+            title, column = None, end
 
 
-def table_of_lengths(rows: Sequence[Row]) -> Table:
-    """Prefill, decode step and memory by the visual tokens of the prompt."""
-    return _table("By length of the prompt: one sample, features given", rows, {
-        "visual": lambda row: str(row["visual"]),
-        "kept": lambda row: str(row["kept"]),
-        "prefill ms": lambda row: milliseconds(row["prefill"]),
-        "speedup": lambda row: f"{row['bound']['reached']:.2f}x",
-        "allowed": lambda row: f"{row['bound']['allowed']:.2f}x",
-        "step ms": lambda row: milliseconds(row["step"]),
-        "min": lambda row: milliseconds(row["step"], "min"),
-        "max": lambda row: milliseconds(row["step"], "max"),
-        "peak MiB": lambda row: mebibytes(row["peak_memory"]),
-        "cache MiB": lambda row: mebibytes(row["cache_bytes"]),
-    })
+def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """The lines of a table in Markdown."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(line)} |".replace("  ", " ") for line in lines)
 
 
-def milliseconds(spread: dict[str, float] | None, which: str = "median") -> str:
+def _markup(cell: str) -> str:
+    return re.sub(r"\*\*(.+?)\*\*", r"[bold]\1[/bold]", escape(cell)).replace("`", "")
+
+
+def seconds(spread: Spread | None) -> str:
+    return "" if spread is None else f"{spread['median']:.3f} s"
+
+
+def milliseconds(spread: Spread | None) -> str:
     if spread is None:
         return ""
-    return f"{1e3 * spread[which]:.1f}" if spread[which] < 1 else f"{1e3 * spread[which]:.0f}"
+    return f"{1e3 * spread['median']:.{0 if spread['median'] >= 0.01 else 2}f} ms"
 
 
 def mebibytes(count: int) -> str:
-    return f"{count / 2**20:.1f}"
+    return f"{count / 2**20:.0f} MiB"
 
 
-def open_table(title: str, first: str, *headings: str) -> Table:
-    """A table without rows: the first column to the left, numbers to the right, narrow enough for 80 columns."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
-    table.add_column(first, no_wrap=True)
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    return table
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
-def _table(title: str, rows: Sequence[Row], columns: dict[str, Callable[[Row], str]]) -> Table:
-    table = open_table(title, "method", *columns)
-    for row in rows:
-        style = "bold" if row["method"] == "parvts" else None
-        table.add_row(row["method"], *(show(row) for show in columns.values()), style=style)
-    return table
+def progress(console: Console) -> Progress:
+    """A display of what is done and how long it has taken."""
+    return Progress(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+                    TimeElapsedColumn(), console=console)
+
+
+def quieten() -> None:
+    """Leave the terminal to the tables: no warnings of transformers', and of Dynamo's only those that are asked for."""
+    transformers.logging.set_verbosity_error()
+    if not os.environ.get("TORCH_LOGS"):
+        torch._logging.set_logs(dynamo=logging.ERROR)

@@ -11,11 +11,14 @@ from bench.accuracy.batches import IDS, IGNORED, pack, question_batch, stream
 from bench.accuracy.examples import VISUAL, grade, sample_examples
 from bench.accuracy.model import build_model, build_processor, prompt
 from bench.accuracy.questions import END, IMAGE_TOKEN, PAD, SHARES, ask, vocabulary
+from bench.accuracy.results import ahead, summarise, unpack
 from bench.accuracy.scenes import CELL, COLOURS, CORNERS, FONT, GROUNDS, IMAGE, draw, patch_labels, sample_scene
-from bench.accuracy.statistics import ahead, summarise, unpack
 from bench.accuracy.train import Stage, Training
 from bench.accuracy.ways import Way, generate, load, prepare
+from bench.methods import named
+from parvts_fx.schedules import SCHEDULES
 
+KINDS = ["parvts", "FastV", "pyramiddrop", "pooled", "chosen"]
 NUMBERS = {"zero": 0, "one": 1, "two": 2, "three": 3, "four": 4}
 
 
@@ -137,7 +140,6 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_been(tmp_path, stop):
     assert first + run(again, 4 - stop) == pytest.approx(whole, rel=1e-6)
 
 
-
 # -- the evaluation ---------------------------------------------------------------------------------------------------
 
 
@@ -178,17 +180,21 @@ def test_grading_knows_right_from_wrong(examples):
     assert not grade(lambda batch: next(given), examples, 40).any()
 
 
-@pytest.mark.parametrize("kind", ["parvts", "FastV", "pooled", "chosen"])
+def way(kind: str, kept: int) -> Way:
+    return Way(kind, kept, stages=named(kind)(kept)) if kind in SCHEDULES else Way(kind, kept, kind=kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_ways_that_keep_every_token_answer_like_the_model(trained, examples, whole, kind):
-    prepared = prepare(trained, Way("all", VISUAL, {}, kind))
+    prepared = prepare(trained, way(kind, VISUAL))
     given = examples.with_visual(prepared.visual) if prepared.visual else examples
     assert (grade(prepared.answer, given, 40) == whole).all()
 
 
-@pytest.mark.parametrize("kind", ["parvts", "FastV", "pooled", "chosen"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_ways_that_drop_tokens_do_and_cost_less(trained, examples, whole, kind):
     def run(kept: int) -> tuple[np.ndarray, int]:
-        prepared = prepare(trained, Way("", kept, {}, kind))
+        prepared = prepare(trained, way(kind, kept))
         given = examples.with_visual(prepared.visual) if prepared.visual else examples
         return grade(prepared.answer, given, 40), prepared.flops()
 
@@ -231,7 +237,7 @@ def test_evaluation_goes_on_where_it_stopped(tmp_path, monkeypatch):
     def answer_all(way, weights, pictures, seed):
         asked.append(way.key)
         right = np.random.default_rng(len(asked)).random(pictures * len(SHARES)) < 0.8
-        return {"name": way.name, "kept": way.kept, "options": way.options, "key": way.key, "decoder_flops": 1.0,
+        return {"name": way.name, "kept": way.kept, "options": way.settings, "key": way.key, "decoder_flops": 1.0,
                 "right": np.packbits(right).tobytes().hex()}
 
     class Here:

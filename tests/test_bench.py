@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import compare, gpu
+from bench import compare, gpu, schedules
 from bench.configurations import SMALL
 from bench.demo import build_model
 from bench.floor import Floor, decoder_weights
 from bench.measuring import Company, answer, build, many_compiles, peak_memory
-from bench.methods import FASTV_LAYERS, FastV, Method, RandomChoice, methods, nothing
+from bench.methods import Method, methods, nothing
 from bench.models import Prefill, Scene, build_scene, cache_bytes
+from bench.tables import Sheet, markdown
+from parvts_fx.schedules import SCHEDULES
+from parvts_fx.scores import rule_named
+from parvts_fx.stages import placed
 from tests import reference
 
 LAYERS, WIDTH, VISUAL, KEPT, DEPTH = 3, 128, 36, 9, 2
@@ -49,10 +55,7 @@ def scene(model: torch.nn.Module) -> Scene:
 
 
 def run(method: Method, scene: Scene, kept: int) -> tuple[torch.Tensor, Any]:
-    if method.options is not None:  # what parvts does happens while compiling
-        return build(method, scene, kept, backend=nothing).run_prefill()
-    given = method.scene(scene, kept)
-    return method.make(given, kept)(*given.inputs)
+    return build(method, scene, kept, backend=nothing).run_prefill()
 
 
 # -- methods ----------------------------------------------------------------------------------------------------------
@@ -65,8 +68,8 @@ def test_the_prefill_is_the_models_own(model: torch.nn.Module):
     assert reference.relative_error(Prefill(model)(*scene.inputs)[0], expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize("method", [held for held in METHODS.values() if held.options is None or held.name == "parvts"],
-                         ids=lambda method: method.name)
+@pytest.mark.parametrize("method", [METHODS[name] for name in (
+    "eager", "inductor", "downsampled image", "random", "FastV", "PyramidDrop", "parvts")], ids=lambda method: method.name)
 def test_keeping_all_is_the_full_model(method: Method, scene: Scene):
     expected, _ = Prefill(scene.model)(*scene.inputs)
     logits, cache = run(method, scene, VISUAL)
@@ -77,11 +80,9 @@ def test_keeping_all_is_the_full_model(method: Method, scene: Scene):
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_what_is_cached(method: Method, scene: Scene):
     _, cache = run(method, scene, KEPT)
-    late = TEXT + (VISUAL if method.keeps_all else KEPT)
-    early = TEXT + VISUAL if method.name == "FastV" else late
-    assert [layer.keys.shape[2] for layer in cache.layers] == [early] * FASTV_LAYERS + [late] * (LAYERS - FASTV_LAYERS)
-    rows = FASTV_LAYERS * early + (LAYERS - FASTV_LAYERS) * late
-    assert cache_bytes(cache) >= scene.batch * rows * WIDTH * 2 * 4
+    rows = TEXT + (VISUAL if method.keeps_all else KEPT)
+    assert [layer.keys.shape[2] for layer in cache.layers] == [rows] * LAYERS
+    assert cache_bytes(cache) >= scene.batch * LAYERS * rows * WIDTH * 2 * 4
 
 
 def hide(scene: Scene, rows: torch.Tensor, first: int) -> torch.Tensor:
@@ -98,27 +99,41 @@ def hide(scene: Scene, rows: torch.Tensor, first: int) -> torch.Tensor:
             hook.remove()
 
 
+def rows_with(scene: Scene, chosen: torch.Tensor) -> torch.Tensor:
+    """Positions of text and of chosen visual tokens, in order; chosen [batch, kept] counts visual tokens from 0."""
+    everywhere = torch.arange(scene.prompt).expand(scene.batch, -1)
+    before, after = everywhere[:, :scene.first_visual], everywhere[:, scene.first_visual + scene.visual:]
+    return torch.cat([before, chosen.sort(-1).values + scene.first_visual, after], 1)
+
+
 def test_a_random_choice_is_the_model_that_sees_no_other_token(scene: Scene):
-    module = RandomChoice(scene, KEPT)
-    assert reference.relative_error(module(*scene.inputs)[0], hide(scene, module.rows, 0)) <= TOLERANCE
+    visual = scene.ids == scene.model.config.image_token_id
+    ranked = rule_named("random")(torch.empty(*visual.shape, 1), visual)
+    chosen = ranked[:, scene.first_visual:scene.first_visual + VISUAL].topk(KEPT).indices
+    logits, _ = run(METHODS["random"], scene, KEPT)
+    assert reference.relative_error(logits, hide(scene, rows_with(scene, chosen), 0)) <= TOLERANCE
 
 
-def test_fastv_keeps_the_tokens_with_most_attention(scene: Scene, monkeypatch: pytest.MonkeyPatch):
-    chosen: list[torch.Tensor] = []
-    choose = FastV.choose
-    monkeypatch.setattr(FastV, "choose", lambda *given: chosen.append(choose(*given)) or chosen[-1])
-    module = FastV(scene, KEPT)
-    logits, _ = module(*scene.inputs)
-
+def test_fastv_keeps_the_tokens_with_most_attention(scene: Scene):
+    """Behind its second layer, those that the last row attends to most there: transformers' own maps say which."""
     eager = copy.deepcopy(scene.model)
     eager.set_attn_implementation("eager")
     merged = Prefill(scene.model).merge(*scene.inputs)
     maps = eager.model.language_model(inputs_embeds=merged, output_attentions=True).attentions
-    received = maps[FASTV_LAYERS - 1][:, :, -1, scene.first_visual:scene.first_visual + VISUAL].mean(1)
-    assert chosen[0].sort(-1).values.tolist() == received.topk(KEPT).indices.sort(-1).values.tolist()
-
-    expected = hide(scene, module.rows_with(chosen[0], scene.prompt), FASTV_LAYERS)
+    received = maps[1][:, :, -1, scene.first_visual:scene.first_visual + VISUAL].mean(1)
+    expected = hide(scene, rows_with(scene, received.topk(KEPT).indices), 2)
+    logits, _ = run(METHODS["FastV"], scene, KEPT)
     assert reference.relative_error(logits, expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["PyramidDrop", "joint", "diverse", "parvts fusion 0.5"])
+def test_schedules_compute_what_the_reference_does(name: str, scene: Scene):
+    text, stages = scene.model.model.language_model, METHODS[name].stages(KEPT)
+    expected = reference.prefill(
+        Prefill(scene.model), text.layers, lambda hidden: scene.model.lm_head(text.norm(hidden)),
+        {"ids": scene.ids, "features": scene.features}, scene.ids == scene.model.config.image_token_id, stages=stages)
+    logits, _ = run(METHODS[name], scene, KEPT)
+    assert reference.relative_error(logits, torch.stack([sample.logits[-1] for sample in expected])) <= TOLERANCE
 
 
 def test_answers_are_the_models_greedy_ones(scene: Scene):
@@ -194,6 +209,43 @@ def test_arguments_that_make_no_sense(arguments: list[str], complaint: str, caps
     with pytest.raises(SystemExit):
         compare.parse_arguments([*arguments, "--out", str(tmp_path)])
     assert complaint in capsys.readouterr().err
+
+
+# -- bench.schedules, tables ------------------------------------------------------------------------------------------
+
+
+def test_every_named_schedule_beside_inductor(tmp_path):
+    path = tmp_path / "schedules.json"
+    schedules.main(["--layers", "2", "--width", "64", "--visual", "36", "--kept", "4", "--lowering", "eager", "--repeats", "1",
+                    "--out", str(path)])
+    whole, *rows = json.loads(path.read_text())["rows"]
+    assert (whole["method"], whole["kept"], whole["flops_share"]) == ("inductor", 36, 1)
+    assert [row["method"] for row in rows] == list(SCHEDULES)
+    for row in rows:
+        assert row["kept"] == row["stages"][-1]["keep"] == 4 and row["prefill"]["median"] > 0
+    assert {row["method"] for row in rows if row["flops_share"] < 1} >= {"fastv", "pyramiddrop", "random", "uniform"}
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 16, 40])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_fit_models_of_any_depth(name: str, layers: int):
+    found = schedules.fitted(SCHEDULES[name], layers)
+    assert all(0 <= stage.at < layers and stage.at + stage.migrate <= layers for stage in found)
+    if layers >= 16:
+        given = placed(SCHEDULES[name], layers)
+        assert [(held.at, held.end) for held in placed(found, layers)] == [(held.at, held.end) for held in given]
+
+
+def test_tables_for_pages_and_for_terminals():
+    assert markdown(["a", "b"], [["1", ""]]) == "| a | b |\n| --- | --- |\n| 1 | |"
+    sheet = Sheet("what", ["", *("heading",) * 9], [["**one** `two` [three]", *map(str, range(101, 110))]])
+    for width in (200, 60):
+        console = Console(width=width, file=io.StringIO())
+        console.print(sheet)
+        shown = console.file.getvalue()
+        assert all(str(number) in shown for number in range(101, 110))
+        assert (shown.count("one two [three]") == 1) == (width == 200)  # again in front of the columns that follow below
+        assert max(map(len, shown.splitlines())) <= width
 
 
 # -- bench.gpu --------------------------------------------------------------------------------------------------------

@@ -20,19 +20,16 @@ import numpy as np
 import torch
 import transformers
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from bench.accuracy.examples import VISUAL, grade, sample_examples
 from bench.accuracy.model import LAYERS
-from bench.accuracy.plots import plot_depth, plot_methods, plot_rules
-from bench.accuracy.statistics import summarise
-from bench.accuracy.tables import tables
+from bench.accuracy.results import plot, summarise, tables
 from bench.accuracy.ways import WEIGHTS, Way, load, prepare
-from bench.measuring import machine
+from bench.measuring import flops_of, machine
+from bench.methods import named
+from bench.tables import progress
 from parvts_fx.options import Options
-from parvts_fx.scores import AUTO, known_rules
+from parvts_fx.scores import AUTO, known_rules, reads_attention
 
 RESULTS = Path(__file__).parents[1] / "results"
 KEPT = (48, 32, 16, 8, 4)
@@ -57,7 +54,7 @@ def ways(
     chosen = {"migration_depth": depth, "score": score, "fusion": fusion}
     full = [Way("full", VISUAL, kind="chosen")]
     if study == "rules":
-        rules = [rule for rule in known_rules() if rule != "auto"]
+        rules = [rule for rule in known_rules() if rule != "auto" and not reads_attention(rule)]
         return full + [Way("parvts", kept, chosen | {"score": rule}) for kept in counts[::2] for rule in rules]
     if study == "depth":
         return full + [Way("parvts", kept, chosen | {"migration_depth": tried, "fusion": fused})
@@ -70,7 +67,8 @@ def ways(
         Way("pruned before layer 0", kept, before | {"score": score}),
         Way("the same, positions counted anew", kept, {"score": score}, "chosen"),
         Way("FastV", kept, {}, "FastV"),
-        Way("random", kept, before | {"score": "random"}),
+        Way("PyramidDrop's schedule", kept, stages=named("pyramiddrop")(kept)),
+        *(Way(rule, kept, before | {"score": rule}) for rule in ("random", "uniform", "diverse")),
         Way("parvts, random choice", kept, chosen | {"score": "random"}),
         Way("downsampled", kept, {}, "pooled"),
     )]
@@ -88,14 +86,12 @@ def answer_all(way: Way, weights: Path, pictures: int, seed: int) -> dict[str, A
     examples = sample_examples(pictures, seed)
     right = grade(prepared.answer, examples.with_visual(prepared.visual) if prepared.visual else examples, BATCH)
     flops = prepared.flops() - (_tower_flops(model) if prepared.counts_tower else 0)
-    return {"name": way.name, "kept": way.kept, "options": way.options, "key": way.key, "decoder_flops": flops / BATCH,
+    return {"name": way.name, "kept": way.kept, "options": way.settings, "key": way.key, "decoder_flops": flops / BATCH,
             "right": np.packbits(right).tobytes().hex()}
 
 
 def _tower_flops(model: Any) -> int:
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model.model.get_image_features(pixel_values=torch.zeros(BATCH, 3, 96, 96))
-    return counter.get_total_flops()
+    return flops_of(lambda: model.model.get_image_features(pixel_values=torch.zeros(BATCH, 3, 96, 96)))[0]
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -112,6 +108,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--kept", type=int, nargs="+", default=KEPT, help=f"visual tokens kept of {VISUAL}")
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--name", default="accuracy", help="of the files under bench/results")
+    parser.add_argument("--markdown", action="store_true", help="print the tables as pages have them")
     parser.add_argument("--fresh", action="store_true", help="forget kept results")
     options = parser.parse_args(arguments)
     if unknown := set(options.studies) - {"rules", "depth", "methods"}:
@@ -141,24 +138,25 @@ def main(arguments: list[str] | None = None) -> int:
     asked = {study: ways(study, options.depth, options.score, options.fusion, options.kept, layers)
              for study in options.studies}
     todo = {way.key: way for study in asked.values() for way in study if way.key not in kept}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress, concurrent.futures.ProcessPoolExecutor(
+    with progress(console) as display, concurrent.futures.ProcessPoolExecutor(
             options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        task = progress.add_task("answering", total=len(todo))
+        task = display.add_task("answering", total=len(todo))
         running = {pool.submit(answer_all, way, options.weights, options.pictures, options.seed): way
                    for way in todo.values()}
         for done in concurrent.futures.as_completed(running):
             kept[running[done].key] = done.result()
             path.write_text(json.dumps({"machine": machine(torch.device("cpu")), "settings": settings, "ways": kept},
                                        indent=1) + "\n")
-            progress.update(task, advance=1, description=running[done].key[:60])
+            display.update(task, advance=1, description=running[done].key[:60])
     full = kept[Way("full", VISUAL, kind="chosen").key]
     for study, compared in asked.items():
         rows = summarise([kept[way.key] for way in compared], full, options.pictures)
-        for table in tables(study, rows):
-            console.print(table)
-        plot = {"rules": plot_rules, "depth": plot_depth, "methods": plot_methods}[study]
-        console.print(f"Written: {plot(rows, RESULTS / f'{options.name}_{study}.png')}")
+        for sheet in tables(study, rows):
+            if options.markdown:
+                print(f"\n{sheet.markdown()}\n")
+            else:
+                console.print(sheet)
+        console.print(f"Written: {plot(study, rows, RESULTS / f'{options.name}_{study}.png')}")
     console.print(f"Written: {path}")
     return 0
 

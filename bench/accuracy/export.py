@@ -13,6 +13,7 @@ from bench.accuracy.model import build_tokenizer
 from bench.accuracy.questions import SHARES
 from bench.accuracy.train import FACTS
 from bench.accuracy.ways import WEIGHTS, generate, load
+from bench.tables import markdown, percent
 
 PICTURES, SEED = 250, 999
 
@@ -34,10 +35,7 @@ are pretrained.
 What it can do: right answers, every word, greedy decoding, on {pictures} held-out pictures with one question of each kind
 (`--seed {held_out}` of the evaluation's pictures), weights as shipped:
 
-| kind | right |
-| --- | --- |
-{rows}
-| **all** | **{mean:.1f} %** |
+{table}
 """
 
 
@@ -48,10 +46,11 @@ def write(trained: Path, target: Path) -> None:
     model = load(target)
     examples: Examples = sample_examples(PICTURES, SEED)
     right = grade(lambda batch: generate(model, batch), examples, 40).reshape(PICTURES, len(SHARES))
-    rows = "\n".join(f"| {kind} | {100 * share:.1f} % |" for kind, share in zip(SHARES, right.mean(0)))
+    rows = [[kind, percent(share)] for kind, share in zip(SHARES, right.mean(0))]
+    table = markdown(["kind", "right"], [*rows, ["**all**", f"**{percent(right.mean())}**"]])
     (target / "README.md").write_text(CARD.format(
-        parameters=sum(p.numel() for p in model.parameters()) / 1e6, words=len(build_tokenizer()), rows=rows,
-        mean=100 * right.mean(), pictures=PICTURES, held_out=SEED, seed=facts["seed"], minutes=facts["seconds"] / 60,
+        parameters=sum(p.numel() for p in model.parameters()) / 1e6, words=len(build_tokenizer()), table=table,
+        pictures=PICTURES, held_out=SEED, seed=facts["seed"], minutes=facts["seconds"] / 60,
         torch=torch.__version__.split("+")[0],
         steps=", ".join(f"{count} steps of {name}" for name, count in facts["steps"].items())))
 

@@ -13,15 +13,15 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 from torch.fx import GraphModule
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import parvts_fx
 from bench.accuracy.examples import LONGEST_ANSWER, Answer
 from bench.accuracy.questions import END, IMAGE_TOKEN, PAD
 from bench.accuracy.scenes import GRID, IMAGE
+from bench.measuring import flops_of
 from bench.models import rectangle
 from parvts_fx.scores import ATTENDED, rule_named
+from parvts_fx.stages import Stage
 
 FASTV_LAYERS = 2
 WEIGHTS = Path(__file__).parent / "weights"
@@ -35,15 +35,24 @@ class Way:
     name: str
     kept: int
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Of parvts_fx.compile, for what goes through it."""
+    """Of parvts_fx.compile, for what goes through it as one stage at layer 0."""
 
     kind: str = "parvts"
     """"parvts", "FastV", "pooled" (features averaged) or "chosen" (chosen features in front of the decoder, positions
     counted anew)."""
 
+    stages: tuple[Stage, ...] = ()
+    """In place of ``kept`` and ``options``, for other schedules."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The options as JSON holds them."""
+        stages = [{"at": stage.at, "keep": stage.keep, "rule": stage.rule} for stage in self.stages]
+        return self.options | ({"stages": stages} if stages else {})
+
     @property
     def key(self) -> str:
-        settings = ", ".join(f"{name}={held}" for name, held in sorted(self.options.items()))
+        settings = ", ".join(f"{name}={held}" for name, held in sorted(self.settings.items()))
         return f"{self.name} | {settings} | {self.kept}"
 
 
@@ -105,13 +114,14 @@ def generate_by_hand(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor
 def _compiled(model: Any, way: Way) -> Prepared:
     """Through parvts_fx.compile."""
     counts: list[int] = []
+    pruning = {"stages": way.stages} if way.stages else {"keep_tokens": way.kept, **way.options}
 
     def lowering(module: GraphModule, example_inputs: list[object]) -> Callable[..., Any]:
         if not counts:  # the prefill comes first
             counts.append(parvts_fx.api.count_flops(module))
         return module.forward
 
-    parvts_fx.compile(model, lowering=lowering, strict=True, keep_tokens=way.kept, **way.options)
+    parvts_fx.compile(model, lowering=lowering, strict=True, **pruning)
     in_graph = way.options.get("score") == ATTENDED
     if in_graph:  # transformers hooks into the tower at its first call, which would break the graph
         model.model.get_image_features(pixel_values=torch.zeros(1, 3, IMAGE, IMAGE))
@@ -127,9 +137,7 @@ class _Counted:
 
     def answer(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         if not self.flops:
-            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-                self.model(**batch, logits_to_keep=1)
-            self.flops = counter.get_total_flops()
+            self.flops, _ = flops_of(lambda: self.model(**batch, logits_to_keep=1))
         return generate(self.model, batch)
 
 
@@ -180,9 +188,7 @@ class FastV:
         if self.flops:
             logits, seen = self.prefill(hidden, ids == IMAGE_TOKEN, valid, cache)
         else:
-            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-                logits, seen = self.prefill(hidden, ids == IMAGE_TOKEN, valid, cache)
-            self.flops = counter.get_total_flops()
+            self.flops, (logits, seen) = flops_of(lambda: self.prefill(hidden, ids == IMAGE_TOKEN, valid, cache))
         return self.decode(logits, seen, valid.sum(1), cache)
 
     def prefill(self, hidden: torch.Tensor, visual: torch.Tensor, valid: torch.Tensor,
