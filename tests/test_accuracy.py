@@ -18,7 +18,7 @@ from bench.accuracy.ways import Way, generate, load, prepare
 from bench.methods import named
 from parvts_fx.schedules import SCHEDULES
 
-KINDS = ["parvts", "FastV", "pyramiddrop", "pooled", "chosen"]
+KINDS = ["parvts", "fastv", "pyramiddrop", "pooled", "chosen"]
 NUMBERS = {"zero": 0, "one": 1, "two": 2, "three": 3, "four": 4}
 
 

@@ -66,7 +66,7 @@ def ways(
         Way("parvts fusion 0.5", kept, chosen | {"fusion": 0.5}),
         Way("pruned before layer 0", kept, before | {"score": score}),
         Way("the same, positions counted anew", kept, {"score": score}, "chosen"),
-        Way("FastV", kept, {}, "FastV"),
+        Way("FastV's schedule", kept, stages=named("fastv")(kept)),
         Way("PyramidDrop's schedule", kept, stages=named("pyramiddrop")(kept)),
         *(Way(rule, kept, before | {"score": rule}) for rule in ("random", "uniform", "diverse")),
         Way("parvts, random choice", kept, chosen | {"score": "random"}),
