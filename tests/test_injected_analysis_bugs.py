@@ -8,7 +8,7 @@ was found.
 
 Not here, since they cannot come out as wrong numbers: keys taken for queries, and a mask's axes swapped. Wherever both
 sides have other rows, sizes do not fit; where they have the same, nothing is wrong. Nor side inputs whose token axis is
-missed: they do not fit either.
+missed: they do not fit either. Nor a mixer of keys alone taken for a layer's own: it reads from the same link as the queries.
 """
 
 from __future__ import annotations
@@ -24,7 +24,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
-from parvts_fx.analysis import attention, commuting, decoder, independence, layers, lengths, merge, mixers, modality, period
+from parvts_fx.analysis import (
+    attention,
+    commuting,
+    decoder,
+    independence,
+    layers,
+    lengths,
+    merge,
+    mixers,
+    modality,
+    period,
+    stream,
+)
 from parvts_fx.analysis.commuting import Layout
 from parvts_fx.analysis.independence import Findings
 from parvts_fx.analysis.probe import Probe
@@ -220,6 +232,11 @@ def end_at(place: int) -> Patch:
         chain, found[-1], None)[place])
 
 
+def behind_what_does_not_mix(original: Callable, found: list, count: int) -> tuple[list[int], str]:
+    pairs = zip(found, found[1:])
+    return [0, *(block.group for before, block in pairs if block.mixes and not before.mixes)], "blocks that do not mix"
+
+
 EVERY_MIXER = wrap(period, "_find_starts", lambda original, blocks, count: (list(range(count)), "every mixer"))
 LOUD = dict(scale=1.5, heads=4, span="all")
 """With which the paths differ by more than a little, so that it matters where they are fused."""
@@ -229,8 +246,8 @@ LAYERS: dict[str, tuple[Patch, Comparison]] = {
     "the second layer missed": (starts(lambda found: [0, *found[2:]]), of(Choice(depth=1))),
     "a mixing feed-forward taken for a layer": (EVERY_MIXER, of(Choice(depth=1), feed_mixing=MEAN)),
     "a second attention call taken for a layer": (EVERY_MIXER, of(Choice(depth=1), pair="own")),
-    "layers with one mixer each, whatever they hold": (
-        always(period, "_is_regular", True), of(feed_mixing=MEAN, mixing_layers="odd")),
+    "layers taken to begin behind what mixes no tokens, and nowhere else": (
+        wrap(period, "_find_starts", behind_what_does_not_mix), of(feed_mixing=MEAN, mixing_layers="odd")),
     "feed-forwards' mixers left out of layers": (wrap(decoder, "find_layers", attention_alone), of(feed_mixing=MEAN)),
     "layers without attention left out": (wrap(decoder, "find_layers", attention_alone), of(
         Choice(depth=1, skip_dead_rows=False), hybrid="convolution")),
@@ -240,9 +257,10 @@ LAYERS: dict[str, tuple[Patch, Comparison]] = {
         result(decoder, "find_layers", before_the_feed_forward), of(Choice(keep=1, fusion=0.5), **LOUD)),
     "the end of the last layer taken too early": (end_at(0), of(Choice(depth=3, keep=1, fusion=0.5), **LOUD)),
     "the end of the last layer taken too late": (end_at(-1), of(Choice(depth=3, keep=1, fusion=0.5), **LOUD)),
-    "a mixer of keys taken for a layer": (
-        always(layers, "_bypasses", True),
-        of(Choice(depth=1), norm_mixing=Mixing(combine="add", place="behind first"))),
+    "links within the first layer taken for the stream's": (
+        put(stream, "_leads_around", lambda *args: True),
+        of(parallel=True, mixing_layers="first", norm_mixing=Mixing(
+            "last", combine="replace", place="before first", then=Mixing("whole norm", place="before first")))),
 }
 
 # -- which axis holds the samples, and in which order ----------------------------------------------------------------

@@ -5,18 +5,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
-import networkx as nx
 from torch.fx import GraphModule, Node
 
-from parvts_fx.analysis.calls import fused_arguments, is_fused_attention
-from parvts_fx.analysis.last_rows import is_state
 from parvts_fx.analysis.period import Period, blocks_of, find_period
 from parvts_fx.analysis.records import Layer, Mixer
+from parvts_fx.analysis.stream import find_stream
 from parvts_fx.analysis.tokens import TokenMap
 from parvts_fx.analysis.values import ancestors, descendants, output_node
 from parvts_fx.errors import Refusal
-
-_SINK = "sink"
 
 
 def find_layers(
@@ -27,48 +23,11 @@ def find_layers(
     Returns:
         the layers; the first link behind the last mixer; the last layer's output, where that can be told; and by what the
         layers were told apart.
-
-    Keys and values are left out of the flow (layers may share them), and so is what no mixer has touched (per-layer
-    inputs computed from the embeddings): neither is the residual stream.
     """
     main = [mixer for mixer in mixers if mixer.attention is not None or _bypasses(mixer, mixers, module)]
-    first, last = main[0], main[-1]
-    attentions = [mixer.attention for mixer in mixers if mixer.attention is not None]
-    touched = set(descendants(module.graph, [first.output]))
-    skipped = {
-        (key.node, own)
-        for attention in attentions for key in attention.keys for own in attention.nodes
-        if key.node not in {query.node for query in attention.queries}
-    }
-    for node in filter(is_fused_attention, nodes):  # those of the last rows alone among them
-        named = fused_arguments(node)
-        skipped |= {(named[name], node) for name in ("key", "value") if named[name] is not named["query"]}
-    flow = nx.DiGraph()
-    flow.add_node(first.output)
-    for node in nodes:
-        if node in touched and node is not first.output:
-            flow.add_edges_from(
-                (source, node) for source in node.all_input_nodes if source in touched and (source, node) not in skipped
-            )
-    after_last = set(descendants(module.graph, [last.output]))
-    results = [
-        node for node in output_node(module.graph).all_input_nodes
-        if node in after_last and node in flow and not is_state(node, nodes, tokens)
-    ]
-    if not results:
-        raise Refusal("nothing that the last token mixer computes leaves the graph", last.output)
-    flow.add_edges_from((node, _SINK) for node in results)
-    dominator = nx.immediate_dominators(flow, first.output)
-    chain: list[Node] = []
-    link = dominator.get(_SINK)
-    while link is not None and link is not first.output:
-        chain.append(link)
-        link = dominator[link] if dominator[link] is not link else None
-    chain.reverse()
-    inside = set(nodes)
-    bypassed = next((index for index, link in enumerate(chain) if any(
-        source in inside and source not in touched for source in link.all_input_nodes)), 0)
-    del chain[:bypassed]  # what is inside the first mixer: no residual has bypassed it yet
+    last = main[-1]
+    chain = find_stream(module, nodes, main, tokens, start)
+    touched = set(descendants(module.graph, [main[0].output]))
     groups: list[tuple[Node, list[Mixer]]] = [(start, [])]
     waiting: list[Mixer] = []
     for mixer in mixers:

@@ -167,41 +167,50 @@ def _bare_in_front(blocks: Sequence[Block], place: int) -> int:
 
 def _find_starts(blocks: Sequence[Block], count: int) -> tuple[list[int], str]:
     whole = [block for place, block in enumerate(blocks) if not block.is_bare or not place]
-    for view in (blocks, whole):  # bare blocks are parts of what repeats, or else of the layer in front of them
-        behind_others = _behind_blocks_that_do_not_mix(view)
-        regular = _is_regular(behind_others, view) and (view is whole or not view[-1].mixes)
+    for view in [whole] if len(whole) == len(blocks) else [blocks, whole]:
+        # bare blocks are parts of what repeats, or else of the layer in front of them
+        starts = _behind_feed_forwards(view)
+        if _is_feed_forward(view[-1], view) and (len(starts) > 1 if view is whole else _is_regular(starts, view)):
+            ends = [before for before, block in zip(view, view[1:]) if block.group in starts]
+            others = ", or with one of the same matrices" if any(end.mixes for end in (*ends, view[-1])) else ""
+            return starts, f"each ends with blocks in which tokens do not meet{others}"
         for period in range(1, len(view) // 2 + 1):
-            starts = _ending_alike(view, period)
-            if starts is not None and not (regular and len(starts) <= len(behind_others)):
-                return starts, f"{period} blocks of the residual stream, the last one alike in all layers"
-        if regular:
-            return behind_others, "each ends with blocks in which tokens do not meet"
+            found = _ending_alike(view, period)
+            if found is not None:
+                return found, f"{period} blocks of the residual stream, the last one alike in all layers"
+    if _is_regular(starts, whole) or _is_regular(starts, whole, mixing=False):
+        return starts, "each begins behind blocks in which tokens do not meet"
     for period in range(1, len(whole) // 2 + 1):
-        starts = _repeating(whole, period)
-        if starts is not None:
-            return starts, f"{period} blocks of the residual stream, which repeat"
-    if _shared([[block] for block in whole]) and _chunks(whole, 1):
-        return _starts([[block] for block in whole]), "1 block of the residual stream, alike in part"
-    if len(behind_others) > 1 or not whole[-1].mixes:
-        return behind_others, "each ends with blocks in which tokens do not meet, and has its own number of mixers"
-    if count == 1:
-        return [0], "one block in which tokens meet"
+        found = _repeating(whole, period)
+        if found is not None:
+            return found, f"{period} blocks of the residual stream, which repeat"
+    chunks = _chunks(whole, 1)
+    if chunks is not None and _shared(chunks):
+        return _starts(chunks), "1 block of the residual stream, alike in part"
+    if not whole[-1].mixes or count == 1:
+        return [0], "one block in which tokens meet, or several and one in which they do not"
     return list(range(count)), "no period was found: every block in which tokens meet counts as a layer"
 
 
-def _behind_blocks_that_do_not_mix(blocks: Sequence[Block]) -> list[int]:
+def _is_feed_forward(block: Block, blocks: Sequence[Block]) -> bool:
+    """Whether tokens do not meet in a block, or it has the matrices of another one in which they do not."""
+    return not block.mixes or any(
+        (other.weights, other.matrices) == (block.weights, block.matrices) for other in blocks if not other.mixes)
+
+
+def _behind_feed_forwards(blocks: Sequence[Block]) -> list[int]:
     starts = [0]
     for before, block in zip(blocks, blocks[1:]):
-        if block.group is not None and not before.mixes:
+        if block.group is not None and _is_feed_forward(before, blocks):
             starts.append(block.group)
     return starts
 
 
-def _is_regular(starts: Sequence[int], blocks: Sequence[Block]) -> bool:
-    """Whether there are several layers, all with as many blocks that mix."""
-    mixing = [block.group for block in blocks if block.group is not None]
-    ends = [*starts[1:], len(blocks) + max(mixing)]
-    sizes = {sum(start <= group < end for group in mixing) for start, end in zip(starts, ends)}
+def _is_regular(starts: Sequence[int], blocks: Sequence[Block], mixing: bool = True) -> bool:
+    """Whether there are several layers, all with as many blocks: of those that mix, or of all."""
+    places = [place for place, block in enumerate(blocks) if block.group in starts]
+    sizes = {
+        sum(block.mixes or not mixing for block in blocks[begin:end]) for begin, end in zip(places, [*places[1:], len(blocks)])}
     return len(starts) > 1 and len(sizes) == 1
 
 

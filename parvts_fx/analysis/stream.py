@@ -1,0 +1,104 @@
+"""Finds the residual stream: the chain of dominators that all passes through on its way to the decoder's result."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Collection, Sequence
+
+import networkx as nx
+from torch.fx import GraphModule, Node
+
+from parvts_fx.analysis.calls import fused_arguments, is_fused_attention
+from parvts_fx.analysis.last_rows import is_state
+from parvts_fx.analysis.period import matrices_of
+from parvts_fx.analysis.records import Mixer
+from parvts_fx.analysis.tokens import TokenMap
+from parvts_fx.analysis.values import ancestors, descendants, is_symbolic_int, output_node
+from parvts_fx.errors import Refusal
+
+_SINK = "sink"
+_Edges = set[tuple[Node, Node]]
+
+
+def find_stream(
+    module: GraphModule, nodes: Sequence[Node], mixers: Sequence[Mixer], tokens: TokenMap, start: Node
+) -> list[Node]:
+    """The links behind the first mixer, in order.
+
+    Keys and values are left out of the flow: layers may share them. What leads around the first mixers alone shows which
+    links lie within the first layer: no residual has joined them yet. Where something leads from the embeddings around whole
+    layers as well (inputs of each layer computed from them), all that no mixer has touched is left out instead.
+
+    Args:
+        mixers: those through which the stream passes, in graph order.
+    """
+    first, last = mixers[0].output, mixers[-1].output
+    attentions = [mixer.attention for mixer in mixers if mixer.attention is not None]
+    shared: _Edges = {
+        (key.node, own)
+        for attention in attentions for key in attention.keys for own in attention.nodes
+        if key.node not in {query.node for query in attention.queries}
+    }
+    sides: _Edges = {
+        (source, own) for attention in attentions for own in attention.nodes for source in own.all_input_nodes
+        if source not in attention.nodes and source not in {query.node for query in attention.queries}
+    }
+    for node in filter(is_fused_attention, nodes):  # those of the last rows alone among them
+        named = fused_arguments(node)
+        shared |= {(named[name], node) for name in ("key", "value") if named[name] is not named["query"]}
+        sides |= {(named[name], node) for name in ("key", "value", "attn_mask") if named[name] is not named["query"]}
+    touched = set(descendants(module.graph, [first]))
+    after_last = set(descendants(module.graph, [last]))
+    results = [
+        node for node in output_node(module.graph).all_input_nodes
+        if node in after_last and node in touched and not is_state(node, nodes, tokens)
+    ]
+    if not results:
+        raise Refusal("nothing that the last token mixer computes leaves the graph", last)
+    behind_first = _flow(first, [node for node in nodes if node in touched], results, lambda *edge: edge not in shared)
+    chain = _dominators(behind_first, first)
+    sides |= shared
+    whole = _flow(start, nodes, results, lambda source, node: (source, node) not in sides and not is_symbolic_int(source))
+    passed = set(_dominators(whole, start))
+    inside = len(list(itertools.takewhile(lambda link: link not in passed, chain)))
+    if all(link in passed for link in chain[inside:]) and inside < len(chain) and not any(
+            _leads_around(behind_first, one, other, mixers, tokens)
+            for one, other in itertools.pairwise([first, *chain[:inside + 1]])):
+        return chain[inside:]
+    decoder = set(nodes)
+    bypassed = next((index for index, link in enumerate(chain) if any(
+        source in decoder and source not in touched for source in link.all_input_nodes)), 0)
+    return chain[bypassed:]  # what is in front is inside the first mixer: no residual has bypassed it yet
+
+
+def _flow(
+    root: Node, nodes: Collection[Node], results: Collection[Node], follows: Callable[[Node, Node], bool]
+) -> nx.DiGraph:
+    """What flows from the root to the results along edges between these nodes."""
+    flow, inside = nx.DiGraph(), {root, *nodes}
+    flow.add_node(root)
+    for node in nodes:
+        if node is not root:
+            flow.add_edges_from((source, node) for source in node.all_input_nodes if source in inside and follows(source, node))
+    flow.add_edges_from((node, _SINK) for node in results if node in flow)
+    return flow
+
+
+def _dominators(flow: nx.DiGraph, root: Node) -> list[Node]:
+    """What lies on every path from the root, itself left out, to the sink."""
+    dominator = nx.immediate_dominators(flow, root)
+    chain: list[Node] = []
+    link = dominator.get(_SINK)
+    while link is not None and link is not root:
+        chain.append(link)
+        link = dominator[link] if dominator[link] is not link else None
+    return chain[::-1]
+
+
+def _leads_around(flow: nx.DiGraph, one: Node, other: Node, mixers: Sequence[Mixer], tokens: TokenMap) -> bool:
+    """Whether something leads from one link to the next around mixers and matrices, as a residual does around a layer."""
+    between = (ancestors([other]) & nx.descendants(flow, one)) - {other}
+    own = {mixer.output for mixer in mixers if mixer.output in between}
+    weighed = {node for node in (*between, other) if any(True for _ in matrices_of(node, tokens))}
+    rest = flow.subgraph({one, other, *between} - own - (weighed - {other}))
+    return bool(own) and bool(weighed) and nx.has_path(rest, one, other)
