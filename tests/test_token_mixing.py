@@ -144,3 +144,84 @@ def test_feed_forward_of_all_samples_rows(mixing: Mixing | None) -> None:
 ], ids=["video", "sound", "sound first", "video, sound", "sound first, video"])
 def test_several_merges(features: dict, fusion: str | float) -> None:
     rewritten(Choice(depth=2, fusion=fusion), **features)
+
+
+DRAWN = {
+    "norms over tokens alike in all layers, in front of parallel blocks": (
+        Specification(
+            heads=4, groups=2, span="window", reads_padding=False, scale=0.6, parallel=True, merge="choose the text",
+            caches=False, last_only=True, length=23, visual=8,
+            rows=(Row(), Row(padding=3, before=1, between=1), Row(before=1)), pad_right=True, pair="sum",
+            norm_mixing=Mixing("whole norm", 1, place="before first", then=Mixing(
+                "first", combine="divide", place="before first", then=Mixing("sorted", 1, place="before first")))),
+        Choice(depth=2, keep=0.5, paths="joint", rule="uniform", skip_dead_rows=False)),
+    "norms over tokens in front of the first parallel block alone": (
+        Specification(
+            heads=3, groups=3, head_dim=4, norm="layer", scale=0.6, positions="learned", numbering="mask", parallel=True,
+            length=13, rows=(Row(padding=3, before=3, between=2), Row(padding=3, before=0)), mixing_layers="first", pair="sum",
+            norm_mixing=Mixing("last", combine="replace", place="before first", then=Mixing(
+                "whole norm", place="before first"))),
+        Choice(depth=2, keep=0.5, fusion=0.7, rule="norm")),
+    "parallel blocks, linear ones in front, whose queries join late": (
+        Specification(
+            layers=4, heads=1, place="post", attention="masked", scale=0.6, parallel=True, merge="put", caches=False, length=14,
+            visual=7, rows=(Row(before=1, between=2), Row(padding=2, before=0, between=2), Row(between=2)),
+            hybrid="linear, whole", hybrid_layers="all", states=True, pair="own", layout="heads first"),
+        Choice(depth=4, keep=1 / 9, paths="joint", rule="distinct")),
+    "parallel blocks, a linear one first, whose queries join late": (
+        Specification(
+            layers=4, groups=2, head_dim=4, norm="layer", place="post", span="images", reads_padding=False, scale=0.6,
+            positions="learned", numbering="mask", parallel=True, length=23, rows=(Row(padding=1),), pad_right=True,
+            hybrid="linear, whole", hybrid_layers="first"),
+        Choice(depth=3, keep=1 / 9)),
+    "parallel blocks, linear ones in front, weights": (
+        Specification(
+            layers=4, heads=3, groups=3, head_dim=4, span="window", reads_padding=False, scale=0.6, positions="learned",
+            numbering="mask", fused_qkv=True, parallel=True, merge="choose", last_only=True, length=19, visual=3,
+            rows=(Row(padding=1, before=1, between=2),), pad_right=True, hybrid="linear, whole", hybrid_layers="all",
+            video=True),
+        Choice(depth=3, keep=1, fusion=1.0, rule="tied", data_in_sizes=False)),
+    "a router of the same shape as the attention's output": (
+        Specification(
+            heads=1, head_dim=4, norm="layer", attention="masked", span="images", reads_padding=False, scale=0.6,
+            positions="learned", fused_qkv=True, merge="put", last_only=True, length=23, rows=(Row(before=3),), pad_right=True,
+            feed_mixing=Mixing("scan", combine="gate", place="out"), experts="added"),
+        Choice(keep=0.5, rule="tied")),
+    "a filter of each channel by itself on the stream between two layers": (
+        Specification(
+            layers=3, heads=1, norm="layer", attention="masked", span="images", reads_padding=False, flat=True, caches=False,
+            length=12, visual=7, rows=(Row(padding=1, before=0, between=2), Row(padding=3), Row(between=1)),
+            feed_mixing=Mixing("filter", combine="gate", place="stream"), mixing_layers="odd", pair="own"),
+        Choice(depth=2, keep=4, data_in_sizes=False)),
+    "a norm over tokens behind every second layer, weights": (
+        Specification(
+            layers=4, heads=4, groups=2, head_dim=4, place="post", attention="written", span="window", scale=0.6,
+            numbering="mask", fused_qkv=True, merge="assign", caches=False, length=12, visual=3,
+            rows=(Row(padding=3, before=1, between=1),), norm_mixing=Mixing("last", combine="add", place="behind second"),
+            mixing_layers="odd", pair="sum"),
+        Choice(depth=2, keep=0.8, fusion=0.7, rule="partly undefined", skip_dead_rows=False)),
+}
+"""What random examples have found."""
+
+
+@pytest.mark.parametrize("spec, choice", DRAWN.values(), ids=DRAWN.keys())
+def test_drawn(spec: Specification, choice: Choice) -> None:
+    assert outcome(spec, choice).kind == "rewritten"
+
+
+AS_LONG_AS_HIDDEN = dict(head_dim=4, length=8, visual=3, rows=(Row(before=1),))
+
+
+@pytest.mark.parametrize("features", [
+    dict(AS_LONG_AS_HIDDEN, feed_mixing=Mixing("count", 1, "replace", "hidden"), mixing_layers="first"),
+    dict(head_dim=4, heads=1, length=11, visual=4, rows=(Row(before=0),), place="post",
+         feed_mixing=Mixing("count", 1, "subtract", "stream"), mixing_layers="last"),
+], ids=["in a feed-forward", "behind the last layer"])
+def test_one_over_the_number_of_rows_is_refused_where_another_size_is_as_large(features: dict) -> None:
+    result = outcome(Specification(**{**BASE, **features}), Choice(fusion=0.25))
+    assert result.kind == "refused" and "may be the prompt's length or a constant" in result.reason
+
+
+@pytest.mark.parametrize("attention", ["masked", "written"])
+def test_scores_are_scaled_where_a_head_is_as_large_as_the_prompt(attention: str) -> None:
+    rewritten(Choice(depth=2), attention=attention, head_dim=12, length=12, rows=(Row(before=1),))

@@ -12,9 +12,10 @@ from parvts_fx.analysis.calls import attention_nodes
 from parvts_fx.analysis.independence import find_meetings
 from parvts_fx.analysis.last_rows import is_state, keeps_rows_apart, nodes_without_tokens, reads_tokens
 from parvts_fx.analysis.layers import find_layers
-from parvts_fx.analysis.lengths import Tables, check_numbers
+from parvts_fx.analysis.lengths import Tables, check_numbers, scales_scores
 from parvts_fx.analysis.merge import find_merge
 from parvts_fx.analysis.mixers import find_mixers
+from parvts_fx.analysis.period import matrices_of
 from parvts_fx.analysis.probe import Probe
 from parvts_fx.analysis.records import Decoder, VisualMerge
 from parvts_fx.analysis.small_runs import SAMPLES, SmallRuns
@@ -94,7 +95,9 @@ def find_decoder(
     sample_layouts = _apart(runs, nodes, merge.output)
     mixers, unordered = find_mixers(runs, nodes, merge.output, attentions)
     layers, final, output, period = find_layers(module, nodes, mixers, tokens, merge.output)
-    check_numbers(runs, nodes, float, _in_head(module.graph, nodes, final, output))
+    links = {final, *(layer.input for layer in layers)}
+    check_numbers(runs, nodes, float, _in_head(module.graph, nodes, tokens, final, output),
+                  lambda node: scales_scores(node, attentions, links))
     meeting = {mixer.output for mixer in mixers if mixer.attention is None}
     Tables(runs).check(nodes, meeting, attentions, layers)
     decoder = Decoder(merge, tuple(nodes), tuple(layers), final, output, tokens, window_caches_follow, period, samples,
@@ -141,13 +144,14 @@ def _apart(runs: SmallRuns, nodes: list[Node], start: Node) -> dict[Node, dict[i
 
 
 def _in_head(
-    graph: Graph, nodes: Sequence[Node], final: Node, output: Node | None
+    graph: Graph, nodes: Sequence[Node], tokens: TokenMap, final: Node, output: Node | None
 ) -> Callable[[Node, float], bool]:
-    """Whether a fraction scales the head's logits, where no row is counted.
+    """Whether a fraction scales the head's logits, where no row is counted: it stands behind the head's matrix.
 
     Where the last layer's end is not known, the head's are those that stand behind all mixers and nowhere else.
     """
-    head = set(descendants(graph, [final if output is None else output]))
+    behind = set(descendants(graph, [final if output is None else output]))
+    head = set(descendants(graph, [node for node in nodes if node in behind and any(True for _ in matrices_of(node, tokens))]))
     others = {leaf for node in nodes if node not in head for leaf in leaves(node) if isinstance(leaf, float)}
     return lambda node, leaf: node in head and (output is not None or leaf >= 1 and leaf not in others)
 

@@ -47,7 +47,8 @@ _REMEDY = "compile with dynamic=True, where sizes have names: then it can be tol
 
 
 def check_numbers(
-    runs: SmallRuns, nodes: Iterable[Node], kind: type = int, constant: Callable[[Node, Any], bool] = lambda node, leaf: False
+    runs: SmallRuns, nodes: Iterable[Node], kind: type = int,
+    constant: Callable[[Node, Any], bool] = lambda node, leaf: False, scales: Callable[[Node], bool] = lambda node: False,
 ) -> None:
     """Refuse numbers in a static graph that equal the prompt's length, or one over it, and enter values; and positions in an
     index that may be counted from the prompt's end, which Dynamo writes as plain numbers in any graph.
@@ -55,6 +56,7 @@ def check_numbers(
     Args:
         kind: int or float, of the numbers to look at.
         constant: whether one is known to be none that follows the prompt.
+        scales: whether a node scales attention's scores, by the head's size as a rule, which may equal the prompt's length.
 
     Raises:
         Refusal: names the number.
@@ -73,7 +75,7 @@ def check_numbers(
             if not isinstance(leaf, kind):
                 continue
             counts = static and _may_count(leaf, runs.length) and not (
-                _is_explained(runs, node, leaf) or constant(node, leaf))
+                scales(node) and _is_explained(runs, node, leaf) or constant(node, leaf))
             if counts and _is_a_value(runs, node, index):
                 raise Refusal(f"the number {leaf} may be the prompt's length or a constant ({_REMEDY})", node)
             near_end = is_index(node) and isinstance(leaf, int) and 2 < runs.length - 3 <= leaf < runs.length
@@ -120,6 +122,25 @@ def _may_count(leaf: object, length: int) -> bool:
     if isinstance(leaf, float):
         return any(leaf == function(length) for function in _FUNCTIONS)
     return leaf != 0 and leaf % length == 0
+
+
+def scales_scores(node: Node, attentions: Iterable[Attention], stops: Collection[Node]) -> bool:
+    """Whether what a node computes goes into attention calls, and nowhere else but to the caches.
+
+    Args:
+        stops: links of the residual stream.
+    """
+    own = {call for attention in attentions for call in attention.nodes}
+    seen, stack = {node}, [node]
+    while stack:
+        found = stack.pop()
+        if found in stops:
+            return False
+        if found not in own:
+            further = [user for user in found.users if user.op != "output" and user not in seen]
+            seen.update(further)
+            stack.extend(further)
+    return not own.isdisjoint(seen)
 
 
 def _is_explained(runs: SmallRuns, node: Node, leaf: object) -> bool:
