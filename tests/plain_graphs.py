@@ -12,7 +12,8 @@ from torch.fx import GraphModule
 
 import parvts_fx
 from parvts_fx.capture import copy_graph_module
-from parvts_fx.passes import PassResult, State
+from parvts_fx.passes import PassResult, Plan, Work
+from parvts_fx.stages import PlacedStage, Stage
 from tests.plain import Plain, Row, Specification, prompt
 
 # 13 tokens: a size that nothing else in these models has, so that it tells rows of the whole prompt.
@@ -23,15 +24,21 @@ SPECIFICATIONS = {
     "written": Specification(layers=3, length=13, rows=ROWS, attention="written", flat=True, numbering="mask"),
     "GPT-J": Specification(layers=3, length=13, rows=ROWS, attention="masked", parallel=True, norm="layer"),
 }
+# Nor are there other sizes of 11, 10 and 9, which are the rows that are left with 3, 2 and 1 visual tokens.
 CHOICES: dict[str, dict[str, Any]] = {
-    "before layer 0": dict(migration_depth=0),
-    "attention, 1": dict(migration_depth=1),
-    "attention, 2": dict(migration_depth=2),
-    "attention, all": dict(migration_depth=3),
-    "weight, 2": dict(migration_depth=2, fusion=0.4),
-    "weight, all": dict(migration_depth=3, fusion=0.4),
-    "joint, 2": dict(migration_depth=2, paths="joint"),
+    "before layer 0": dict(keep_tokens=2, migration_depth=0),
+    "attention, 1": dict(keep_tokens=2, migration_depth=1),
+    "attention, 2": dict(keep_tokens=2, migration_depth=2),
+    "attention, all": dict(keep_tokens=2, migration_depth=3),
+    "weight, 2": dict(keep_tokens=2, migration_depth=2, fusion=0.4),
+    "weight, all": dict(keep_tokens=2, migration_depth=3, fusion=0.4),
+    "joint, 2": dict(keep_tokens=2, migration_depth=2, paths="joint"),
+    "two stages": dict(stages=(Stage(keep=3, migrate=1), Stage(at=1, keep=1, migrate=1))),
+    "two stages, apart": dict(stages=(Stage(keep=3, rule="norm"), Stage(at=1, keep=1, migrate=2, paths="joint"))),
+    "two stages, read": dict(stages=(Stage(keep=3, migrate=1), Stage(at=1, keep=1, rule="last_row", migrate=2))),
+    "two stages, weight": dict(stages=(Stage(keep=3, migrate=1), Stage(at=2, keep=1, migrate=1, fusion=0.4))),
 }
+LAYERS = 3
 
 
 def capture(
@@ -61,13 +68,29 @@ class Call:
     """A pass that calls a function."""
 
     name: ClassVar[str] = "broken_pass"
-    action: Callable[[State], Any]
+    action: Callable[[Work], Any]
 
-    def run(self, state: State) -> PassResult:
-        self.action(state)
+    def run(self, work: Work) -> PassResult:
+        self.action(work)
         return PassResult(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Refine:
+    """A pass that changes the plan."""
+
+    name: ClassVar[str] = "broken_pass"
+    change: Callable[[Plan], Plan]
+
+    def plan(self, plan: Plan) -> tuple[Plan, PassResult]:
+        return self.change(plan), PassResult(1)
 
 
 def options(**choice: Any) -> parvts_fx.Options:
     """Without the saving of dead rows, so that all migration layers look alike; it has tests of its own."""
-    return parvts_fx.Options(**{"keep_tokens": 2, "skip_dead_rows": False, **choice})
+    return parvts_fx.Options(**{"skip_dead_rows": False, **choice})
+
+
+def stages_of(choice: dict[str, Any]) -> tuple[PlacedStage, ...]:
+    """A choice's stages in these models."""
+    return options(**choice).placed(LAYERS)

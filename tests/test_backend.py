@@ -20,8 +20,9 @@ from torch._inductor import cpu_vec_isa
 import parvts_fx
 from parvts_fx.backends import lowering
 from parvts_fx.backends.parvts import parvts
+from parvts_fx.capture.editing import Editor
 from parvts_fx.options import Options
-from parvts_fx.passes import PassResult
+from parvts_fx.passes import PassResult, Work
 from tests import llava
 from tests.comparing import TOLERANCE, assert_equal_prefill, check, compile_with_parvts, expected, rule, uncompile
 from tests.plain import Plain, Row, Specification
@@ -295,11 +296,11 @@ class TwiceTheLogits:
 
     name = "twice_the_logits"
 
-    def run(self, state):
-        output = next(iter(reversed(state.module.graph.nodes)))
+    def run(self, work: Work) -> PassResult:
+        output = next(iter(reversed(work.module.graph.nodes)))
         logits = output.args[0][0]
-        with state.module.graph.inserting_before(output):
-            output.args = ((state.editor.call(torch.mul, logits, 2), *output.args[0][1:]),)
+        with work.module.graph.inserting_before(output):
+            output.args = ((Editor(work.module).call(torch.mul, logits, 2), *output.args[0][1:]),)
         return PassResult(1)
 
 

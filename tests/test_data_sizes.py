@@ -15,8 +15,9 @@ import parvts_fx
 from parvts_fx import scores
 from parvts_fx.analysis.evaluation_cache import EvaluationCache
 from parvts_fx.analysis.values import value
+from parvts_fx.capture.editing import Editor
 from parvts_fx.errors import Refusal
-from parvts_fx.passes.editing import RowEditor
+from parvts_fx.passes import Work
 from parvts_fx.runtime import guards
 from parvts_fx.runtime.guards import size_reader
 from tests.plain import Plain, Row, Specification, prompt
@@ -58,12 +59,12 @@ def test_two_sizes_that_are_data_through_the_rewriting() -> None:
     given, model = prompt(SPEC), Counting(SPEC)
     found = []
 
-    def ask_again(state: Any) -> None:
-        editor: RowEditor = state.editor
-        masks = [node for node in state.module.graph.nodes if node.op == "call_method" and node.target == "nonzero"]
+    def ask_again(work: Work) -> None:
+        editor = Editor(work.module)
+        masks = [node for node in work.module.graph.nodes if node.op == "call_method" and node.target == "nonzero"]
         assert len(masks) == 2
         for node in masks:
-            with state.module.graph.inserting_before(node.next):
+            with work.module.graph.inserting_before(node.next):
                 found.append(editor.copy(node, node.args, node.kwargs))
             node.replace_all_uses_with(found[-1])
 

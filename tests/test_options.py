@@ -67,7 +67,8 @@ def test_migration_depth_as_a_share(model, share, layers):
     report = parvts_fx.explain(model, **llava.prompt(model, [[1, "image", 2]]).inputs, options={"migration_depth": share})
     assert report.prefill.migration_depth == layers
     assert [set(layer.rows) != {"kept"} for layer in report.prefill.layers] == [True] * layers + [False] * (2 - layers)
-    assert parvts_fx.Options(migration_depth=share).for_layers(32).migration_depth == round(32 * share)
+    (stage,) = parvts_fx.Options(migration_depth=share).placed(32)
+    assert (stage.at, stage.end) == (0, round(32 * share))
 
 
 def test_migration_depth_beyond_the_layers(model):

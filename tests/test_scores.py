@@ -10,12 +10,14 @@ import torch
 import parvts_fx
 from parvts_fx import scores
 from parvts_fx.passes.insert_partition import partition
+from parvts_fx.stages import Stage
 from tests import llava
 from tests.comparing import assert_equal_prefill, check, compile_with_parvts, expected, uncompile
 from tests.models.builders import BUILDERS
 from tests.reference import subjects_of
 
-PLAIN = tuple(name for name in scores.known_rules() if name != scores.ATTENDED)
+READING = tuple(name for name in scores.known_rules() if scores.reads_attention(name))
+PLAIN = tuple(name for name in scores.known_rules() if name not in (*READING, scores.ATTENDED))
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +37,40 @@ def drawn(batch: int = 2, length: int = 14, visual: int = 8, seed: int = 0):
 @pytest.mark.parametrize("name", PLAIN)
 def test_rules_run_through_the_backend(model, name):
     check(model, llava.prompt(model, [[3, "image", 6], [2, "image", 3]]), score=name, migration_depth=1, keep_ratio=0.3)
+
+
+@pytest.mark.supports("Options", "rules that read attention weights of the layer in front")
+@pytest.mark.parametrize("name", READING)
+def test_rules_that_read_attention_run_through_the_backend(model, name):
+    check(model, llava.prompt(model, [[3, "image", 6], [2, "image", 3]]),
+          stages=(Stage(at=1, keep=0.3, rule=name, migrate=1),))
+
+
+@pytest.mark.parametrize("name, asked", [("last_row", 1), ("text_rows", 6)])
+def test_attention_that_tokens_receive_against_a_loop(name, asked):
+    """Averaged over heads and summed over the rows that are asked, of which the rule is given no others."""
+    hidden, visual = drawn()
+    weights = torch.rand(2, 3, asked, 14, generator=torch.Generator().manual_seed(4))
+    received = scores.rule_named(name)(hidden, visual, weights)
+    for sample in range(2):
+        for place in range(14):
+            wanted = sum(float(weights[sample, head, row, place]) for head in range(3) for row in range(asked)) / 3
+            assert abs(float(received[sample, place]) - wanted) < 1e-5
+    assert not scores.reads_hidden(name) and scores.reads_text(name)
+
+
+def test_what_rules_say_that_they_read():
+    assert READING == ("last_row", "text_rows") and not any(map(scores.reads_attention, PLAIN))
+    assert [name for name in READING if scores.asks_all_text(name)] == ["text_rows"]
+    assert [name for name in PLAIN if scores.reads_text(name)] == ["question", "question_diverse"]
+    assert scores.reads_attention(scores.last_row) and not scores.reads_attention(lambda hidden, visual: hidden[..., 0])
+
+
+@pytest.mark.parametrize("reads", ["weights", ["last_row", "text_rows"], ["hidden", "all"]], ids=str)
+def test_what_a_rule_cannot_read(reads):
+    with pytest.raises(ValueError, match="expected names out of hidden, text, last_row, text_rows"):
+        parvts_fx.register_rule("curious", reads=reads)
+    assert "curious" not in scores.known_rules()
 
 
 @pytest.mark.parametrize("name", PLAIN)

@@ -272,8 +272,9 @@ class FailsMidway:
 
     name = "fails_midway"
 
-    def run(self, state):
-        state.decoder.merge.output.replace_all_uses_with(state.decoder.merge.masks[0])
+    def run(self, work):
+        merge = work.plan.decoder.merge
+        merge.output.replace_all_uses_with(merge.masks[0])
         raise KeyError("midway")
 
 
