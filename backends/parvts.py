@@ -15,7 +15,8 @@ from parvts_fx.errors import NotRewritten, ParvtsWarning, Refusal
 from parvts_fx.options import Options, parse_options
 from parvts_fx.report import GraphReport
 from parvts_fx.rewriting import Rewriting, rewrite_graph
-from parvts_fx.runtime.caches import cache_outputs, tell_merge, watch_short_caches
+from parvts_fx.runtime.caches import cache_outputs, watch_short_caches
+from parvts_fx.runtime.call import current_call
 from parvts_fx.runtime.dispatch import Dispatch
 from parvts_fx.runtime.input_origins import noting_origins
 from parvts_fx.runtime.merged_embeddings import MergedInput, hand_on
@@ -71,7 +72,7 @@ def parvts(
 
 def _telling_merge(lowered: Compiled) -> Compiled:
     def telling(*inputs: object) -> object:
-        tell_merge()
+        current_call().tell_merge()
         return lowered(*inputs)
 
     return telling

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,6 @@ def _find(module: str, name: str, instead: Any = None) -> Any:
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-    from torch.utils.weak import WeakTensorKeyDictionary
 else:
     FakeTensor = _find("torch._subclasses.fake_tensor", "FakeTensor")
     FakeTensorMode = _find("torch._subclasses.fake_tensor", "FakeTensorMode")
@@ -116,6 +116,10 @@ def traced_number(size: torch.SymInt | torch.SymFloat | torch.SymBool) -> Any:
 def traced_numbers(size: torch.SymInt | torch.SymFloat) -> Mapping[sympy.Symbol, Any]:
     """The same for the symbols that it is made of. (The field has had another name in older versions.)"""
     return size.node.shape_env.backed_var_to_val
+
+
+WeakReference: Callable[..., Any] = _find("torch.utils.weak", "WeakIdRef", weakref.ref)
+"""A weak reference that knows that a tensor's Python object may come back to life. Python's own does for what we look up."""
 
 
 # -- operations by other names of theirs: where one is gone, no graph has it ---------------------------------------------------
@@ -183,8 +187,6 @@ TorchDynamoException: type[Exception] = _find("torch._dynamo.exc", "TorchDynamoE
 if not TYPE_CHECKING:
     GuardOnDataDependentSymNode = _find(
         "torch.fx.experimental.symbolic_shapes", "GuardOnDataDependentSymNode", _NeverRaised)
-    WeakTensorKeyDictionary = _find("torch.utils.weak", "WeakTensorKeyDictionary")
-    """Remembers shortened caches and what calls have returned by the tensors' identity. Without it, calls that prune fail."""
 
 
 def dynamo_config() -> Any:

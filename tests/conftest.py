@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from parvts_fx.runtime import input_origins, merged_embeddings
+from parvts_fx.runtime.call import UNWATCHED
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -26,5 +26,5 @@ def fresh_dynamo():
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # graph breaks of Hugging Face models
     yield
     torch._dynamo.reset()
-    merged_embeddings._MERGED.clear()  # of embeddings that a failed call has left behind
-    input_origins._LOST.clear()
+    UNWATCHED.handed.clear()  # what a failed call has left behind
+    UNWATCHED.lost.clear()

@@ -23,7 +23,8 @@ from torch import Tensor
 
 import parvts_fx
 from parvts_fx import scores
-from parvts_fx.runtime import caches, compiled_call, dispatch, guards, merged_embeddings
+from parvts_fx.runtime import caches, call, compiled_call, dispatch, guards, merged_embeddings
+from parvts_fx.runtime.call import UNWATCHED, Call
 from parvts_fx.runtime.dispatch import Dispatch
 from parvts_fx.runtime.guards import Precondition
 from tests import llava
@@ -292,20 +293,20 @@ def next_rows(original: Callable, *given: Any) -> Tensor | None:
     return None if rows is None else rows.roll(1, 1)
 
 
-def one_watch() -> Patch:
+def one_call() -> Patch:
     """What the graphs of one call have told is kept for the next."""
     def patch(monkeypatch: pytest.MonkeyPatch) -> None:
-        watch = caches.Watch()
+        same = Call(UNWATCHED)
 
         @contextlib.contextmanager
-        def watching() -> Iterator[caches.Watch]:
-            token = caches._WATCH.set(watch)
+        def begin() -> Iterator[Call]:
+            token = call._CURRENT.set(same)
             try:
-                yield watch
+                yield same
             finally:
-                caches._WATCH.reset(token)
+                call._CURRENT.reset(token)
 
-        monkeypatch.setattr(compiled_call, "watch_call", watching)
+        monkeypatch.setattr(compiled_call, "begin_call", begin)
 
     return patch
 
@@ -328,13 +329,6 @@ def counted_everywhere(original: Callable, *given: Any) -> Any:
     return type(counting.__name__, (counting,), {"get_query_offset": counting.get_seq_length})
 
 
-def still_short(original: Callable, cache: Any, dropped: int) -> None:
-    """The corrected cache's tensors stay noted."""
-    noted = dict(caches._short().items())
-    original(cache, dropped)
-    caches._short().update(noted)
-
-
 def every_output(original: Callable, module: Any, *rest: Any) -> frozenset[int]:
     return frozenset(range(len(caches._results(module))))
 
@@ -350,7 +344,7 @@ BUGS: dict[str, tuple[Patch, Callable[[], float]]] = {
     "a merge handed over for another tensor": (stale(), handed_over),
     "rows of features off by one": (wrap(compiled_call, "_rows_of_none_of", next_rows), told_by_ids),
     "dropped count off by one": (
-        wrap(dispatch, "tell_pruning", lambda original, dropped: original(dropped + 1)), conversation),
+        wrap(Call, "tell_pruning", lambda original, call, dropped: original(call, dropped + 1)), conversation),
     "cache count not corrected": (put(compiled_call, "remember_dropped", lambda *_: None), conversation),
     "cache count corrected twice": (
         wrap(compiled_call, "remember_dropped", lambda original, *given: (original(*given), original(*given))), conversation),
@@ -360,12 +354,12 @@ BUGS: dict[str, tuple[Patch, Callable[[], float]]] = {
     "dropped keys counted as keys": (wrap(caches, "_counting", counted_everywhere), conversation),
     "window counts not corrected": (wrap(compiled_call, "remember_dropped", windows_as_they_were), sliding_conversation),
     "count kept by an emptied cache": (wrap(caches, "_counting", without_reset), emptied_cache),
-    "watch kept between calls": (one_watch(), text_after_picture),
+    "one object for all calls": (one_call(), text_after_picture),
     "short caches not noted": (put(dispatch, "note_short_caches", lambda *_: None), warned_by_string),
     "positions not warned about": (put(caches, "_warn_of_positions", lambda *_: None), warned_in_place),
     "other caches not watched in place": (
         wrap(backend, "watch_short_caches", lambda original, call, *_, counts_kept: call), warned_in_place),
-    "corrected caches warned about": (wrap(compiled_call, "remember_dropped", still_short), conversation),
+    "corrected caches warned about": (put(Call, "correct", lambda *_: None), conversation),
     "logits taken for a cache": (wrap(dispatch, "cache_outputs", every_output), silent),
 }
 

@@ -8,12 +8,9 @@ attributes, so this happens behind the call that :func:`parvts_fx.compile` has a
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
-import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,79 +19,7 @@ from torch.fx import GraphModule
 from parvts_fx.analysis.calls import attention_nodes
 from parvts_fx.analysis.values import descendants, hint_shape, is_tensor, output_node, value
 from parvts_fx.errors import ParvtsWarning
-from parvts_fx.torch_private import WeakTensorKeyDictionary
-
-
-@dataclasses.dataclass
-class Watch:
-    """What the graphs of one call have told."""
-
-    dropped: list[int] = dataclasses.field(default_factory=list)
-    """Tokens per sample that each rewritten prefill dropped."""
-
-    lost: set[tuple[int, ...]] = dataclasses.field(default_factory=set)
-    """[batch, seq] of merged embeddings that died before a graph took them."""
-
-    merged: bool = False
-    """Whether a graph has merged visual features into embeddings, rewritten or not."""
-
-    merged_rows: Callable[[torch.Tensor], torch.Tensor | None] = lambda embeddings: None
-    """Which rows [batch, seq] of embeddings [batch, seq, hidden] are not those of the call's ids; None if none can be told."""
-
-
-_WATCH: contextvars.ContextVar[Watch | None] = contextvars.ContextVar("parvts_fx_watch", default=None)
-
-
-@contextlib.contextmanager
-def watch_call() -> Iterator[Watch]:
-    """Collect, for the duration of a call, what its graphs tell."""
-    watch, outer = Watch(), _WATCH.get()
-    token = _WATCH.set(watch)
-    try:
-        yield watch
-    finally:
-        _WATCH.reset(token)
-        if outer is not None:
-            outer.merged |= watch.merged
-
-
-def tell_pruning(dropped: int) -> None:
-    """Called by a rewritten prefill each time it has run."""
-    watch = _WATCH.get()
-    if watch is not None:
-        watch.dropped.append(dropped)
-
-
-def current_call() -> Watch | None:
-    """The call that is being watched, whose end notices what its graphs have not done; None under the plain backend."""
-    return _WATCH.get()
-
-
-def merged_rows(embeddings: torch.Tensor) -> torch.Tensor | None:
-    """Rows of embeddings that differ from those of the ids that the running call was given (:class:`Watch`)."""
-    watch = _WATCH.get()
-    return None if watch is None or watch.merged else watch.merged_rows(embeddings)
-
-
-def tell_merge() -> None:
-    """Called by every graph that merges visual features, each time it runs."""
-    watch = _WATCH.get()
-    if watch is not None:
-        watch.merged = True
-
-
-@dataclasses.dataclass
-class _Conversation:
-    """What goes on from one shortened prompt."""
-
-    told: set[str] = dataclasses.field(default_factory=set)
-    """The warnings that it has had: one of each, and not one a decode step."""
-
-
-@functools.cache
-def _short() -> WeakTensorKeyDictionary:
-    """By identity of shortened cache tensors that are alive and whose count nobody has corrected: their conversation."""
-    return WeakTensorKeyDictionary()
+from parvts_fx.runtime.call import Conversation, current_call
 
 
 def cache_outputs(module: GraphModule, rewritten: GraphModule | None = None) -> frozenset[int]:
@@ -118,20 +43,21 @@ def cache_outputs(module: GraphModule, rewritten: GraphModule | None = None) -> 
     return frozenset(found)
 
 
-def _results(module: GraphModule) -> Sequence[object]:
+def _results(module: GraphModule) -> Sequence[Any]:
     results = output_node(module.graph).args[0]
     return results if isinstance(results, (tuple, list)) else (results,)
 
 
-def note_short_caches(outputs: Sequence[object], positions: Iterable[int], goes_on: _Conversation | None = None) -> None:
+def note_short_caches(outputs: Sequence[object], positions: Iterable[int], goes_on: Conversation | None = None) -> None:
     """Remember the tensors at those positions, which a rewritten prefill hands out, or a graph that goes on from it.
 
     Until :func:`remember_dropped` corrects the count of the cache that holds them.
     """
-    conversation = goes_on or _Conversation()
+    conversation, call = goes_on or Conversation(), current_call()
     for position in positions:
-        if isinstance(outputs[position], torch.Tensor):
-            _short()[outputs[position]] = conversation
+        held = outputs[position]
+        if isinstance(held, torch.Tensor):
+            call.shortened.note(held, conversation)
 
 
 def watch_short_caches(call: Callable[..., Any], caches: Iterable[int], counts_kept: bool = False) -> Callable[..., Any]:
@@ -145,9 +71,9 @@ def watch_short_caches(call: Callable[..., Any], caches: Iterable[int], counts_k
         counts_kept: whether the count of a transformers cache is corrected, so that this is another one.
     """
 
-    def watching(*inputs: object) -> Any:
+    def watching(*inputs: Any) -> Any:
         outputs = call(*inputs)
-        conversation = _goes_on(inputs) if _short() else None
+        conversation = current_call().conversation_of(inputs)
         if conversation is not None:
             _warn_of_positions(inputs, conversation, counts_kept)
             note_short_caches(outputs, caches, conversation)
@@ -156,12 +82,7 @@ def watch_short_caches(call: Callable[..., Any], caches: Iterable[int], counts_k
     return watching
 
 
-def _goes_on(inputs: Sequence[object]) -> _Conversation | None:
-    known = (_short().get(held) for held in inputs if isinstance(held, torch.Tensor))
-    return next((held for held in known if held is not None), None)
-
-
-def _warn_of_positions(inputs: Sequence[object], conversation: _Conversation, counts_kept: bool) -> None:
+def _warn_of_positions(inputs: Sequence[object], conversation: Conversation, counts_kept: bool) -> None:
     integers = [x for x in inputs if isinstance(x, torch.Tensor) and x.dtype == torch.int64 and x.dim() >= 1]
     new = min((x.shape[-1] for x in integers if x.dim() >= 2), default=0)
     embedded = any(isinstance(x, torch.Tensor) and x.dim() == 3 and x.is_floating_point() and x.shape[1] == new
@@ -219,14 +140,15 @@ def remember_dropped(cache: Any, dropped: int) -> None:
             layer.cumulative_length -= dropped
         for held in getattr(layer, "__dict__", {}).values():
             if isinstance(held, torch.Tensor):
-                _short().pop(held, None)
+                current_call().correct(held)
     cache.dropped_tokens = getattr(cache, "dropped_tokens", 0) + dropped
-    if not getattr(type(cache), "counts_dropped_tokens", False):
-        cache.__class__ = _counting(type(cache))
+    kind: Any = type(cache)
+    if not getattr(kind, "counts_dropped_tokens", False):
+        cache.__class__ = _counting(kind)
 
 
 @functools.cache
-def _counting(cache_class: type) -> type:
+def _counting(cache_class: Any) -> Any:
     class Counting(cache_class):
         counts_dropped_tokens = True
 

@@ -5,19 +5,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from parvts_fx.errors import NotRewritten, ParvtsWarning
 from parvts_fx.options import Options
-from parvts_fx.runtime.caches import find_caches, is_cache, remember_dropped, watch_call
+from parvts_fx.runtime.caches import find_caches, is_cache, remember_dropped
+from parvts_fx.runtime.call import TensorTable, begin_call
 from parvts_fx.runtime.watched_generate import paused
 from parvts_fx.torch_private import (
     GuardOnDataDependentSymNode,
     TorchDynamoException,
-    WeakTensorKeyDictionary,
     as_newer_torch,
     dynamo_config,
     told_of_compiling,
@@ -43,25 +43,27 @@ def watched_call(call: Callable[..., Any], options: Options, model: torch.nn.Mod
     """
     frames = _Frames()
     tell = _teller(options)
-    returned = WeakTensorKeyDictionary()
+    returned: TensorTable[bool] = TensorTable()
 
     @functools.wraps(call)
     def run(*args: Any, **kwargs: Any) -> Any:
         prompts, has_pictures = _read(args, kwargs, returned)
         while True:
             try:
-                with paused(), frames.capturing(), watch_call() as watch:
+                with paused(), frames.capturing(), begin_call() as told:
                     if has_pictures:
-                        watch.merged_rows = functools.partial(_rows_of_none_of, model, prompts)
+                        told.told_by_ids = functools.partial(_rows_of_none_of, model, prompts)
                     output = call(*args, **kwargs)
                 break
             except (TorchDynamoException, GuardOnDataDependentSymNode):
                 if not frames.relax():
                     raise
-        for cache in find_caches(output, args, kwargs) if watch.dropped else []:
-            remember_dropped(cache, watch.dropped[-1])
-        returned.update((held, True) for held in tree_leaves(output) if isinstance(held, torch.Tensor) and held.dim() > 2)
-        if not watch.merged and has_pictures:
+        for cache in find_caches(output, args, kwargs) if told.dropped else []:
+            remember_dropped(cache, told.dropped[-1])
+        for held in tree_leaves(output):
+            if isinstance(held, torch.Tensor) and held.dim() > 2:
+                returned.note(held, True)
+        if not told.has_merged and has_pictures:
             tell()
         return output
 
@@ -101,7 +103,7 @@ class _Frames:
 
 
 def _read(
-    args: Sequence[object], kwargs: Mapping[str, object], returned: Container[torch.Tensor]
+    args: Sequence[object], kwargs: Mapping[str, object], returned: TensorTable[bool]
 ) -> tuple[list[torch.Tensor], bool]:
     """What may be the ids of a call, and whether it is given a prompt's ids beside numbers that are neither a mask nor
     embeddings nor a cache nor anything else that an earlier call has returned (a cache in tuples): pictures.
@@ -114,7 +116,7 @@ def _read(
     prompts = [held for held in ids if held.shape[1] > 1]
     pictures = bool(prompts) and any(
         held.is_floating_point() and held.shape[:2] != prompts[0].shape and held.shape[-1] != prompts[0].shape[1]
-        and held not in returned for held in tensors)
+        and not returned.get(held) for held in tensors)
     if pictures and len(ids) > len(prompts) == 1 and int(prompts[0].max()) <= 1:
         pictures = False  # the one long row of integers is a mask over a cache
     return prompts, pictures
@@ -131,7 +133,7 @@ def _rows_of_none_of(
     """
     if embeddings.dim() != 3 or not embeddings.is_floating_point():
         return None
-    table = getattr(model, "get_input_embeddings", lambda: None)()
+    table: Any = getattr(model, "get_input_embeddings", lambda: None)()
     size = getattr(getattr(table, "weight", None), "shape", (0,))[0]
     for ids in prompts:
         if size and ids.shape == embeddings.shape[:2]:

@@ -14,7 +14,8 @@ from parvts_fx.capture import copy_graph_module
 from parvts_fx.errors import NotRewritten, ParvtsWarning
 from parvts_fx.options import Options
 from parvts_fx.rewriting import Rewriting
-from parvts_fx.runtime.caches import cache_outputs, note_short_caches, tell_merge, tell_pruning
+from parvts_fx.runtime.caches import cache_outputs, note_short_caches
+from parvts_fx.runtime.call import current_call
 from parvts_fx.runtime.guards import same_count
 from parvts_fx.runtime.merged_embeddings import MergedInput, visual_rows
 from parvts_fx.stages import weighs_nothing
@@ -47,7 +48,9 @@ class Dispatch:
         self, done: Rewriting, lowered: Compiled | None, original: GraphModule, options: Options, position: int | None,
         again: Callable[[GraphModule, Sequence[object], MergedInput | None], Rewriting], lower: Lower,
     ):
-        self._done = done
+        if done.module is None or done.merge is None or done.visual_mask is None:
+            raise ValueError("parvts_fx: there is nothing to dispatch to: the graph has not been rewritten")
+        self._done, self._merge, self._visual_mask = done, done.merge, done.visual_mask
         self._original = copy_graph_module(original)
         self._options = options
         self._position = position
@@ -63,19 +66,20 @@ class Dispatch:
             lowered = torch.compile(done.module, backend=_LowerOnly(lower))
         self._by_count[None if done.precondition else done.merge.count] = lowered
 
-    def __call__(self, *inputs: object) -> object:
+    def __call__(self, *inputs: Any) -> Any:
         if (more := self._for_handed(inputs)) is not None:
             return more(*inputs)
         given = self._with_handed_mask(inputs)
         if given is None:
             return self._run_unrewritten(inputs)  # text alone
-        tell_merge()
+        current_call().tell_merge()
         precondition = self._done.precondition
+        count: int | None = None
         if precondition is not None:
             count = precondition.visual_tokens(inputs)
             if self._dropped(count) == 0:
                 return self._run_unrewritten(inputs)
-        visual = self._done.visual_mask(*given)
+        visual = self._visual_mask(*given)
         if precondition is None:
             count = same_count(visual)
             if count is not None and self._dropped(count) == 0:
@@ -85,27 +89,27 @@ class Dispatch:
             reason = _DIFFER
         elif self._done.padding is not None and self._done.padding(visual, *given):
             reason = _PADDING
-        elif not isinstance(self._done.merge.visual_tokens, int) and weighs_nothing(self._options.schedule, count):
+        elif not isinstance(self._merge.visual_tokens, int) and weighs_nothing(self._options.schedule, count):
             reason = "a stage with constant weights drops none of this prompt's tokens, so that there is nothing to weigh"
         elif _has_labels():
             reason = "labels are given, and a loss needs the logits of every position"
         compiled = None
-        if reason is None:
+        if count is not None and reason is None:
             number = None if precondition else count
             if number in self._by_count:
                 compiled = self._by_count[number]
             else:
                 compiled, reason = self._compile_for(count, inputs, given[-1])
-        if compiled is None:
+        if compiled is None or count is None:
             if reason is not None:
                 self._tell(reason)
             return self._run_unrewritten(inputs)
         outputs = compiled(*given)
-        tell_pruning(self._dropped(count))
+        current_call().tell_pruning(self._dropped(count))
         note_short_caches(outputs, self._caches)
         return outputs
 
-    def _for_handed(self, inputs: tuple[object, ...]) -> Compiled | None:
+    def _for_handed(self, inputs: tuple[Any, ...]) -> Compiled | None:
         """For a graph that was compiled for a prompt into which nothing had been merged before, and now something has."""
         if self._position is not None or self._done.stream is None:
             return None
@@ -119,17 +123,17 @@ class Dispatch:
                 done, None, self._original, self._options, self._done.stream, self._again, self._lower)
         return self._further
 
-    def _run_alone(self, *inputs: object) -> object:
-        tell_merge()
+    def _run_alone(self, *inputs: object) -> Any:
+        current_call().tell_merge()
         return self._run_unrewritten(inputs)
 
-    def _with_handed_mask(self, inputs: tuple[object, ...]) -> tuple[object, ...] | None:
+    def _with_handed_mask(self, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """The inputs, and the mask of what earlier graphs have merged if one was handed over; None where nothing is merged."""
         if self._position is None:
             return inputs
         visual = visual_rows(inputs[self._position])
         if visual is None:
-            if len(self._done.merge.merges) == 1:
+            if len(self._merge.merges) == 1:
                 return None
             visual = torch.zeros(inputs[self._position].shape[:2], dtype=torch.bool, device=inputs[self._position].device)
         return *inputs, visual
@@ -138,7 +142,7 @@ class Dispatch:
         return count - self._options.subject_count(count) if count else 0
 
     def _compile_for(
-        self, count: int, inputs: Sequence[object], handed_mask: object
+        self, count: int, inputs: Sequence[object], handed_mask: torch.Tensor
     ) -> tuple[Compiled | None, str | None]:
         """The compiled form for another number of visual tokens, or None and the reason, if it has not been told yet."""
         if len(self._by_count) >= _MOST_COUNTS:
@@ -154,7 +158,7 @@ class Dispatch:
             raise NotRewritten(f"parvts_fx: this multimodal prefill cannot be rewritten: {reason}")
         warnings.warn(f"parvts_fx: this multimodal prefill runs unrewritten: {reason}", ParvtsWarning, stacklevel=3)
 
-    def _run_unrewritten(self, inputs: Sequence[object]) -> object:
+    def _run_unrewritten(self, inputs: Sequence[object]) -> Any:
         """Compiled when first needed; Dynamo guards its sizes, which need not be those of the rewritten graph."""
         if self._unrewritten is None:
             self._unrewritten = torch.compile(self._original, backend=_LowerOnly(self._lower))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import sympy
 import torch
@@ -24,6 +25,8 @@ class Precondition:
     """Callable on the graph's inputs: does every row hold the number of visual tokens that the graph assumes?"""
 
     def __init__(self, module: GraphModule, merge: VisualMerge, visual: Callable[..., torch.Tensor]):
+        if merge.visual_tokens is None:
+            raise ValueError("parvts_fx: no size tells the number of visual tokens")
         self._visual = visual
         self.visual_tokens: Callable[[Sequence[object]], int] = size_reader(module, merge.visual_tokens)
         """Visual tokens per sample, read from the sizes of actual inputs."""
@@ -51,7 +54,7 @@ def merged_mask(module: GraphModule, merge: VisualMerge) -> Callable[..., torch.
 
 def _union(module: GraphModule, wanted: Sequence[Node]) -> Callable[..., torch.Tensor]:
     needed = ancestors(wanted)
-    graph, copies = Graph(), {}
+    graph, copies = Graph(), dict[Node, Node]()
     for node in module.graph.nodes:
         if node.op == "placeholder" or node in needed:
             copies[node] = graph.node_copy(node, lambda source: copies[source])
@@ -91,7 +94,7 @@ def size_reader(module: GraphModule, size: int | torch.SymInt) -> Callable[[Sequ
         raise Refusal(f"each call needs a size, {wanted}, that the sizes of the graph's inputs do not tell "
                       f"(nothing says what {', '.join(missing)} is: it depends on data)")
 
-    def read(inputs: Sequence[object]) -> int:
+    def read(inputs: Sequence[Any]) -> int:
         known = {}
         for symbol in wanted.free_symbols:
             position, axis = sources[symbol]

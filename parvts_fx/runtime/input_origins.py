@@ -7,7 +7,6 @@ tensors (as :mod:`parvts_fx.runtime.merged_embeddings` does for merged embedding
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,43 +15,17 @@ from torch.fx import GraphModule, Node
 
 from parvts_fx.analysis.modality import Origin, content_before, origin_by_name
 from parvts_fx.analysis.values import is_tensor, output_node, value
-from parvts_fx.runtime.caches import Watch, current_call
+from parvts_fx.runtime.call import UNWATCHED, current_call
 
 TEXT = Origin(frozenset(("text",)))
 """Of embeddings that have been looked up by integers."""
-
-_LOST: set[tuple[int, ...]] = set()
-"""[batch, seq] of merged embeddings that died before a graph took them, until the next prompt's ids are looked up; under the
-plain backend alone, which sees no call begin and end."""
-
-_ORIGINS: dict[int, tuple[weakref.ref[torch.Tensor], Origin]] = {}
-"""By identity of tensors that are alive: what they are computed from."""
-
-
-def noted_origin(held: object) -> Origin | None:
-    """What earlier graphs have told of a tensor; None of any other object."""
-    reference, origin = _ORIGINS.get(id(held), (None, None))
-    return origin if reference is not None and reference() is held else None
-
-
-def note_origin(held: torch.Tensor, origin: Origin) -> None:
-    key = id(held)
-    _ORIGINS[key] = weakref.ref(held, lambda _: _ORIGINS.pop(key, None)), origin
-
-
-def note_lost(size: tuple[int, ...], call: Watch | None) -> None:
-    (_LOST if call is None else call.lost).add(size)
-
-
-def is_lost(size: tuple[int, ...]) -> bool:
-    call = current_call()
-    return size in (_LOST if call is None else call.lost)
 
 
 def noted_origins(module: GraphModule, example_inputs: Sequence[object]) -> tuple[set[Node], dict[Node, Origin]]:
     """Of a graph's inputs, what earlier graphs have told: which are the prompt's embeddings, and what the others are."""
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-    held = {node: noted_origin(given) for node, given in zip(placeholders, example_inputs)}
+    call = current_call()
+    held = {node: call.origin_of(given) for node, given in zip(placeholders, example_inputs)}
     texts = {node for node, origin in held.items() if origin is TEXT}
     return texts, {node: origin for node, origin in held.items() if origin is not None and origin is not TEXT}
 
@@ -91,17 +64,17 @@ def noting_origins(
         return call
 
     def noting(*inputs: object) -> Any:
-        outputs = call(*inputs)
+        outputs, here = call(*inputs), current_call()
         for index in texts:
-            note_origin(outputs[index], TEXT)
-            _LOST.clear()
+            here.origins.note(outputs[index], TEXT)
+            UNWATCHED.lost.clear()  # the next prompt: nothing else tells where one of those calls begins
         for index, behind in sources.items():
             origin = Origin()
             for place, name in behind:
-                held = noted_origin(inputs[place])
+                held = here.origin_of(inputs[place])
                 origin |= name if held is None or held is TEXT else held
             if origin.modalities:
-                note_origin(outputs[index], origin)
+                here.origins.note(outputs[index], origin)
         return outputs
 
     return noting

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,30 +25,11 @@ from parvts_fx.capture import capture
 from parvts_fx.capture.unify_merges import UnifyMerges
 from parvts_fx.errors import ParvtsWarning
 from parvts_fx.pipeline import Work
-from parvts_fx.runtime.caches import Watch, current_call, merged_rows
-from parvts_fx.runtime.input_origins import is_lost, note_lost, noted_origins, noting_origins
+from parvts_fx.runtime.call import Handed, current_call
+from parvts_fx.runtime.input_origins import noted_origins, noting_origins
 
 if TYPE_CHECKING:
     from parvts_fx.rewriting import Rewriting
-
-
-@dataclasses.dataclass
-class _Merged:
-    reference: weakref.ref[torch.Tensor]
-    visual: torch.Tensor
-    merged: torch.Tensor
-    by_graph: bool
-    """Whether a graph has merged them, whose report lists what they are."""
-
-    call: Watch | None
-    """In which call; None under the plain backend."""
-
-    received: bool = False
-    """Whether a decoder's graph has taken it."""
-
-
-_MERGED: dict[int, _Merged] = {}
-"""By identity of merged embeddings that are alive: which of their rows are visual tokens, and which are merged at all."""
 
 
 def hand_over(
@@ -62,22 +42,8 @@ def hand_over(
         unreceived: called if they are forgotten before any graph has taken them, and if any is visual.
         merged: where features of any modality stand, sound as well; None if they are all visual.
     """
-    key = id(embeddings)
-
-    def forget(_: object) -> None:
-        held = _MERGED.pop(key, None)
-        if held is not None and not held.received and held.visual.any():
-            note_lost(tuple(held.visual.shape), held.call)
-            if unreceived is not None:
-                unreceived()
-
-    _MERGED[key] = _Merged(weakref.ref(embeddings, forget), visual, visual if merged is None else merged, merged is not None,
-                           current_call())
-
-
-def _held(embeddings: object) -> _Merged | None:
-    held = _MERGED.get(id(embeddings))
-    return held if held is not None and held.reference() is embeddings else None
+    call = current_call()
+    call.hand_over(embeddings, Handed(visual, visual if merged is None else merged, merged is not None, call), unreceived)
 
 
 def visual_rows(embeddings: object, receive: bool = True) -> torch.Tensor | None:
@@ -89,16 +55,17 @@ def visual_rows(embeddings: object, receive: bool = True) -> torch.Tensor | None
     Args:
         receive: note that a decoder's graph has taken them.
     """
-    held = _held(embeddings)
+    call = current_call()
+    held = call.handed_over(embeddings)
     if held is None:
-        return merged_rows(embeddings) if receive and isinstance(embeddings, torch.Tensor) else None
+        return call.rows_told_by_ids(embeddings) if receive and isinstance(embeddings, torch.Tensor) else None
     held.received |= receive
     return held.visual
 
 
 def received(embeddings: torch.Tensor) -> bool:
     """Whether a decoder's graph has taken embeddings that were handed over."""
-    held = _held(embeddings)
+    held = current_call().handed_over(embeddings)
     return held is not None and held.received
 
 
@@ -120,15 +87,15 @@ class MergedInput:
         What only the call's ids tell counts where the graph has no merge of its own: else the input is what its features
         are yet to be merged into.
         """
-        has_attention = bool(attention_nodes(module.graph))
+        has_attention, call = bool(attention_nodes(module.graph)), current_call()
         for position, given in enumerate(example_inputs):
             if not isinstance(given, torch.Tensor) or given.dim() != 3:
                 continue
-            held = _held(given)
+            held = call.handed_over(given)
             if held is not None and (has_attention or _merges(module, example_inputs, position)):
                 held.received = True
                 return MergedInput(position, held.visual, held.by_graph)
-            if held is None and has_attention and (rows := merged_rows(given)) is not None:
+            if held is None and has_attention and (rows := call.rows_told_by_ids(given)) is not None:
                 return None if _merges(module, example_inputs) else MergedInput(position, rows, False)
         return None
 
@@ -156,22 +123,12 @@ def _merges(module: GraphModule, example_inputs: Sequence[object], position: int
     return merge is not None and merge.output is not into
 
 
-def merged_in_front(example_inputs: Sequence[object], position: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def merged_in_front(embeddings: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Of embeddings that a graph merges into: rows [batch, seq] that earlier graphs have merged, and those that are not
     the embeddings of the call's ids. None where nothing tells."""
-    given = example_inputs[position]
-    held = _held(given)
-    return held and held.merged, merged_rows(given) if isinstance(given, torch.Tensor) else None
-
-
-def lost_merges(embeddings: torch.Tensor) -> bool:
-    """Whether an earlier graph of the running call has merged visual features into embeddings [batch, seq, hidden] of this
-    size that no graph took, or none has taken yet."""
-    size = tuple(embeddings.shape[:2])
-    waiting = any(
-        not held.received and held.call is current_call() and tuple(held.visual.shape) == size and bool(held.visual.any())
-        for held in _MERGED.values() if held.reference() is not embeddings)
-    return waiting or is_lost(size)
+    call = current_call()
+    held = call.handed_over(embeddings)
+    return None if held is None else held.merged, call.rows_told_by_ids(embeddings)
 
 
 def can_hand_on(merged: Node) -> bool:
@@ -196,31 +153,36 @@ def hand_on(
         done: with ``merge``, found in a copy of ``module``, and the masks as functions of the inputs.
         handed: the input into which an earlier graph has merged, if there is one; what it had merged is handed on too.
     """
-    position = _place(done.merge.output)
+    merge, visual_mask, merged_mask = done.merge, done.visual_mask, done.merged_mask
+    if merge is None or visual_mask is None or merged_mask is None:
+        raise ValueError("parvts_fx: nothing is merged in this graph")
+    position = _place(merge.output)
     lowered = noting_origins(module, example_inputs, lower(module), position)
 
-    def announcing(*inputs: object) -> Any:
+    def announcing(*inputs: Any) -> Any:
         outputs = lowered(*inputs)
-        visual, everything = _masks(done, inputs, handed)
-        watched = current_call() is not None  # then a caller notices if no graph takes it
+        visual_before, merged_before = _masks_before(handed, inputs)
+        visual, everything = visual_mask(*inputs, *visual_before), merged_mask(*inputs, *merged_before)
+        watched = current_call().is_watched  # then its end notices if no graph takes it
         hand_over(outputs[position], visual, None if watched else _tell_unreceived, everything)
         return outputs
 
     return announcing
 
 
-def _masks(
-    done: Rewriting, inputs: Sequence[object], handed: MergedInput | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """[batch, seq] bool: visual tokens, and all merged ones."""
+def _masks_before(
+    handed: MergedInput | None, inputs: Sequence[Any]
+) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """[batch, seq] bool: what earlier graphs have merged, as one more input of what tells the visual tokens, and of what
+    tells all features; no input more where this graph's own merge is the first."""
     if handed is None:
-        return done.visual_mask(*inputs), done.merged_mask(*inputs)
-    held = _held(inputs[handed.position])
-    nothing = torch.zeros_like(handed.visual[:1, :1]).expand(inputs[handed.position].shape[:2])
-    if held is not None:
-        held.received = True
-    visual = done.visual_mask(*inputs, nothing if held is None else held.visual)
-    return visual, done.merged_mask(*inputs, nothing if held is None else held.merged)
+        return (), ()
+    held = current_call().handed_over(inputs[handed.position])
+    if held is None:
+        nothing = torch.zeros_like(handed.visual[:1, :1]).expand(inputs[handed.position].shape[:2])
+        return (nothing,), (nothing,)
+    held.received = True
+    return (held.visual,), (held.merged,)
 
 
 def _tell_unreceived() -> None:

@@ -8,7 +8,7 @@ asks for. Elsewhere the pruned cache's rows would be masked by other rows' colum
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -97,7 +97,8 @@ def _needed(module: GraphModule, masks: Sequence[Node]) -> tuple[set[Node], list
         if node in all_needed and is_tensor(node) and value(node).is_floating_point():
             if node.op in ("placeholder", "get_attr") or any(source in featured for source in node.all_input_nodes):
                 featured.add(node)
-    needed, cuts, stack = set(), {}, [node for node in all_needed if node in masks or not node.users]
+    needed, cuts = set[Node](), dict[Node, None]()
+    stack = [node for node in all_needed if node in masks or not node.users]
     while stack:
         node = stack.pop()
         if node in needed:
@@ -132,7 +133,7 @@ def _has_known_size(module: GraphModule, node: Node) -> bool:
     return True
 
 
-def _zeros_like(module: GraphModule, node: Node) -> Callable[[Iterable[Any]], torch.Tensor]:
+def _zeros_like(module: GraphModule, node: Node) -> Callable[[Sequence[Any]], torch.Tensor]:
     example = value(node)
     sizes = [size_reader(module, size) for size in example.shape]
     return lambda inputs: torch.zeros([read(inputs) for read in sizes], dtype=example.dtype, device=example.device)

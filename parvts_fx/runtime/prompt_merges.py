@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -18,9 +19,10 @@ from parvts_fx.errors import Refusal
 from parvts_fx.options import Options
 from parvts_fx.pipeline import Work, run_pipeline
 from parvts_fx.report import MergeReport
+from parvts_fx.runtime.call import current_call
 from parvts_fx.runtime.guards import merged_mask, same_count, visual_mask
 from parvts_fx.runtime.input_origins import noted_origins
-from parvts_fx.runtime.merged_embeddings import MergedInput, lost_merges, merged_in_front
+from parvts_fx.runtime.merged_embeddings import MergedInput, merged_in_front
 from parvts_fx.torch_private import FakeTensor
 
 
@@ -31,12 +33,12 @@ def prompt_merge(
     """Where features enter, written as one kind of merge; with what has been handed over, if anything has."""
     work = job.module
     texts, origins = noted_origins(work, example_inputs)
-    first = handed and handed.receive(work)
-    if first is not None and not handed.by_graph:
+    first = None if handed is None else handed.receive(work)
+    if first is not None and handed is not None and not handed.by_graph:
         first = dataclasses.replace(first, prunable=options.prunes(UNKNOWN))
     run_pipeline([UnifyMerges(attentions, first and first.output, texts, origins)], job)
     merge = find_merge(work.graph, attentions, handed=first, texts=texts, origins=origins, prunes=options.prunes)
-    if first is not None and merge.merges == (first,):
+    if merge is not None and handed is not None and merge.merges == (first,):
         return dataclasses.replace(merge, count=int(handed.visual[0].sum()))
     return merge
 
@@ -48,7 +50,7 @@ def has_visuals(merge: VisualMerge, handed: MergedInput | None) -> bool:
 
 
 def refuse_unseen_merges(
-    work: GraphModule, merge: VisualMerge, example_inputs: Sequence[object], handed: MergedInput | None, position: int | None
+    work: GraphModule, merge: VisualMerge, example_inputs: Sequence[Any], handed: MergedInput | None, position: int | None
 ) -> None:
     """
     Raises:
@@ -57,8 +59,8 @@ def refuse_unseen_merges(
     if position is None or any(isinstance(given, FakeTensor) for given in example_inputs) or handed and len(merge.merges) == 1:
         return
     given = example_inputs[position]
-    merged, foreign = merged_in_front(example_inputs, position)
-    unseen = merged is None and lost_merges(given)
+    merged, foreign = merged_in_front(given)
+    unseen = merged is None and current_call().has_lost(given)
     if foreign is not None and not unseen:
         own = merged_mask(work, merge)(*example_inputs, *((torch.zeros_like(foreign),) if handed else ()))
         rows = given[foreign & ~own if merged is None else foreign & ~own & ~merged]

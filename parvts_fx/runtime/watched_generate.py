@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from parvts_fx.errors import NotRewritten, ParvtsWarning
 from parvts_fx.options import Options
-from parvts_fx.runtime.caches import watch_call
+from parvts_fx.runtime.call import begin_call
 from parvts_fx.runtime.merged_embeddings import hand_over, received, visual_rows
 from parvts_fx.torch_private import current_function_mode, pop_mode_temporarily
 
@@ -84,9 +84,10 @@ class WatchedGenerate:
         self._model, self._options = model, options
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with _Noting() as noting, watch_call() as watch:
-            result = type(self._model).generate(self._model, *args, **kwargs)
-        if noting.merged and not watch.merged and not any(map(received, noting.merged)):
+        with _Noting() as noting, begin_call() as call:
+            generate: Any = type(self._model).generate  # type: ignore[attr-defined]  # whoever makes this has looked
+            result = generate(self._model, *args, **kwargs)
+        if noting.merged and not call.has_merged and not any(map(received, noting.merged)):
             self._tell()
         return result
 
