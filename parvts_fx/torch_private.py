@@ -234,9 +234,11 @@ def as_newer_torch() -> Iterator[None]:
 # -- torch function modes: generate that merges uncompiled -----------------------------------------------------------------------
 
 current_function_mode = _find("torch.overrides", "_get_current_function_mode", lambda: None)
-"""The innermost mode. Without it, ours stays on while a compiled call runs, and Dynamo traces it: slower, more graphs."""
+"""The innermost mode. Without it, ours stays on while a part of the model runs compiled, which then does not take the merge:
+it runs unrewritten, and that is told."""
 
 pop_mode_temporarily = _find("torch.overrides", "_pop_mode_temporarily")
+"""Leaves it. Without it, a generate that merges by itself raises."""
 
 
 # -- lowerings -------------------------------------------------------------------------------------------------------------------
