@@ -12,7 +12,7 @@ floor := torch==2.11.0 transformers==5.17.0
 pinned := --constraint constraints.txt
 newest := --upgrade --upgrade-strategy eager
 
-.PHONY: demo test test-versions fuzz types clean
+.PHONY: demo test test-versions fuzz lint types clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python -m bench.demo
@@ -49,6 +49,11 @@ test-with-floor test-with-pinned test-with-newest: test-with-%:
 	$(PYTHON) -m venv .venvs/$*
 	.venvs/$*/bin/python -m pip install --quiet $($*) --editable ".[demo,test]"
 	OMP_NUM_THREADS=1 .venvs/$*/bin/python -m pytest -n 2 -m versions -rs
+
+# What `make test` does not show: the style, and the types.
+lint: $(VENV)/.types
+	$(VENV)/bin/python -m ruff check
+	$(MAKE) --no-print-directory types
 
 # mypy finds packages by their folders, and passes and backends lie beside parvts_fx: links put them where they are imported.
 types: $(VENV)/.types
