@@ -29,7 +29,7 @@ from parvts_fx.passes.dumps import Dump, log_hook
 from parvts_fx.passes.verify import CHEAP_CHECKS, Check, verifier
 from parvts_fx.pipeline import Work, run_pipeline
 from parvts_fx.report import GraphReport
-from parvts_fx.runtime.guards import Precondition, merged_mask, same_count, visual_mask
+from parvts_fx.runtime.guards import Guard, Precondition, guards_for, merged_mask, same_count, visual_mask
 from parvts_fx.runtime.merged_embeddings import MergedInput, can_hand_on
 from parvts_fx.runtime.padding import padding_check
 from parvts_fx.runtime.prompt_merges import has_visuals, prompt_merge, refuse_unseen_merges, report_merges, stream_input
@@ -59,8 +59,8 @@ class Rewriting:
     stream: int | None = None
     """Which input holds the embeddings that all is merged into; None where the graph looks them up itself."""
 
-    padding: Callable[..., bool] | None = None
-    """Of that mask and the rewritten graph's inputs: whether padding stands behind a visual token, where that matters."""
+    guards: tuple[Guard, ...] = ()
+    """Asked in order at each call; the first reason is why the prefill runs unrewritten."""
 
 
 @contextlib.contextmanager
@@ -147,6 +147,7 @@ def _write(
     stages, mask = dropping(stages, visuals), visual_mask(work, merge)
     precondition = Precondition(work, merge, mask) if merge.count is None else None
     padding = padding_check(work, decoder, any(reads_text(stage.stage.rule) for stage in stages))
+    guards = guards_for(precondition, padding, None if isinstance(visuals, int) else options.schedule)
     dump.tell(merge, hint(visuals))
     job.plan = Plan(decoder, options, stages)
     run_pipeline(build_pipeline(options) if passes is None else passes, job)
@@ -156,7 +157,7 @@ def _write(
     told_by = "" if decoder.period is None else decoder.period.told_by
     report = GraphReport(
         "rewritten", layers=layer_reports(job.plan), layers_told_by=told_by, passes=tuple(job.records), **facts)
-    return Rewriting(report, work, precondition, merge, mask, padding=padding)
+    return Rewriting(report, work, precondition, merge, mask, guards=guards)
 
 
 def _count(module: GraphModule, merge: VisualMerge, example_inputs: Sequence[object]) -> int:

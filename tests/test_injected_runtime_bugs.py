@@ -338,8 +338,8 @@ BUGS: dict[str, tuple[Patch, Callable[[], float]]] = {
     "guard reads another size": (
         wrap(guards, "size_reader", lambda original, module, size: original(module, module_rows(module))), even_rows),
     "padding check off": (put(rewriting, "padding_check", lambda *_: None), padding_behind),
-    "labels not noticed": (put(dispatch, "_has_labels", lambda: False), labels),
-    "labels seen everywhere": (put(dispatch, "_has_labels", lambda: True), even_rows),
+    "labels not noticed": (put(guards, "_has_labels", lambda: False), labels),
+    "labels seen everywhere": (put(guards, "_has_labels", lambda: True), even_rows),
     "compiled form of another number": (wrap(Dispatch, "__init__", one_form), another_number),
     "a merge handed over for another tensor": (stale(), handed_over),
     "rows of features off by one": (wrap(compiled_call, "_rows_of_none_of", next_rows), told_by_ids),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,20 +15,14 @@ from parvts_fx.options import Options
 from parvts_fx.rewriting import Rewriting
 from parvts_fx.runtime.caches import cache_outputs, note_short_caches
 from parvts_fx.runtime.call import current_call
-from parvts_fx.runtime.guards import same_count
+from parvts_fx.runtime.guards import Prompt, same_count
 from parvts_fx.runtime.merged_embeddings import MergedInput, visual_rows
-from parvts_fx.stages import weighs_nothing
 
 Compiled = Callable[..., Any]
 Lower = Callable[[GraphModule, Sequence[object]], Compiled]
 
 _MOST_COUNTS = 8
 """For how many different numbers of visual tokens one graph is compiled, where no size tells the number."""
-
-_DIFFER = "the samples of this batch have different numbers of visual tokens"
-
-_PADDING = ("padding stands behind visual tokens: decode steps would read the prompt's mask at the wrong places, or the "
-            "scoring rule reads text there (pad on the left; without a cache and such a rule it does not matter)")
 
 
 class Dispatch:
@@ -84,15 +77,8 @@ class Dispatch:
             count = same_count(visual)
             if count is not None and self._dropped(count) == 0:
                 return self._run_unrewritten(inputs)
-        reason = None
-        if count is None or precondition is not None and not precondition.holds(visual, inputs):
-            reason = _DIFFER
-        elif self._done.padding is not None and self._done.padding(visual, *given):
-            reason = _PADDING
-        elif not isinstance(self._merge.visual_tokens, int) and weighs_nothing(self._options.schedule, count):
-            reason = "a stage with constant weights drops none of this prompt's tokens, so that there is nothing to weigh"
-        elif _has_labels():
-            reason = "labels are given, and a loss needs the logits of every position"
+        prompt = Prompt(given, visual, count)
+        reason = next((reason for guard in self._done.guards if (reason := guard(prompt)) is not None), None)
         compiled = None
         if count is not None and reason is None:
             number = None if precondition else count
@@ -175,19 +161,3 @@ class _LowerOnly:
 
     def __call__(self, module: GraphModule, example_inputs: Sequence[object]) -> Compiled:
         return self._lower(module, example_inputs)
-
-
-def _has_labels() -> bool:
-    """Whether a forward() that is running was called with labels.
-
-    Where the graph breaks behind the decoder, the loss is not in the graph, and no guard of it sees the labels: the
-    callers' frames are all that tells.
-    """
-    frame: Any = sys._getframe(1)
-    while frame is not None:
-        if "forward" in frame.f_code.co_name and "labels" in frame.f_code.co_varnames:
-            held = frame.f_locals
-            if isinstance(held.get("self"), torch.nn.Module) and isinstance(held.get("labels"), torch.Tensor):
-                return True
-        frame = frame.f_back
-    return False

@@ -6,7 +6,9 @@ may put two images into one row and none into another without any size telling. 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +20,58 @@ from parvts_fx.analysis.merge import flatten_mask
 from parvts_fx.analysis.records import VisualMerge
 from parvts_fx.analysis.values import ancestors, value
 from parvts_fx.errors import Refusal
+from parvts_fx.stages import Stage, weighs_nothing
 from parvts_fx.torch_private import expression
+
+PADDING = ("padding stands behind visual tokens: decode steps would read the prompt's mask at the wrong places, or the "
+           "scoring rule reads text there (pad on the left; without a cache and such a rule it does not matter)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """What one call of a rewritten graph is given."""
+
+    inputs: Sequence[Any]
+    """Of the rewritten graph."""
+
+    visual: torch.Tensor
+    """[batch, seq] bool: true where a visual token stands."""
+
+    count: int | None
+    """Visual tokens per sample, as sizes tell it or else as counted; None where samples differ."""
+
+
+Guard = Callable[[Prompt], str | None]
+"""Says why the rewritten graph may not run for a prompt; None where it may, for all that this guard knows."""
+
+
+def guards_for(
+    precondition: Precondition | None, padding: Callable[..., bool] | None, stages: Sequence[Stage] | None
+) -> tuple[Guard, ...]:
+    """What is asked at each call, in order.
+
+    Args:
+        precondition: for a graph that reads the number of visual tokens off its sizes.
+        padding: of the mask of visual tokens and the inputs, whether padding stands behind a visual token.
+        stages: of a graph that is right for several numbers of visual tokens; None for one number.
+    """
+
+    def alike(prompt: Prompt) -> str | None:
+        holds = prompt.count is not None and (precondition is None or precondition.holds(prompt.visual, prompt.inputs))
+        return None if holds else "the samples of this batch have different numbers of visual tokens"
+
+    def padded(prompt: Prompt) -> str | None:
+        return PADDING if padding is not None and padding(prompt.visual, *prompt.inputs) else None
+
+    def weighed(prompt: Prompt) -> str | None:
+        if stages is None or prompt.count is None or not weighs_nothing(stages, prompt.count):
+            return None
+        return "a stage with constant weights drops none of this prompt's tokens, so that there is nothing to weigh"
+
+    def labelled(prompt: Prompt) -> str | None:
+        return "labels are given, and a loss needs the logits of every position" if _has_labels() else None
+
+    return alike, padded, weighed, labelled
 
 
 class Precondition:
@@ -109,3 +162,19 @@ def _sizes(node: Node) -> list[tuple[int | None, object]]:
     if isinstance(example, torch.Tensor):
         return list(enumerate(example.shape))
     return [(None, example)]
+
+
+def _has_labels() -> bool:
+    """Whether a forward() that is running was called with labels.
+
+    Where the graph breaks behind the decoder, the loss is not in the graph, and no guard of it sees the labels: the
+    callers' frames are all that tells.
+    """
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if "forward" in frame.f_code.co_name and "labels" in frame.f_code.co_varnames:
+            held = frame.f_locals
+            if isinstance(held.get("self"), torch.nn.Module) and isinstance(held.get("labels"), torch.Tensor):
+                return True
+        frame = frame.f_back
+    return False
