@@ -121,9 +121,12 @@ def sees_planned_keys(work: Work) -> str | None:
             return f"a call in place of '{call.attention.output.name}' does not answer {planned} rows"
     for output, stage in plan.groups.items():
         calls = asked.get(output, set())
-        if calls and ((TEXT, live(stage)) not in calls) and not {(LAST, live(stage)), (LAST, live(stage + 1))} <= calls:
+        everything, subject = live(stage), live(stage + 1)
+        # few rows ask twice, and each takes its group's answer
+        twice = {queries for queries, keys in calls if keys == everything and (queries, subject) in calls}
+        if calls and not twice and (TEXT, everything) not in calls:
             return f"no call in place of '{output.name}' lets the text see both groups"
-        if any(keys == live(stage) and queries not in (TEXT, LAST) for queries, keys in calls):
+        if any(keys == everything and queries not in (TEXT, *twice) for queries, keys in calls):
             return f"a call in place of '{output.name}' lets groups see each other"
     return None
 

@@ -43,6 +43,7 @@ SCHEDULES: dict[str, Stages] = {
     "shares of the layers": (Stage(at=0.25, keep=0.5, migrate=0.25), Stage(at=0.75, keep=2)),
     "migrations that meet": (Stage(keep=5, migrate=2), Stage(at=2, keep=2, migrate=1)),
     "read where migrations meet": READ_WHERE_THEY_MEET,
+    "read where a migration ends": (Stage(keep=5, migrate=2), Stage(at=2, keep=2, rule="last_row")),
     "read where joint ones meet": (Stage(keep=5, migrate=2, paths="joint"), Stage(at=2, keep=2, rule="text_rows")),
     "weighed, then parallel": (Stage(keep=5, migrate=1, fusion=0.3), Stage(at=1, keep=2, migrate=2)),
     "parallel, then weighed": (Stage(keep=5, migrate=1), Stage(at=2, keep=2, migrate=1, fusion=0.6)),
