@@ -92,8 +92,8 @@ class InsertPartition:
         attention = self._attention(plan, stage) if reads_attention(rule) else None
         reads_link = stage.at == 0 or reads_hidden(rule)
         read: list[Node] = [link, *plan.decoder.merge.masks] if stage.at == 0 else [link] if reads_link else []
-        if attention is not None:
-            read += [source for node in attention.nodes for source in node.all_input_nodes if source not in attention.nodes]
+        if attention is not None:  # in front of the call: its keys may be a buffer that is written into until then
+            read.append(attention.output.prev)
         return Choice(stage, link, attention, reads_link, max(read))
 
     def _attention(self, plan: Plan, stage: PlacedStage) -> Attention:
