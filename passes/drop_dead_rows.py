@@ -163,12 +163,21 @@ class _Levels:
             elif node in self.meeting:
                 level = self.live[node]
             else:
-                unread = self.ready(node) if changed_in_place(node) is not None else self.live[node]
+                unread = self._level_of_memory(node, needed)
                 fewest = min(needed.get(node, unread), self.caps.get(node, self.ready(node)), self.ready(node))
                 level = max(self.live[node], fewest)
             self.levels[node] = level
             for source, read in self._reads(node):
                 needed[source] = min(needed.get(source, read), read)
+
+    def _level_of_memory(self, node: Node, needed: Mapping[Node, int]) -> int:
+        """For a node whose result nobody reads: the level on which the memory that it writes into is read behind it."""
+        target = changed_in_place(node)
+        if target is None:
+            return self.live[node]
+        shared = storage_of(target)
+        read = [level for other, level in needed.items() if is_tensor(other) and storage_of(other) == shared]
+        return min(read, default=self.live[node])
 
     def _reads(self, node: Node) -> Iterator[tuple[Node, int]]:
         """What a node reads, and on which level."""

@@ -134,6 +134,16 @@ class Emitter:
         level = self.plan.levels.get(node, 0)
         return LAST if level == self.plan.last else live(level)
 
+    def level_read_by(self, user: Node, node: Node) -> int:
+        """On which level one of the main path's nodes reads another."""
+        plan, attention = self.plan, self.attentions.get(user)
+        if user.op == "output":
+            return plan.final
+        if attention is None:
+            return plan.last if user is plan.take else plan.levels.get(user, 0)
+        asks = node in {operand.node for operand in attention.queries} - {operand.node for operand in attention.keys}
+        return (plan.levels if asks else plan.live).get(attention.output, 0)
+
     def _rows_left(self, node: Node) -> str:
         return live(self.plan.live.get(node, 0))
 

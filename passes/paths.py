@@ -67,10 +67,10 @@ class Path:
         held = self.held.setdefault(node, {})
         if name in held:
             return held[name]
-        if node in self.emitter.fresh:
+        axes = self.emitter.decoder.tokens.axes.get(node) or {}
+        if node in self.emitter.fresh and (axes or not held):  # one for each kind of rows, if it has rows
             held[name] = self._copy(node, name)
             return held[name]
-        axes = self.emitter.decoder.tokens.axes.get(node) or {}
         if not is_tensor(node):
             raise Refusal("a value that is no tensor crosses the point of pruning", node)
         if not held:

@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from parvts_fx.analysis.masks import Mask
 from parvts_fx.analysis.samples import along, samples_of, stream_axis
-from parvts_fx.analysis.values import value
+from parvts_fx.analysis.values import changed_in_place, is_tensor, storage_of, value
 from parvts_fx.passes.paths import Path
 from parvts_fx.passes.plan import Twin
 from parvts_fx.passes.rows import TEXT, RowSet, behind, live, non_subject
@@ -31,8 +31,10 @@ class TwinPath(Path):
         self.twin = twin
         number = twin.stage.number
         self.all_rows, self.text_rows = non_subject(number), TEXT
+        written = {storage_of(target) for node in twin.nodes if (target := changed_in_place(node)) is not None}
+        buffers = {node for node in emitter.fresh if is_tensor(node) and storage_of(node) in written}
         super().__init__(
-            emitter, frozenset(twin.nodes),
+            emitter, buffers.union(twin.nodes),
             lambda node: self.text_rows if node in twin.text_alone else self.all_rows,
             lambda node: non_subject(number), main)
         self.shared: Node | None = None

@@ -33,10 +33,10 @@ def refuse_split_writes(emitter: Emitter, nodes: Sequence[Node]) -> None:
             if not later:
                 continue
             level = levels.get(write, 0)
-            if other in emitter.fresh:  # a copy of its own for each kind of rows
-                split = any(user.op == "output" and level != emitter.plan.final or user.op != "output" and
-                            levels.get(user, 0) != level for user in later)
-            else:
+            if other not in emitter.fresh:
                 split = levels.get(other, 0) != level
+            else:  # one for each kind of rows, if it has rows
+                split = bool(emitter.decoder.tokens.axes.get(other)) and any(
+                    emitter.level_read_by(user, other) != level for user in later)
             if split:
                 raise Refusal("a tensor in front of the rows' restriction is changed in place behind it", write)
