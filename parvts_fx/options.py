@@ -13,6 +13,7 @@ import torch
 from parvts_fx.analysis.modality import MODALITIES, VISUAL
 from parvts_fx.schedules import SCHEDULES
 from parvts_fx.stages import PlacedStage, Stage, check_order, placed
+from parvts_fx.torch_private import inductor_settings
 
 SHORT_FORM = ("keep_ratio", "keep_tokens", "migration_depth", "fusion", "paths", "score")
 """The options that write a schedule of one stage at layer 0."""
@@ -264,9 +265,9 @@ def parse_options(given: Options | Mapping[str, Any] | None = None, mode: str | 
     if extra:
         lowering = own.get("lowering", "inductor")
         if lowering == "inductor":
-            known = torch._inductor.list_options()
+            known = inductor_settings()
             for key in extra:
-                if key.replace("-", "_") not in known:
+                if known is not None and key.replace("-", "_") not in known:
                     raise ValueError(
                         f"parvts_fx: unknown option {key!r} (={extra[key]!r}): neither an option of parvts_fx "
                         f"({', '.join(sorted(fields))}) nor of Inductor. {_closest(key, [*fields, *known])}".rstrip()
