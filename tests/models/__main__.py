@@ -40,7 +40,7 @@ def main() -> None:
             found[result.name] = result
             save(found)
             worst = max(result.errors.values(), default=0.0)
-            console.print(f"{result.name:32} {result.verdict:14} {worst:8.1e} {result.seconds:5.0f} s  {result.reason[:200]}",
+            console.print(f"{result.name:32} {result.verdict:22} {worst:8.1e} {result.seconds:5.0f} s  {result.reason[:200]}",
                           markup=False, highlight=False, soft_wrap=True)
             progress.advance(task)
     write_page(found)

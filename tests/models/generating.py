@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
+from torch.fx import GraphModule
 
 import parvts_fx
+from parvts_fx import Stage
+from parvts_fx.backends.parvts import parvts
 from parvts_fx.runtime.caches import find_caches
-from tests.models.oracle import Oracle, fill
+from tests.models.oracle import Oracle, decoder_layers, fill, hooked
 from tests.models.registry import Built, stands_for_features
-from tests.reference import relative_error
+from tests.reference import one_stage, relative_error
+
+COMPILED = dict(lowering="eager", strict=True)
+SCHEDULES = "attention", "0.4", "two stages"
+"""What every architecture is held against the reference with: one stage with either fusion, and :func:`two_stages`."""
+TWO_STAGES = SCHEDULES[-1]
 
 
 def scattered(hidden: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
@@ -58,42 +68,73 @@ def cache_lengths(cache: Any) -> list[int]:
     return [layer.keys.shape[-2] for layer in cache.layers if getattr(layer, "keys", None) is not None]
 
 
-class Comparison:
-    """One model, compiled with one choice of options, against the reference with the same."""
+class Captured:
+    """A compiled model that Dynamo captures once for several choices of options, until Dynamo is reset.
 
-    def __init__(self, built: Built, *, keep_ratio: float = 0.25, fusion: str | float = "attention", depth: int = 1):
-        self.built, self.model = built, built.model
-        self.options = dict(keep_ratio=keep_ratio, migration_depth=depth, fusion=fusion)
-        called = getattr(built.model, built.part) if built.part else built.model
-        self.oracle, self.generating = (
-            Oracle(module, built.token, depth=depth, keep_ratio=keep_ratio, score=scattered, fusion=fusion)
-            for module in (built.model, called))
+    Every graph is handed to the backend "parvts" once for each choice; what runs is the result for one of them.
+    """
 
-    def __enter__(self) -> Comparison:
-        parvts_fx.compile(self.model, lowering="eager", strict=True, score=scattered, **self.options)
-        self._compiled = {part: part._compiled_call_impl for part in self.model.modules() if part._compiled_call_impl}
-        self.compiled = self._compiled[self.model]
-        self._noting = vars(self.model).get("generate")
+    def __init__(self, model: Any, *choices: Mapping[str, Any]):
+        self.model, self.choices, self._chosen = model, choices, 0
+        backend = self._backend if len(choices) > 1 else parvts
+        with mock.patch.object(parvts_fx.api, "parvts", backend):
+            parvts_fx.compile(model, **COMPILED, **choices[0])
+        self._parts = {part: part._compiled_call_impl for part in model.modules() if part._compiled_call_impl}
+        self._noting = vars(model).get("generate")
         self._switch(False)
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self._switch(False)
+    def _backend(self, module: GraphModule, example_inputs: Sequence[object], *, options: Any, **settings: Any) -> Callable:
+        each = [parvts(module, example_inputs, options={**COMPILED, **choice}, **settings) for choice in self.choices]
+        return lambda *inputs: each[self._chosen](*inputs)
 
     def _switch(self, on: bool) -> None:
         """Let the model, and what its ``generate`` calls, run compiled or not."""
-        for module, compiled in self._compiled.items():
+        for module, compiled in self._parts.items():
             module._compiled_call_impl = compiled if on else None
         vars(self.model).pop("generate", None)
         if on and self._noting is not None:
             self.model.generate = self._noting
 
+    @contextlib.contextmanager
+    def running(self, options: Mapping[str, Any]) -> Iterator[Any]:
+        """The model, compiled with one of the choices, in this context only."""
+        self._chosen = self.choices.index(options)
+        self._switch(True)
+        try:
+            yield self.model
+        finally:
+            self._switch(False)
+
+
+class Comparison:
+    """One model, compiled with one choice of options, against the reference with the same.
+
+    Args:
+        captured: the model, compiled with these options among others. None: it is compiled on entering the context.
+    """
+
+    def __init__(self, built: Built, *, keep_ratio: float = 0.25, fusion: str | float = "attention", depth: int = 1,
+                 stages: Sequence[Stage] | None = None, captured: Captured | None = None):
+        self.built, self.model, self._captured = built, built.model, captured
+        self.options = dict(stages=stages) if stages else dict(
+            keep_ratio=keep_ratio, migration_depth=depth, fusion=fusion, score=scattered)
+        turns = stages or one_stage(scattered, depth, keep_ratio, fusion=fusion)
+        called = getattr(built.model, built.part) if built.part else built.model
+        self.oracle, self.generating = (Oracle(module, built.token, turns) for module in (built.model, called))
+
+    def __enter__(self) -> Comparison:
+        self._captured = Captured(self.model, self.options)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._captured = None
+
     def forward(self, inputs: Mapping[str, Any]) -> float:
-        """Largest relative error over all logits of path A and every cache tensor."""
+        """Largest relative error over all logits of the rows that live and every cache tensor."""
         wanted = self.oracle.prefill(inputs)
         cache = {} if self.oracle.makes_cache else {"past_key_values": self.oracle.fresh_cache()}
-        with torch.no_grad():
-            actual = self.compiled(**inputs, use_cache=True, **cache)
+        with torch.no_grad(), self._captured.running(self.options) as model:
+            actual = model(**inputs, use_cache=True, **cache)
         error = logit_error(actual.logits, wanted.logits)
         (held,) = find_caches(actual, cache)
         return max(error, cache_error(held, self._as_cached(wanted)))
@@ -128,8 +169,39 @@ class Comparison:
             return run_generate(self.model, inputs, steps)
 
     def run_compiled(self, inputs: Mapping[str, Any], steps: int) -> Any:
-        self._switch(True)
-        try:
-            return run_generate(self.model, inputs, steps)
-        finally:
-            self._switch(False)
+        with self._captured.running(self.options) as model:
+            return run_generate(model, inputs, steps)
+
+
+def whole_layers(built: Built) -> int:
+    """How many of the first layers run all rows of the prompt, in generate too: some models then go on with the last row."""
+    layers, lengths = decoder_layers(built.model), dict[int, int]()
+
+    def before(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        lengths.setdefault(layers.index(module), hidden.shape[-2])
+
+    if built.generates:
+        with hooked(layers, before):
+            run_generate(built.model, built.inputs, 1)
+    return sum(length == lengths[0] for length in lengths.values()) or len(layers)
+
+
+def two_stages(built: Built) -> tuple[Stage, Stage]:
+    """Half of the visual tokens from layer 1 on; a quarter from a late layer on, by the attention in the layer in front of it
+    where that shows attention and leaves no choice to rounding."""
+    last = len(decoder_layers(built.model)) - 1
+    with contextlib.suppress(Exception):  # told where the reference is asked for more than where to choose
+        for at in range(whole_layers(built) - 1, 0, -1):
+            stages = Stage(at=0, keep=0.5, rule=scattered, migrate=1 if at > 1 else 0), Stage(at=at, keep=0.25, rule="last_row")
+            with contextlib.suppress(LookupError):
+                Oracle(built.model, built.token, stages).prefill(built.inputs)
+                return stages
+    return Stage(at=0, keep=0.5, rule=scattered, migrate=1), Stage(at=last, keep=0.25, rule="uniform")
+
+
+def compared(built: Built) -> dict[str, Comparison]:
+    """A model with the schedules that every architecture is held against the reference with, captured once for all."""
+    given: tuple[dict[str, Any], ...] = ({}, dict(fusion=0.4), dict(stages=two_stages(built)))
+    captured = Captured(built.model, *(Comparison(built, **schedule).options for schedule in given))
+    return {name: Comparison(built, **schedule, captured=captured) for name, schedule in zip(SCHEDULES, given, strict=True)}

@@ -1,8 +1,8 @@
-"""The eager reference of ParVTS for any Hugging Face model: its own layers, run one by one on chosen rows.
+"""The eager reference of any schedule for any Hugging Face model: its own layers, run one by one on chosen rows.
 
 One sample at a time, no graph and no compilation. A first eager run records what every layer is called with. Then the
-layers are run on path A's rows (and, in front of the migration depth, on the others), with block masks in place of
-separate attention calls; at the end the model's own forward finishes from the last layer's output.
+layers are run on the rows that live, with block masks in place of separate attention calls; at the end the model's own
+forward finishes from the last layer's output.
 """
 
 from __future__ import annotations
@@ -12,18 +12,22 @@ import contextlib
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import cache_utils
 
+from parvts_fx import Stage
 from tests.models.registry import stands_for_features
-from tests.reference import CACHE, subject_count, subjects_of
+from tests.reference import CACHE, READINGS, Placed, chosen, placed, watched
 
 _TOWERS = ("vision", "visual", "audio", "tower", "perceiver", "vqmodel", "qformer", "image_", "projector")
 _LISTS = ("layers", "h", "layer", "blocks")
+
+CLEAR = 1e-4
+"""How far apart the last token that stays and the first that goes must be, as a share of the largest score."""
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -48,20 +52,31 @@ class Call:
 @dataclasses.dataclass
 class Pruned:
     logits: torch.Tensor
-    """[1, path A, vocabulary]"""
+    """[1, rows that live at the end, vocabulary]"""
     cache: Any
-    """The cache of path A's rows, with every layer's keys in full."""
+    """The cache of these rows, with every layer's keys in full."""
     dropped: int
 
 
-class Oracle:
-    """Args: ``depth`` counts the entries of the model's own list of layers; ``score(hidden, visual) -> scores``, of the
-    positions alone: models differ in what they make of the merged embeddings before the first layer."""
+@dataclasses.dataclass
+class _Path:
+    """Some of the prompt's rows on their way through the layers."""
 
-    def __init__(self, model: Any, token: int | tuple[int, ...] | None, *, depth: int, keep_ratio: float, score: Callable,
-                 fusion: str | float = "attention"):
-        self.model, self.token, self.depth, self.keep_ratio = model, token, depth, keep_ratio
-        self.score, self.fusion = score, fusion
+    rows: torch.Tensor
+    hidden: torch.Tensor
+    cache: Any
+    shared: dict[str, Any]
+    """What layers have filled for later ones, by the argument's name."""
+    weights: torch.Tensor | None = None
+    """[heads, rows, rows] in the layer behind which they stand, where that was watched."""
+
+
+class Oracle:
+    """Args: ``stages`` count the entries of the model's own list of layers. Their rules look at positions or at attention
+    weights, not at hidden states: models differ in what they make of the merged embeddings before the first layer."""
+
+    def __init__(self, model: Any, token: int | tuple[int, ...] | None, stages: Sequence[Stage]):
+        self.model, self.token, self.stages = model, token, stages
         self.visual: torch.Tensor | None = None
         """Where visual tokens stand in a prompt that comes as embeddings alone."""
         self.layers = decoder_layers(model)
@@ -83,7 +98,7 @@ class Oracle:
         def after(module: nn.Module, args: tuple, output: Any) -> None:
             calls[-1].output = _first(output).clone()  # a model may add to it in place before the next layer
 
-        with _hooks(self.layers, before, after), torch.no_grad():
+        with hooked(self.layers, before, after), torch.no_grad():
             self.model(**{**inputs, "use_cache": True})
             self.makes_cache = empty[0] is not None
             if not self.makes_cache:
@@ -100,50 +115,71 @@ class Oracle:
     # -- the pruned prefill -------------------------------------------------------------------------------------------
 
     def prefill(self, inputs: Mapping[str, Any]) -> Pruned:
-        """The pruned prefill of one sample without padding."""
+        """The pruned prefill of one sample without padding.
+
+        Raises:
+            LookupError: it cannot be told what the result is to be.
+        """
         self.calls, self.empty = self._record(inputs)
         hidden = self.calls[0].hidden
         self.axis = 1 if hidden.dim() == 3 else next(i for i, n in enumerate(hidden.shape) if n > 4)
-        self.length = length = hidden.shape[self.axis]
-        visual = self._visual(inputs, length)
-        positions = visual[0].nonzero()[:, 0].tolist()
-        if not positions:
+        self.length = hidden.shape[self.axis]
+        self.seen = self._visual(inputs, self.length)[0]
+        if not self.seen.any():
             raise LookupError("no visual token stands in the decoder's sequence")
-        scores = self.score(hidden, visual)[0].double().tolist()
-        chosen = set(subjects_of(scores, positions, subject_count(len(positions), self.keep_ratio)))
-        is_subject = torch.tensor([p in chosen for p in range(length)])
-        other = visual[0] & ~is_subject
-        rows_a, rows_b = (~other).nonzero()[:, 0], (~is_subject).nonzero()[:, 0]
-        free = torch.ones(length, length, dtype=torch.bool)
-        shared: dict[str, Any] = {}
-        cache = _storing(self.empty)
+        turns, done, count = placed(self.stages, len(self.layers)), 0, int(self.seen.sum())
+        read_at = [turn.begin for turn in turns if turn.stage.rule in READINGS]
+        path = _Path(torch.arange(self.length), hidden, _storing(self.empty), {})
         with torch.no_grad():
-            if self.fusion == "attention":
-                allowed = free.clone()
-                allowed[is_subject[:, None] & other[None, :]] = False
-                allowed[other[:, None] & is_subject[None, :]] = False
-                for index in range(self.depth):
-                    hidden = self._run(index, hidden, torch.arange(length), allowed, cache, shared)
-                hidden = hidden.index_select(self.axis, rows_a)
-                _keep_rows(cache, rows_a, length)
-                shared = {key: _cut(held, rows_a, length) for key, held in shared.items()}
-            else:
-                a, b = hidden.index_select(self.axis, rows_a), hidden.index_select(self.axis, rows_b)
-                scratch, shared_b = _storing(self.empty), {}
-                for index in range(self.depth):
-                    a = self._run(index, a, rows_a, free, cache, shared)
-                    b = self._run(index, b, rows_b, free, scratch, shared_b)
-                hidden = a
-                if self.depth:
-                    text_a, text_b = (~visual[0])[rows_a].nonzero()[:, 0], (~visual[0])[rows_b].nonzero()[:, 0]
-                    fused = self.fusion * a.index_select(self.axis, text_a) + (1 - self.fusion) * b.index_select(
-                        self.axis, text_b)
-                    hidden = a.index_copy(self.axis, text_a, fused)
-            for index in range(self.depth, len(self.layers)):
-                hidden = self._run(index, hidden, rows_a, free, cache, shared)
-            logits = self._finish(inputs, hidden)
-        self.rows = len(rows_a)
-        return Pruned(logits, cache, length - self.rows)
+            for turn in turns:
+                if self.calls[turn.begin].hidden.shape[self.axis] < self.length:
+                    raise LookupError(f"layer {turn.begin} runs the last rows alone")
+                path = self._through(path, done, turn.begin, watch=turn.begin in read_at)
+                streams = path.hidden.reshape(-1, *path.hidden.shape[self.axis:])
+                subject, gap = chosen(turn.stage, streams[0], self.seen[path.rows], count, path.weights)
+                if gap < CLEAR:
+                    raise LookupError(f"the choice at layer {turn.begin} is about rounding")
+                path, done = self._migrated(path, turn, subject, watch=turn.end in read_at), turn.end
+            path = self._through(path, done, len(self.layers))
+            logits = self._finish(inputs, path.hidden)
+        self.rows = len(path.rows)
+        return Pruned(logits, path.cache, self.length - self.rows)
+
+    def _migrated(self, path: _Path, turn: Placed, subject: torch.Tensor, watch: bool) -> _Path:
+        """The path behind a stage, the non-subject rows gone; ``subject`` is [rows] bool."""
+        text = ~self.seen[path.rows]
+        stays = text | subject
+        if turn.has_copies and not stays.all():
+            a, b = (self._through(self._only(path, at), turn.begin, turn.end, watch=watch) for at in (stays, ~subject))
+            text_a, text_b = (text[at].nonzero()[:, 0] for at in (stays, ~subject))
+            share = turn.stage.fusion
+            fused = share * a.hidden.index_select(self.axis, text_a) + (1 - share) * b.hidden.index_select(self.axis, text_b)
+            return dataclasses.replace(a, hidden=a.hidden.index_copy(self.axis, text_a, fused))
+        apart = torch.zeros(self.length, self.length, dtype=torch.bool)
+        if turn.stage.paths == "parallel":
+            one, other = path.rows[subject], path.rows[~stays]
+            apart[one[:, None], other] = apart[other[:, None], one] = True
+        return self._only(self._through(path, turn.begin, turn.end, apart, watch), stays)
+
+    def _only(self, path: _Path, at: torch.Tensor) -> _Path:
+        """The rows where ``at`` [rows] bool is true, beside the path that was."""
+        count, at, cache = len(path.rows), at.nonzero()[:, 0], copy.deepcopy(path.cache)
+        _keep_rows(cache, at, count)
+        shared = {name: _cut(held, at, count) for name, held in path.shared.items()}
+        weights = None if path.weights is None else path.weights[:, at][:, :, at]
+        return _Path(path.rows[at], path.hidden.index_select(self.axis, at), cache, shared, weights)
+
+    def _through(self, path: _Path, begin: int, end: int, apart: torch.Tensor | None = None, watch: bool = False) -> _Path:
+        """The path behind layer ``end - 1``; ``apart`` [seq, seq] is what the groups do not see of each other."""
+        allowed = torch.ones(self.length, self.length, dtype=torch.bool) if apart is None else ~apart
+        for index in range(begin, end):
+            watching = watch and index == end - 1
+            with watched() if watching else contextlib.nullcontext([]) as weights:
+                hidden = self._run(index, path.hidden, path.rows, allowed, path.cache, path.shared)
+            if watching and (not weights or weights[-1].shape[-2:] != (len(path.rows),) * 2):
+                raise LookupError(f"layer {index} shows no attention of every row to every row")
+            path = dataclasses.replace(path, hidden=hidden, weights=weights[-1][0] if weights else None)
+        return path
 
     def _visual(self, inputs: Mapping[str, Any], length: int) -> torch.Tensor:
         ids = inputs.get("input_ids")
@@ -312,7 +348,7 @@ def fill(cache: Any, source: Any, empty: Any) -> None:
 
 
 @contextlib.contextmanager
-def _hooks(modules: list[nn.Module], before: Callable, after: Callable | None = None) -> Iterator[None]:
+def hooked(modules: list[nn.Module], before: Callable, after: Callable | None = None) -> Iterator[None]:
     handles = [module.register_forward_pre_hook(before, with_kwargs=True) for module in modules]
     handles += [module.register_forward_hook(after) for module in modules if after is not None]
     try:
