@@ -42,8 +42,9 @@ class DropDeadRows:
     name: ClassVar[str] = "drop_dead_rows"
 
     def plan(self, plan: Plan) -> tuple[Plan, PassResult]:
-        if plan.stages and not plan.live:
-            raise PlanError("parvts_fx: pass drop_dead_rows needs prune_branch in front of it")
+        missing = plan.missing_pass()
+        if missing is not None:
+            raise PlanError(f"parvts_fx: pass drop_dead_rows needs the pass {missing} in front of it")
         take = _last_rows_taken(plan)
         found = _Levels(plan.decoder, plan.decoder.nodes, plan.live, _ready(plan), _results(plan, take), take).find()
         earlier = sum(found[node] > plan.live[node] for node in found)

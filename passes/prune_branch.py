@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
+from torch.fx import Node
+
 from parvts_fx.analysis.values import descendants
 from parvts_fx.passes.plan import Plan
 from parvts_fx.pipeline import PassResult
@@ -22,11 +24,16 @@ class PruneBranch:
     name: ClassVar[str] = "prune_branch"
 
     def plan(self, plan: Plan) -> tuple[Plan, PassResult]:
-        graph = plan.decoder.merge.output.graph
-        live = dict.fromkeys(plan.decoder.nodes, 0)
-        for level, stage in enumerate(plan.stages, start=1):
-            cut = plan.cut_of(stage)
-            for node in descendants(graph, [cut]):
-                if node is not cut and node in live:
-                    live[node] = level
+        live = rows_left(plan)
         return dataclasses.replace(plan, live=live, levels=live), PassResult(sum(map(bool, live.values())))
+
+
+def rows_left(plan: Plan) -> dict[Node, int]:
+    """By node of the decoder: the level of the rows that are left where it stands, as the schedule has it."""
+    live = dict.fromkeys(plan.decoder.nodes, 0)
+    for level, stage in enumerate(plan.stages, start=1):
+        cut = plan.cut_of(stage)
+        for node in descendants(plan.decoder.merge.output.graph, [cut]):
+            if node is not cut and node in live:
+                live[node] = level
+    return live

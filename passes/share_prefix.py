@@ -10,7 +10,7 @@ from torch.fx import Node
 from parvts_fx.analysis.masks import Mask, masks_of
 from parvts_fx.analysis.records import Attention
 from parvts_fx.analysis.values import ancestors, changed_in_place, fake_mode_of, hint, is_tensor, value
-from parvts_fx.passes.plan import Plan, Twin
+from parvts_fx.passes.plan import Choice, Plan, PlanError, Twin
 from parvts_fx.pipeline import PassResult
 
 
@@ -31,12 +31,29 @@ class SharePrefix:
     name: ClassVar[str] = "share_prefix"
 
     def plan(self, plan: Plan) -> tuple[Plan, PassResult]:
+        if len(plan.choices) < len(plan.stages):
+            raise PlanError("parvts_fx: pass share_prefix needs the pass insert_partition in front of it")
         if not _may_hold_data(plan):
             return plan, PassResult(0, "the graph may not hold numbers that depend on data")
+        places = [self._place(plan, choice) for choice in plan.choices]
+        plan = dataclasses.replace(plan, choices=tuple(
+            dataclasses.replace(choice, behind=place) for choice, place in zip(plan.choices, places)))
         twins = {number: self._shared(plan, twin) for number, twin in plan.twins.items()}
         found = sum(twin.prefix is not None for twin in twins.values())
         notes = "how many rows is read at each call" if found else "not all of these layers are masked attention"
         return dataclasses.replace(plan, twins=twins), PassResult(found, notes)
+
+    def _place(self, plan: Plan, choice: Choice) -> Node:
+        """As late as the choice can stand in front of a twin's layers, whose masks are known there."""
+        twin = plan.twins.get(choice.stage.number)
+        if twin is None or not twin.nodes or twin.nodes[0] < choice.behind:
+            return choice.behind
+        between, inside = choice.behind.next, set(plan.decoder.nodes)
+        while between is not twin.nodes[0]:
+            if between in inside:
+                return choice.behind
+            between = between.next
+        return between.prev
 
     def _shared(self, plan: Plan, twin: Twin) -> Twin:
         region = [node for node in twin.nodes if is_tensor(node)]

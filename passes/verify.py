@@ -11,6 +11,7 @@ from torch.fx import Graph, Interpreter, Node
 
 from parvts_fx.analysis.values import concrete, fake_mode_of, hint, output_node, value
 from parvts_fx.passes.plan import Plan
+from parvts_fx.passes.prune_branch import rows_left
 from parvts_fx.passes.rows import LAST, TEXT, live, non_subject
 from parvts_fx.pipeline import PassRecord, Work
 
@@ -94,13 +95,14 @@ def runs_on_planned_rows(work: Work) -> str | None:
     if work.written is None:
         return None
     plan, here = work.written.plan, set(work.module.graph.nodes)
+    left = rows_left(plan)
     for node, held in work.written.held.items():
         axis = plan.decoder.tokens.plain_axis(node)
         for name, copy in held.items():
             if axis is None or copy not in here:
                 continue
             level = plan.last if name == LAST else int(name.rpartition(" ")[2])
-            if level < plan.live.get(node, 0) and any(user in here for user in copy.users):
+            if level < left[node] and any(user in here for user in copy.users):
                 return f"node '{node.name}' runs on rows that have left in front of it"
             rows, planned = hint(value(copy).shape[axis]), _planned(plan, name)
             if rows != planned:
@@ -109,25 +111,40 @@ def runs_on_planned_rows(work: Work) -> str | None:
 
 
 def sees_planned_keys(work: Work) -> str | None:
-    """Every attention call asks for the queries and sees the keys of its group."""
+    """Every attention call asks for the queries and sees the keys that the schedule gives it."""
     if work.written is None:
         return None
     plan = work.written.plan
     asked: dict[Node, set[tuple[str, str]]] = {}
     for call in work.written.calls:
-        asked.setdefault(call.attention.output, set()).add((call.queries, call.keys))
         planned = _planned(plan, call.queries)
         if planned is not None and hint(value(call.output).shape[call.attention.output_axis]) != planned:
             return f"a call in place of '{call.attention.output.name}' does not answer {planned} rows"
-    for output, stage in plan.groups.items():
-        calls = asked.get(output, set())
-        everything, subject = live(stage), live(stage + 1)
-        # few rows ask twice, and each takes its group's answer
-        twice = {queries for queries, keys in calls if keys == everything and (queries, subject) in calls}
-        if calls and not twice and (TEXT, everything) not in calls:
-            return f"no call in place of '{output.name}' lets the text see both groups"
-        if any(keys == everything and queries not in (TEXT, *twice) for queries, keys in calls):
-            return f"a call in place of '{output.name}' lets groups see each other"
+        asked.setdefault(call.attention.output, set()).add((call.queries, call.keys))
+    for layer in plan.layers:
+        for attention in layer.attentions:
+            problem = _sees_others(plan, layer.index, asked.get(attention.output, set()))
+            if problem is not None:
+                return f"a call in place of '{attention.output.name}' {problem}"
+    return None
+
+
+def _sees_others(plan: Plan, layer: int, calls: set[tuple[str, str]]) -> str | None:
+    """What is wrong with the (queries, keys) of one attention call in a layer, if anything is."""
+    level = sum((stage.at if stage.is_weighed else stage.end) <= layer for stage in plan.stages)
+    running = next((stage for stage in plan.stages if stage.runs_both(layer)), None)
+    everything, fewer = live(level), {LAST, *(live(further) for further in range(level, plan.final + 1))}
+    if running is not None and running.is_weighed:
+        calls = {(queries, keys) for queries, keys in calls if keys != non_subject(running.number)}
+    if running is None or not running.is_parallel:
+        wrong = next(((queries, keys) for queries, keys in calls if keys != everything or queries not in fewer), None)
+        return None if wrong is None else f"lets the rows \"{wrong[0]}\" see \"{wrong[1]}\""
+    # few rows ask twice, and each takes its group's answer
+    twice = {queries for queries, keys in calls if keys == everything and (queries, live(level + 1)) in calls} - {everything}
+    if calls and not twice and (TEXT, everything) not in calls:
+        return "does not let the text see both groups"
+    if any(keys == everything and queries not in (TEXT, *twice) for queries, keys in calls):
+        return "lets groups see each other"
     return None
 
 
