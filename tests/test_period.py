@@ -36,7 +36,7 @@ def blocks(word: str) -> list[Block]:
     ("ABFABFABF", [0, 2, 4]), ("AAFAAF", [0, 2]), ("ABGABG", [0, 3]),  # two calls a layer
     ("AFAFAS", [0, 1, 2]), ("AFAFAEAE", [0, 1, 2, 3]),  # experts from the third layer on
     ("AAF", [0]),  # a single layer
-    ("MAFAAF", [0, 2]), ("AAFMFAAG", [0, 2, 3]),  # two calls a layer, or another mixer
+    ("MAFAAF", [0, 2]), ("AAFMFAAG", [0, 2, 3]), ("AAGMGAAGMG", [0, 3, 5, 8]),  # two calls a layer, or another mixer
     ("AFAF.", [0, 1]), ("A.FAFA.F", [0, 2, 3]), ("AFAF.AFAF.", [0, 1, 3, 4]), ("PP.PP.", [0, 1, 3, 4]),  # norms over tokens
     (".F.FAF", [0, 1, 2]), (".G.GAG", [0, 2, 4]),  # mixers without a matrix in place of attention
     ("DSDS", [0, 2]),  # a matrix of one shape in all blocks

@@ -193,6 +193,14 @@ DRAWN = {
             length=12, visual=7, rows=(Row(padding=1, before=0, between=2), Row(padding=3), Row(between=1)),
             feed_mixing=Mixing("filter", combine="gate", place="stream"), mixing_layers="odd", pair="own"),
         Choice(depth=2, keep=4, data_in_sizes=False)),
+    "two calls a layer or a linear mixer, tokens meet in all feed-forwards": (
+        Specification(
+            layers=4, heads=1, head_dim=4, norm="layer", attention="masked", span="images", reads_padding=False, scale=0.6,
+            positions="learned", caches=False, last_only=True, length=23, visual=6,
+            rows=(Row(before=3), Row(before=0, between=1), Row(padding=2, before=1)),
+            feed_mixing=Mixing("maximum", 2, "add", "out"), norm_mixing=Mixing("previous", 1, "divide", "behind second"),
+            hybrid="linear, whole", pair="own", layout="folded"),
+        Choice(depth=2, keep=0.8, paths="joint", rule="norm")),
     "a norm over tokens behind every second layer, weights": (
         Specification(
             layers=4, heads=4, groups=2, head_dim=4, place="post", attention="written", span="window", scale=0.6,
@@ -216,7 +224,8 @@ AS_LONG_AS_HIDDEN = dict(head_dim=4, length=8, visual=3, rows=(Row(before=1),))
     dict(AS_LONG_AS_HIDDEN, feed_mixing=Mixing("count", 1, "replace", "hidden"), mixing_layers="first"),
     dict(head_dim=4, heads=1, length=11, visual=4, rows=(Row(before=0),), place="post",
          feed_mixing=Mixing("count", 1, "subtract", "stream"), mixing_layers="last"),
-], ids=["in a feed-forward", "behind the last layer"])
+    dict(AS_LONG_AS_HIDDEN, norm_mixing=Mixing("count", 1, "divide", "behind first")),
+], ids=["in a feed-forward", "behind the last layer", "in front of attention"])
 def test_one_over_the_number_of_rows_is_refused_where_another_size_is_as_large(features: dict) -> None:
     result = outcome(Specification(**{**BASE, **features}), Choice(fusion=0.25))
     assert result.kind == "refused" and "may be the prompt's length or a constant" in result.reason

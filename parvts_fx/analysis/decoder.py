@@ -95,9 +95,8 @@ def find_decoder(
     sample_layouts = _apart(runs, nodes, merge.output)
     mixers, unordered = find_mixers(runs, nodes, merge.output, attentions)
     layers, final, output, period = find_layers(module, nodes, mixers, tokens, merge.output)
-    links = {final, *(layer.input for layer in layers)}
     check_numbers(runs, nodes, float, _in_head(module.graph, nodes, tokens, final, output),
-                  lambda node: scales_scores(node, attentions, links))
+                  lambda node: scales_scores(node, attentions, tokens))
     meeting = {mixer.output for mixer in mixers if mixer.attention is None}
     Tables(runs).check(nodes, meeting, attentions, layers)
     decoder = Decoder(merge, tuple(nodes), tuple(layers), final, output, tokens, window_caches_follow, period, samples,

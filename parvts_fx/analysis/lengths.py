@@ -18,10 +18,11 @@ import torch
 from torch.fx import Node
 from torch.fx.node import map_aggregate
 
-from parvts_fx.analysis.calls import is_fused_attention
+from parvts_fx.analysis.calls import fused_arguments, is_fused_attention
+from parvts_fx.analysis.period import matrices_of
 from parvts_fx.analysis.records import Attention, Layer
 from parvts_fx.analysis.small_runs import SmallRuns, Unproven, local_argument, really
-from parvts_fx.analysis.tokens import AtMost, AxisLabels
+from parvts_fx.analysis.tokens import AtMost, AxisLabels, TokenMap
 from parvts_fx.analysis.values import (
     ancestors,
     call,
@@ -124,23 +125,34 @@ def _may_count(leaf: object, length: int) -> bool:
     return leaf != 0 and leaf % length == 0
 
 
-def scales_scores(node: Node, attentions: Iterable[Attention], stops: Collection[Node]) -> bool:
-    """Whether what a node computes goes into attention calls, and nowhere else but to the caches.
+def scales_scores(node: Node, attentions: Iterable[Attention], tokens: TokenMap) -> bool:
+    """Whether what a node computes goes into attention calls as queries or keys, and nowhere else but to the caches.
 
-    Args:
-        stops: links of the residual stream.
+    It stands behind their projections: what is in front of a matrix, or is a value, is scaled for another reason.
     """
-    own = {call for attention in attentions for call in attention.nodes}
+    own = {call: attention for attention in attentions for call in attention.nodes}
     seen, stack = {node}, [node]
     while stack:
         found = stack.pop()
-        if found in stops:
-            return False
-        if found not in own:
-            further = [user for user in found.users if user.op != "output" and user not in seen]
-            seen.update(further)
-            stack.extend(further)
-    return not own.isdisjoint(seen)
+        if found in own:
+            continue
+        for user in found.users:
+            if user in own and _is_value(found, user, own[user]):
+                return False
+            if user not in own and any(True for _ in matrices_of(user, tokens)):
+                return False
+            if user.op != "output" and user not in seen:
+                seen.add(user)
+                stack.append(user)
+    return any(reached in own for reached in seen)
+
+
+def _is_value(operand: Node, call: Node, attention: Attention) -> bool:
+    """Whether an attention call's node reads an operand as its values alone."""
+    if not is_fused_attention(call):
+        return call is attention.output
+    named = fused_arguments(call)
+    return operand is named["value"] and operand not in (named["query"], named["key"])
 
 
 def _is_explained(runs: SmallRuns, node: Node, leaf: object) -> bool:

@@ -178,6 +178,9 @@ def _find_starts(blocks: Sequence[Block], count: int) -> tuple[list[int], str]:
             found = _ending_alike(view, period)
             if found is not None:
                 return found, f"{period} blocks of the residual stream, the last one alike in all layers"
+    found = _behind_those_like_the_last(whole)
+    if found is not None:
+        return found, "each ends with a block of the same matrices"
     if _is_regular(starts, whole) or _is_regular(starts, whole, mixing=False):
         return starts, "each begins behind blocks in which tokens do not meet"
     for period in range(1, len(whole) // 2 + 1):
@@ -204,6 +207,17 @@ def _behind_feed_forwards(blocks: Sequence[Block]) -> list[int]:
         if block.group is not None and _is_feed_forward(before, blocks):
             starts.append(block.group)
     return starts
+
+
+def _behind_those_like_the_last(blocks: Sequence[Block]) -> list[int] | None:
+    """Layers of any length that end with blocks of the same matrices; None where such a block would be a layer alone."""
+    last = blocks[-1].weights, blocks[-1].matrices
+    ends = [place for place, block in enumerate(blocks) if (block.weights, block.matrices) == last]
+    begins = [0, *(end + 1 for end in ends[:-1])]
+    if len(ends) < 2 or any(begin == end for begin, end in zip(begins, ends)):
+        return None
+    mixing = [[block.group for block in blocks[begin:end + 1] if block.group is not None] for begin, end in zip(begins, ends)]
+    return [groups[0] for groups in mixing] if all(mixing) else None
 
 
 def _is_regular(starts: Sequence[int], blocks: Sequence[Block], mixing: bool = True) -> bool:
