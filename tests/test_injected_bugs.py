@@ -25,7 +25,7 @@ from parvts_fx.options import Options
 from parvts_fx.passes import DuplicateLayers, InsertPartition, Plan, attend, choose, emit, rows, twins
 from parvts_fx.passes.emit import Emitter
 from parvts_fx.passes.paths import Path
-from parvts_fx.passes.rows import LAST, TEXT, RowSet, RowSets, live
+from parvts_fx.passes.rows import LAST, TEXT, RowSet, RowSets, live, non_subject
 from parvts_fx.passes.twins import TwinPath
 from parvts_fx.stages import PlacedStage, Stage
 from tests.plain import Mixing, Plain, Row, Specification, prompt
@@ -187,9 +187,9 @@ def weights_of_a_layer_before(original: Callable, self: InsertPartition, plan: P
 def weights_without(name: str) -> Patch:
     """The mask (of bool), or the scale."""
 
-    def bug(original: Callable, query: Tensor, key: Tensor, mask: Tensor | None = None, **named: Any) -> Tensor:
+    def bug(original: Callable, query: Tensor, key: Tensor, mask: Tensor, scale: float | None, causal: bool) -> Tensor:
         mask = torch.ones_like(mask) if name == "mask" else mask
-        return original(query, key, mask, **(named | {"scale": None} if name == "scale" else named))
+        return original(query, key, mask, None if name == "scale" else scale, causal)
 
     return wrap(attend, "_weights", bug)
 
@@ -334,6 +334,7 @@ def shared_text_fused(original: Callable, self: Editor, function: Callable, *sou
 
 ONE = Comparison()
 LEAN = Comparison(skip_dead_rows=True)
+LIKE_GROUPS = Comparison(dataclasses.replace(MASKED, visual=6), (migrating(keep=3, migrate=2),))
 DEAD = Comparison(stages=(migrating(migrate=2),), skip_dead_rows=True)
 JOINT = Comparison(stages=(migrating(migrate=2, paths="joint"),))
 WEIGHT = Comparison(stages=(migrating(fusion=0.25),))
@@ -396,6 +397,8 @@ BUGS: dict[str, tuple[Patch, Comparison]] = {
     "text sees the subject group alone, without dead rows": (
         attending(lambda queries, keys: live(1) if queries == TEXT else keys), DEAD),
     "groups see each other, without dead rows": (attending(lambda queries, keys: live(0)), LEAN),
+    "non-subject rows see the subject group": (
+        attending(lambda queries, keys: live(1) if queries == non_subject(0) else keys), LIKE_GROUPS),
     "text rows misplaced": (partitioning("subject_slots", one_less), DEAD),
     "queries of other rows": (partitioning("text_in_subject", one_more_within("subject")), DEAD),
     "mask dropped, without dead rows": (calls(attn_mask=None), DEAD),
