@@ -9,6 +9,7 @@ import networkx as nx
 import torch
 from torch.fx import Graph, Interpreter, Node
 
+from parvts_fx.analysis.calls import fused_arguments, is_fused_attention
 from parvts_fx.analysis.values import concrete, fake_mode_of, hint, output_node, value
 from parvts_fx.passes.plan import Plan
 from parvts_fx.passes.prune_branch import rows_left
@@ -117,10 +118,14 @@ def sees_planned_keys(work: Work) -> str | None:
     plan = work.written.plan
     asked: dict[Node, set[tuple[str, str]]] = {}
     for call in work.written.calls:
-        planned = _planned(plan, call.queries)
-        if planned is not None and hint(value(call.output).shape[call.attention.output_axis]) != planned:
-            return f"a call in place of '{call.attention.output.name}' does not answer {planned} rows"
-        asked.setdefault(call.attention.output, set()).add((call.queries, call.keys))
+        attention, planned = call.attention, _planned(plan, call.queries)
+        if planned is not None and hint(value(call.output).shape[attention.output_axis]) != planned:
+            return f"a call in place of '{attention.output.name}' does not answer {planned} rows"
+        if is_fused_attention(call.output):
+            rows = hint(value(fused_arguments(call.output)["key"]).shape[attention.keys[0].axis])
+            if rows is not None and rows != _planned(plan, call.keys):
+                return f"a call in place of '{attention.output.name}' sees {rows} rows where the plan has \"{call.keys}\""
+        asked.setdefault(attention.output, set()).add((call.queries, call.keys))
     for layer in plan.layers:
         for attention in layer.attentions:
             problem = _sees_others(plan, layer.index, asked.get(attention.output, set()))
@@ -139,13 +144,14 @@ def _sees_others(plan: Plan, layer: int, calls: set[tuple[str, str]]) -> str | N
     if running is None or not running.is_parallel:
         wrong = next(((queries, keys) for queries, keys in calls if keys != everything or queries not in fewer), None)
         return None if wrong is None else f"lets the rows \"{wrong[0]}\" see \"{wrong[1]}\""
+    subject, other = live(level + 1), non_subject(level)
     # few rows ask twice, and each takes its group's answer
-    twice = {queries for queries, keys in calls if keys == everything and (queries, live(level + 1)) in calls} - {everything}
+    twice = {queries for queries, keys in calls if keys == everything and (queries, subject) in calls} - {everything}
     if calls and not twice and (TEXT, everything) not in calls:
         return "does not let the text see both groups"
-    if any(keys == everything and queries not in (TEXT, *twice) for queries, keys in calls):
-        return "lets groups see each other"
-    return None
+    known = {(subject, subject), (other, other), (TEXT, everything)}
+    known |= {(queries, keys) for queries in twice for keys in (everything, subject)}
+    return next((f"lets the rows \"{queries}\" see \"{keys}\"" for queries, keys in sorted(calls - known)), None)
 
 
 def returns_what_is_left(work: Work) -> str | None:

@@ -34,6 +34,7 @@ from parvts_fx.passes import (
     run_pipeline,
 )
 from parvts_fx.passes.rows import live
+from parvts_fx.passes.twins import TwinPath
 from parvts_fx.passes.verify import ALL_CHECKS, VerificationError, returns_what_is_left
 from parvts_fx.rewriting import no_collections, rewrite_graph
 from parvts_fx.stages import Stage
@@ -41,6 +42,7 @@ from tests.plain import Plain, Row, Specification, prompt
 from tests.plain_graphs import CHOICES, SPECIFICATIONS, Call, Refine, capture, captured, options
 from tests.plain_reference import largest_error, reference
 from tests.reference import relative_error
+from tests.test_injected_bugs import BUGS, CAUSAL, Comparison, wrap
 
 ONE: dict[str, Any] = dict(keep_tokens=2, migration_depth=1)
 JOINT: dict[str, Any] = dict(keep_tokens=2, migration_depth=2, paths="joint")
@@ -222,11 +224,37 @@ def test_no_check_objects_to_what_the_passes_do(choice: dict[str, Any], name: st
     assert rewrite_graph(module, inputs, given, checks=ALL_CHECKS).report.status == "rewritten"
 
 
-CAUGHT = {
-    "pruned one layer late": set(), "pruned one layer early": set(),  # another schedule, and all follow it
-    "rows leave one layer late": {"runs_on_planned_rows", "sees_planned_keys"},
-    "rows leave one layer late, without dead rows": {"runs_on_planned_rows", "sees_planned_keys"},
+WRITTEN_WRONG = {
+    "rows leave one layer late": "sees_planned_keys", "rows leave one layer early, without dead rows": "sees_planned_keys",
+    "text sees the subject group alone": "sees_planned_keys", "groups see each other": "sees_planned_keys",
+    "non-subject rows see the subject group": "sees_planned_keys",
+    "last text row sees the subject group alone": "sees_planned_keys",
+    "last visual row sees both groups": "sees_planned_keys", "twin runs one layer more": "sees_planned_keys",
+    "second stage: text sees the subject group alone": "sees_planned_keys",
+    "second stage: groups see each other": "sees_planned_keys", "second stage: cache not shortened": "returns_what_is_left",
 }
+
+
+@pytest.mark.parametrize("name, check", WRITTEN_WRONG.items(), ids=WRITTEN_WRONG.keys())
+def test_checks_catch_what_is_written_otherwise_than_planned(
+    monkeypatch: pytest.MonkeyPatch, name: str, check: str
+) -> None:
+    """Of the bugs that are injected elsewhere, those that show in rows and keys; in a user's call."""
+    patch, comparison = BUGS[name]
+    patch(monkeypatch)
+    with pytest.raises(parvts_fx.NotRewritten, match=f"pass emit broke {check}: "):
+        comparison.error()
+
+
+def test_keys_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a mask nothing but their number would tell."""
+    def bug(original: Callable, self: TwinPath, node: Node, *given: Any) -> Node:
+        return self.emitter.main.read(node, live(1))
+
+    wrap(TwinPath, "keys", bug)(monkeypatch)
+    comparison = Comparison(CAUSAL, (Stage(keep=2, migrate=1, fusion=0.25),))
+    with pytest.raises(parvts_fx.NotRewritten, match="pass emit broke sees_planned_keys: .* sees 11 rows"):
+        comparison.error()
 
 
 # -- pipelines that lack something, or have it elsewhere --------------------------------------------------------------
