@@ -22,7 +22,7 @@ from parvts_fx.backends import lowering
 from parvts_fx.backends.parvts import parvts
 from parvts_fx.capture.editing import Editor
 from parvts_fx.options import Options
-from parvts_fx.passes import PassResult, Work
+from parvts_fx.passes import PassResult, Plan, Work
 from tests import llava
 from tests.comparing import TOLERANCE, assert_equal_prefill, check, compile_with_parvts, expected, rule, uncompile
 from tests.plain import Plain, Row, Specification
@@ -315,6 +315,37 @@ def test_a_pass_of_ones_own():
         twice = torch.compile(plain, backend="parvts", options={**options, "extra_passes": [TwiceTheLogits()]})(*given.arguments)
     torch.testing.assert_close(twice[0], 2 * once[0])
     torch.testing.assert_close(twice[1], once[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class KeepDeadRows:
+    """A third party's pass that refines the plan: takes back what drop_dead_rows has decided."""
+
+    name = "keep_dead_rows"
+
+    def plan(self, plan: Plan) -> tuple[Plan, PassResult]:
+        return dataclasses.replace(plan, levels=plan.live, take=None, take_count=0), PassResult(1)
+
+
+@pytest.mark.supports("Options", "passes of your own that refine the plan")
+def test_a_plan_of_ones_own():
+    specification = Specification(last_only=True)
+    given, plain = plain_prompt(specification), Plain(specification)
+    wanted = plain_reference(plain, given, rule(), migration_depth=1, keep_tokens=2)
+    graphs = []
+
+    def own(module, example_inputs):
+        graphs.append(module)
+        return module.forward
+
+    for passes in ([], [KeepDeadRows()]):
+        torch._dynamo.reset()
+        options = dict(migration_depth=1, keep_tokens=2, lowering=own, strict=True, extra_passes=passes)
+        with torch.no_grad():
+            result = torch.compile(plain, backend="parvts", options=options)(*given.arguments)
+        assert largest_error(result, wanted) <= TOLERANCE
+    lean, full = map(parvts_fx.api.count_flops, graphs)
+    assert lean < full
 
 
 @pytest.mark.parametrize("mode", [None, "reduce-overhead", "max-autotune-no-cudagraphs"])
