@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch.fx import Node
 
+from parvts_fx.analysis.last_rows import keeps_rows_apart
 from parvts_fx.analysis.masks import Mask, masks_of
 from parvts_fx.analysis.records import Attention
 from parvts_fx.analysis.values import ancestors, changed_in_place, fake_mode_of, hint, is_tensor, value
@@ -23,7 +24,7 @@ class SharePrefix:
     These are the positions in front of the first visual token of any sample, if none of them sees a later one. Both are
     data, so the count is read from the tensors at each call: zero where a mask lets the prefix look ahead, or where it
     hides a prefix row from itself (padding, whose rows may attend to anything). Leaves a twin alone in whose layers
-    tokens meet other than by masked attention, or a graph that may not hold numbers that depend on data: where
+    tokens meet other than by masked attention (or all read the last row's, which differs from path to path), or a graph that may not hold numbers that depend on data: where
     torch._dynamo.config.capture_scalar_outputs is off (parvts_fx.compile switches it on), where CUDA graphs are asked for,
     and where the lowering is not known to take them.
     """
@@ -59,6 +60,8 @@ class SharePrefix:
         region = [node for node in twin.nodes if is_tensor(node)]
         texts = hint(plan.text_count)
         if not region or texts is not None and texts < 2 or any(map(changed_in_place, twin.nodes)):
+            return twin
+        if any(keeps_rows_apart(node, plan.decoder.tokens) for node in twin.nodes):
             return twin
         inside, behind = set(plan.decoder.nodes), plan.choices[twin.stage.number].behind
         mixers = [mixer for layer in plan.layers[twin.stage.at:twin.stage.end] for mixer in layer.mixers]
