@@ -122,7 +122,9 @@ def sees_planned_keys(work: Work) -> str | None:
         if planned is not None and hint(value(call.output).shape[attention.output_axis]) != planned:
             return f"a call in place of '{attention.output.name}' does not answer {planned} rows"
         if is_fused_attention(call.output):
-            rows = hint(value(fused_arguments(call.output)["key"]).shape[attention.keys[0].axis])
+            original = fused_arguments(attention.output)["key"]  # what biases the scores has keys along another axis
+            axis = next(operand.axis for operand in attention.keys if operand.node is original)
+            rows = hint(value(fused_arguments(call.output)["key"]).shape[axis])
             if rows is not None and rows != _planned(plan, call.keys):
                 return f"a call in place of '{attention.output.name}' sees {rows} rows where the plan has \"{call.keys}\""
         asked.setdefault(attention.output, set()).add((call.queries, call.keys))

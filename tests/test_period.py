@@ -9,10 +9,12 @@ from parvts_fx.analysis.period import Block, find_period
 MATRICES = {
     "A": "qkvo", "B": "qkvo2", "M": "inout", "F": "updown", "G": "updown", "E": "experts", "P": "qkvo updown",
     "Q": "inout updown", "R": "qkvo updown", "D": "qkv out", "S": "out experts", ".": "",
+    "V": "router q kv o updown", "W": "q kv o updown", "X": "q o updown", "U": "router",
 }
 """Attention, a second one, another mixer, a feed-forward, one in which tokens meet, experts, attention and another mixer
 beside a feed-forward, attention beside one in which tokens meet, attention whose output's matrix has the shape of the router
-of experts among which tokens meet; and a norm over tokens."""
+of experts among which tokens meet; a norm over tokens; and layers whole, with keys of their own or shared ones, and what
+mixes copies of the stream between them."""
 BESIDE = {"P": "updown", "Q": "updown", "F": "updown", "E": "experts"}
 
 
@@ -21,7 +23,7 @@ def blocks(word: str) -> list[Block]:
     made: list[Block] = []
     group = 0
     for letter in word:
-        mixes, weights = letter not in "FE", MATRICES[letter].split()
+        mixes, weights = letter not in "FEU", MATRICES[letter].split()
         made.append(Block(group if mixes else None, frozenset(weights), frozenset(letter),
                           beside=frozenset(BESIDE.get(letter, "").split()), matrices=len(weights)))
         group += mixes
@@ -37,6 +39,7 @@ def blocks(word: str) -> list[Block]:
     ("AFAFAS", [0, 1, 2]), ("AFAFAEAE", [0, 1, 2, 3]),  # experts from the third layer on
     ("AAF", [0]),  # a single layer
     ("MAFAAF", [0, 2]), ("AAFMFAAG", [0, 2, 3]), ("AAGMGAAGMG", [0, 3, 5, 8]),  # two calls a layer, or another mixer
+    ("VUWUXUX", [0, 1, 2, 3]),  # some layers share keys
     ("AFAF.", [0, 1]), ("A.FAFA.F", [0, 2, 3]), ("AFAF.AFAF.", [0, 1, 3, 4]), ("PP.PP.", [0, 1, 3, 4]),  # norms over tokens
     (".F.FAF", [0, 1, 2]), (".G.GAG", [0, 2, 4]),  # mixers without a matrix in place of attention
     ("DSDS", [0, 2]),  # a matrix of one shape in all blocks

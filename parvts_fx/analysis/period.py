@@ -210,11 +210,13 @@ def _behind_feed_forwards(blocks: Sequence[Block]) -> list[int]:
 
 
 def _behind_those_like_the_last(blocks: Sequence[Block]) -> list[int] | None:
-    """Layers of any length that end with blocks of the same matrices; None where such a block would be a layer alone."""
-    last = blocks[-1].weights, blocks[-1].matrices
-    ends = [place for place, block in enumerate(blocks) if (block.weights, block.matrices) == last]
+    """Layers of any length that end with blocks of the same matrices, which no other block has; None where such a block would
+    be a layer alone."""
+    last = blocks[-1]
+    ends = [place for place, block in enumerate(blocks) if (block.weights, block.matrices) == (last.weights, last.matrices)]
     begins = [0, *(end + 1 for end in ends[:-1])]
-    if len(ends) < 2 or any(begin == end for begin, end in zip(begins, ends)):
+    others = frozenset().union(*(block.weights for place, block in enumerate(blocks) if place not in ends))
+    if len(ends) < 2 or last.weights & others or any(begin == end for begin, end in zip(begins, ends)):
         return None
     mixing = [[block.group for block in blocks[begin:end + 1] if block.group is not None] for begin, end in zip(begins, ends)]
     return [groups[0] for groups in mixing] if all(mixing) else None
