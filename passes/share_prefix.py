@@ -24,9 +24,9 @@ class SharePrefix:
     These are the positions in front of the first visual token of any sample, if none of them sees a later one. Both are
     data, so the count is read from the tensors at each call: zero where a mask lets the prefix look ahead, or where it
     hides a prefix row from itself (padding, whose rows may attend to anything). Leaves a twin alone in whose layers
-    tokens meet other than by masked attention (or all read the last row's, which differs from path to path), or a graph that may not hold numbers that depend on data: where
-    torch._dynamo.config.capture_scalar_outputs is off (parvts_fx.compile switches it on), where CUDA graphs are asked for,
-    and where the lowering is not known to take them.
+    tokens meet other than by masked attention (or all read the last row's, which differs from path to path), or a graph
+    that may not hold numbers that depend on data: where torch._dynamo.config.capture_scalar_outputs is off
+    (parvts_fx.compile switches it on), where CUDA graphs are asked for, and where the lowering is not known to take them.
     """
 
     name: ClassVar[str] = "share_prefix"
