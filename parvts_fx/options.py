@@ -15,7 +15,7 @@ from parvts_fx.schedules import SCHEDULES
 from parvts_fx.stages import PlacedStage, Stage, check_order, placed
 from parvts_fx.torch_private import inductor_settings
 
-SHORT_FORM = ("keep_ratio", "keep_tokens", "migration_depth", "fusion", "paths", "score")
+SHORT_FORM = ("keep_ratio", "keep_tokens", "migration_depth", "fusion", "paths", "score", "merge")
 """The options that write a schedule of one stage at layer 0."""
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -60,9 +60,12 @@ class Options:
     score: str | Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = "auto"
     """A scoring rule's name, or a callable ``score(hidden, visual) -> scores``; see :mod:`parvts_fx.scores`."""
 
+    merge: str | None = None
+    """What kept tokens take over of dropped ones: None for nothing, or "clusters" (:mod:`parvts_fx.passes.clusters`)."""
+
     stages: tuple[Stage, ...] | str | None = None
     """A schedule of several :class:`parvts_fx.Stage`, or the name of a published one (:mod:`parvts_fx.schedules`), in place
-    of keep_ratio, keep_tokens, migration_depth, fusion, paths and score, which write a schedule of one."""
+    of keep_ratio, keep_tokens, migration_depth, fusion, paths, score and merge, which write a schedule of one."""
 
     prune: str | tuple[str, ...] = "visual"
     """Whose tokens count as visual: "visual" (images, videos, and features about which nothing tells what they are), "all"
@@ -119,6 +122,11 @@ class Options:
         if self.paths == "joint" and self.fusion != "attention":
             _fail("fusion", self.fusion, '"attention" together with paths="joint"',
                   "With joint paths there is one copy of the text rows and nothing to weigh.")
+        if self.merge not in (None, "clusters"):
+            _fail("merge", self.merge, 'None or "clusters"', "None drops what is not kept.")
+        if self.merge is not None and self.fusion != "attention":
+            _fail("merge", self.merge, f"None together with fusion={self.fusion!r}", "Constant weights give each path its own "
+                  'copy of the text; use fusion="attention" to merge.')
         known = ("visual", "all", *MODALITIES)
         for name in _names(self.prune):
             if name not in (known if isinstance(self.prune, str) else MODALITIES):
@@ -202,7 +210,7 @@ class Options:
         migrates = self.migration_depth != 0
         return (Stage(
             at=0, keep=ratio if self.keep_tokens is None else self.keep_tokens, rule=self.score, migrate=self.migration_depth,
-            paths=self.paths if migrates else "parallel", fusion=self.fusion if migrates else "attention"),)
+            paths=self.paths if migrates else "parallel", fusion=self.fusion if migrates else "attention", merge=self.merge),)
 
     def placed(self, layers: int) -> tuple[PlacedStage, ...]:
         """The stages in a decoder of so many layers.

@@ -59,7 +59,8 @@ class Stage:
     path has its own copy of the text until the non-subject rows leave (ParVTS, arXiv 2511.18875)."""
 
     merge: str | None = None
-    """What the kept tokens take over of the dropped ones: nothing."""
+    """What the kept tokens take over of the dropped ones: nothing, or with "clusters" every dropped one is merged into the
+    kept one most like it (:mod:`parvts_fx.passes.clusters`)."""
 
     def __post_init__(self) -> None:
         if not (_is_count(self.at) and self.at >= 0 or _is_share(self.at) and 0 < self.at < 1):
@@ -86,8 +87,11 @@ class Stage:
             field, held = ("paths", self.paths) if self.paths == "joint" else ("fusion", self.fusion)
             _fail(field, held, f"the default together with migrate={self.migrate!r}",
                   "Where the other tokens leave at once there is no second group; give migrate, or leave this out.")
-        if self.merge is not None:
-            _fail("merge", self.merge, "None", "Dropped tokens are not merged into the kept ones.")
+        if self.merge not in (None, "clusters"):
+            _fail("merge", self.merge, 'None or "clusters"', "None drops what is not kept.")
+        if self.merge is not None and weighed:
+            _fail("merge", self.merge, f'None together with fusion={self.fusion!r}', "Constant weights give each path its own "
+                  'copy of the text; use fusion="attention" to merge.')
 
     @property
     def weight(self) -> float:

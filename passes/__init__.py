@@ -8,6 +8,7 @@ from parvts_fx.passes.duplicate_attention import DuplicateAttention
 from parvts_fx.passes.duplicate_layers import DuplicateLayers
 from parvts_fx.passes.emit import Emit
 from parvts_fx.passes.insert_partition import InsertPartition
+from parvts_fx.passes.merge_clusters import MergeClusters
 from parvts_fx.passes.plan import Plan, PlanError
 from parvts_fx.passes.prune_branch import PruneBranch
 from parvts_fx.passes.remove_dead_code import RemoveDeadCode
@@ -25,6 +26,8 @@ def build_pipeline(options: Options) -> tuple[Pass, ...]:
         passes.append(DuplicateLayers())
         if options.share_prefix:
             passes.append(SharePrefix())
+    if any(stage.merge for stage in stages):
+        passes.append(MergeClusters())
     passes.append(PruneBranch())
     if options.skip_dead_rows:
         passes.append(DropDeadRows())
@@ -34,7 +37,7 @@ def build_pipeline(options: Options) -> tuple[Pass, ...]:
 
 
 __all__ = [
-    "DropDeadRows", "DuplicateAttention", "DuplicateLayers", "Emit", "GraphPass", "InsertPartition", "Pass", "PassRecord",
+    "DropDeadRows", "DuplicateAttention", "DuplicateLayers", "Emit", "GraphPass", "InsertPartition", "MergeClusters", "Pass", "PassRecord",
     "PassResult", "Plan", "PlanError", "PlanPass", "PruneBranch", "RemoveDeadCode", "SharePrefix", "Work", "build_pipeline",
     "run_pipeline",
 ]

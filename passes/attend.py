@@ -14,6 +14,7 @@ from parvts_fx.analysis.records import Attention
 from parvts_fx.analysis.samples import Samples, along, samples_of, samples_of_side
 from parvts_fx.analysis.tokens import AtMost, AxisLabels, Count
 from parvts_fx.analysis.values import leaves, value, with_leaves
+from parvts_fx.passes.clusters import biased
 from parvts_fx.passes.paths import Path
 from parvts_fx.passes.rows import TEXT, gather, live, non_subject
 
@@ -97,8 +98,19 @@ def _write_out(path: Path, attention: Attention, queries: str, keys: str, result
             else:
                 leaf = emitter.mapped(leaf)
             fresh.append(leaf)
+        if emitter.sizes and (is_softmax(node) or is_fused_attention(node)):
+            _bias(path, attention, node, queries, keys, fresh)
         new[node] = editor.copy(node, *with_leaves(node, fresh))
     return new[result]
+
+
+def _bias(path: Path, attention: Attention, node: Node, queries: str, keys: str, fresh: list[Any]) -> None:
+    """Let what a softmax or a fused call within a written-out attention reads count keys that stand for several."""
+    source = node.all_input_nodes[0] if is_softmax(node) else fused_arguments(node)["attn_mask"]
+    place = next(index for index, leaf in enumerate(leaves(node)) if leaf is source)
+    samples = samples_of(path.emitter.decoder, source)
+    like = fresh[place] if is_softmax(node) else value(fused_arguments(node)["query"])
+    fresh[place] = biased(path.emitter, attention, queries, keys, fresh[place], value(source).dim(), samples, like)
 
 
 def _fused_operands(path: Path, attention: Attention, queries: str, keys: str) -> dict[str, Any]:
@@ -118,6 +130,14 @@ def _fused_operands(path: Path, attention: Attention, queries: str, keys: str) -
     named["scale"] = emitter.mapped(named["scale"])
     named["query"] = path.read(query.node, queries)
     named["key"], named["value"] = (path.keys(operand.node, operand.axis, keys) for operand in (key, val))
+    if emitter.sizes:
+        rank, samples = value(query.node).dim(), samples_of(emitter.decoder, query.node)
+        bias = biased(emitter, attention, queries, keys, named["attn_mask"], rank, samples, named["query"])
+        if bias is not named["attn_mask"] and named["is_causal"]:
+            bias = biased(emitter, attention, queries, keys, emitter.causal_mask(queries, keys, rank, samples), rank, samples,
+                          named["query"])
+            named["is_causal"] = False
+        named["attn_mask"] = bias
     return named
 
 

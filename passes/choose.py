@@ -16,6 +16,7 @@ from parvts_fx.analysis.tower import trace_attended
 from parvts_fx.analysis.values import value
 from parvts_fx.errors import Refusal
 from parvts_fx.passes.attend import attention_weights
+from parvts_fx.passes.clusters import choose_clusters, note_sizes
 from parvts_fx.passes.insert_partition import partition
 from parvts_fx.passes.plan import Choice
 from parvts_fx.passes.rows import LAST, TEXT, RowSet, live, non_subject
@@ -52,6 +53,10 @@ def choose(emitter: Emitter, choice: Choice) -> None:
     tensors = editor.inline(split, merged, scores, visual, *features)
     emitter.partitions[stage.number] = tensors
     _lay_out(emitter, stage.number, tensors)
+    if stage.number in emitter.plan.mergings:
+        assert hidden is not None, "a stage that merges reads the residual stream"
+        choose_clusters(emitter, emitter.plan.mergings[stage.number], hidden, visual)
+    note_sizes(emitter, stage.number)
 
 
 def _sizes(emitter: Emitter) -> tuple[Node, list[Node]]:

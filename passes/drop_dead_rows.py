@@ -104,6 +104,12 @@ def _results(plan: Plan, take: Node | None) -> dict[Node, int]:
         if choice.stage.is_weighed:  # where its end is reached, the text rows of both paths are joined
             end = plan.end_of(choice.stage)
             read[end] = min(level + 1, read.get(end, level + 1))
+    for number, merging in plan.mergings.items():
+        read[merging.source] = min(number, read.get(merging.source, number))
+        if merging.drop is not None:
+            read[merging.drop] = min(number + 1, read.get(merging.drop, number + 1))
+        for node in merging.values:  # on all rows that are left in its layer
+            read[node] = min(plan.live[node], read.get(node, plan.live[node]))
     for number, twin in plan.twins.items():  # which reads rows of the non-subject path
         nodes = set(twin.nodes)
         for source in {source for node in nodes for source in node.all_input_nodes if source in inside} - nodes:

@@ -26,7 +26,8 @@ from parvts_fx.capture.editing import Editor
 from parvts_fx.errors import Refusal
 from parvts_fx.passes.attend import write_attention
 from parvts_fx.passes.choose import choose
-from parvts_fx.passes.paths import Path
+from parvts_fx.passes.clusters import cached_values, mix, take_over
+from parvts_fx.passes.paths import CachePath, Path
 from parvts_fx.passes.plan import Plan, PlanError
 from parvts_fx.passes.rows import LAST, RowSets, live
 from parvts_fx.passes.twins import TwinPath, join, share_prefix
@@ -116,6 +117,16 @@ class Emitter:
         self.visual: Node | None = None
         """[batch, seq] bool, once a choice has needed it."""
 
+        self.pictures: Node | None = None
+        self.clusters: dict[int, dict[str, Node]] = {}
+        """By stage that merges, what :func:`parvts_fx.passes.clusters.clusters` returns."""
+
+        self.sizes: dict[int, Node] = {}
+        """By level: [batch, rows] float32, how many tokens each row stands for, behind the first stage that merges."""
+
+        self.mixed: dict[int, Node] = {}
+        """By stage: what its subject rows take over at the drop."""
+
         self._masks: dict[tuple, Node] = {}
         self.attentions = {
             node: attention for layer in self.decoder.layers for attention in layer.attentions for node in attention.nodes}
@@ -169,6 +180,7 @@ class Emitter:
                 choose(self, choice)
                 if choice.stage.number in self.twins:
                     share_prefix(self.twins[choice.stage.number])
+            self._merge(node)
         axes, inside = self.decoder.tokens.axes, self.inside
         return Written(
             self.plan, {node: dict(held) for node, held in self.main.held.items()},
@@ -193,6 +205,15 @@ class Emitter:
             if node is twin.twin.end:
                 join(twin)
 
+    def _merge(self, node: Node) -> None:
+        """What stages do that merge, once both what they have chosen and the residual stream are known."""
+        for merging in self.plan.mergings.values():
+            behind = self.plan.choices[merging.stage.number].behind
+            if node is max(merging.source, behind) and merging.drop is not None:
+                mix(self, merging)
+            if merging.drop is not None and node is max(merging.drop, behind):
+                take_over(self, merging)
+
     def any(self, node: Node) -> Any:
         """A node as it was captured, on all rows."""
         return self.main.read(node, live(0)) if node in self.inside else self.outside[node]
@@ -208,11 +229,17 @@ class Emitter:
             return self.main.read(node, final)
         if not axes.get(node) and any(name not in (final, LAST) for name in self.main.held.get(node, ())):
             again = last_rows_of(self.decoder, node)  # the last rows of a cache: those of the kept ones
-            path = Path(self, set(again), lambda _: final, self._rows_left, self.main)
+            path = CachePath(self, set(again), lambda _: final, self._rows_left, self.main)
             for member in again:
                 path.write(member)
             return path.read(node, final) if again else self.main.read(node, final)
-        return self.main.read(node, final)
+        return self.cached(node)
+
+    def cached(self, node: Node) -> Node:
+        """A tensor's rows that are left in the end, as caches hold them."""
+        if any(node in merging.values for merging in self.plan.mergings.values()):
+            return cached_values(self, node)
+        return self.main.read(node, live(self.plan.final))
 
     # -- what paths need ------------------------------------------------------------------------------------------------
 

@@ -90,7 +90,7 @@ class InsertPartition:
     def _choice(self, plan: Plan, stage: PlacedStage) -> Choice:
         link, rule = plan.link(stage.at), stage.stage.rule
         attention = self._attention(plan, stage) if reads_attention(rule) else None
-        reads_link = stage.at == 0 or reads_hidden(rule)
+        reads_link = stage.at == 0 or stage.stage.merge is not None or reads_hidden(rule)
         read: list[Node] = [link, *plan.decoder.merge.masks] if stage.at == 0 else [link] if reads_link else []
         if attention is not None:  # in front of the call: its keys may be a buffer that is written into until then
             read.append(attention.output.prev)

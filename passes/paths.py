@@ -165,3 +165,10 @@ class Path:
     def keys(self, node: Node, axis: int, name: str) -> Node:
         """An attention call's keys or values, on all rows that it is to see."""
         return self.read(node, name)
+
+
+class CachePath(Path):
+    """What caches of sliding windows take of the rows that are left in the end."""
+
+    def read(self, node: Node, name: str) -> Any:
+        return super().read(node, name) if node in self.nodes else self.emitter.cached(node)

@@ -58,6 +58,27 @@ class Twin:
 
 
 @dataclasses.dataclass(frozen=True)
+class Merging:
+    """What one stage's kept tokens take over of those that it drops (:mod:`parvts_fx.passes.clusters`)."""
+
+    stage: PlacedStage
+    source: Node
+    """The link of the residual stream at which all rows run for the last time, and whose rows are mixed."""
+
+    drop: Node | None
+    """The link at which the kept rows take over the mixture; None behind the last layer."""
+
+    values: frozenset[Node]
+    """Cached values of the layers in front of it."""
+
+    biased: frozenset[Node]
+    """Attention calls behind it, by output, in which the text asks keys that stand for several."""
+
+    unbiased: frozenset[Node]
+    """Those that have no place for that."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """The decoder's anatomy, the schedule, and what passes have decided so far."""
 
@@ -69,6 +90,9 @@ class Plan:
     """Attention calls (by output) in which subject and non-subject rows do not see each other: the number of their stage."""
 
     twins: Mapping[int, Twin] = dataclasses.field(default_factory=dict)
+    """By number of the stage."""
+
+    mergings: Mapping[int, Merging] = dataclasses.field(default_factory=dict)
     """By number of the stage."""
 
     live: Mapping[Node, int] = dataclasses.field(default_factory=dict)
@@ -154,4 +178,6 @@ class Plan:
                 return "duplicate_attention"
             if stage.is_weighed and stage.number not in self.twins:
                 return "duplicate_layers"
+            if stage.stage.merge is not None and stage.number not in self.mergings:
+                return "merge_clusters"
         return None if self.live or not self.stages else "prune_branch"

@@ -22,6 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from parvts_fx.scores import rule_named
 from parvts_fx.stages import Stage
+from tests.clusters_reference import Clusters, clusters_of, pictures_of
 
 # Where tokens and samples lie in arguments that every transformers decoder names alike; others are cut by size.
 _TOKEN_AXES = {"attention_mask": (-2, -1), "position_ids": (-1,), "position_embeddings": (-2,)}
@@ -87,11 +88,11 @@ def placed(stages: Sequence[Stage], layers: int) -> list[Placed]:
 
 def one_stage(
     score: Rule, depth: int | float, keep_ratio: float | None = None, keep_tokens: int | None = None,
-    fusion: str | float = "attention", paths: str = "parallel",
+    fusion: str | float = "attention", paths: str = "parallel", merge: str | None = None,
 ) -> tuple[Stage]:
     """The short form. With depth 0 there is no second group, whatever is said of it."""
     keep = keep_tokens if keep_tokens is not None else 1 / 9 if keep_ratio is None else float(keep_ratio)
-    return (Stage(keep=keep, rule=score, **(dict(migrate=depth, fusion=fusion, paths=paths) if depth else {})),)
+    return (Stage(keep=keep, rule=score, merge=merge, **(dict(migrate=depth, fusion=fusion, paths=paths) if depth else {})),)
 
 
 def subject_count(visual: int, keep_ratio: float | None = None, keep_tokens: int | None = None) -> int:
@@ -236,6 +237,16 @@ def _mask(given: Tensor | None, allowed: Tensor, sample: int) -> Tensor:
     return own.masked_fill(~allowed, torch.finfo(own.dtype).min)
 
 
+def _counting(mask: Tensor, path: _Path, visual: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask with log n for the keys that stand for several, where rows of text ask."""
+    if not bool((path.sizes > 1).any()):
+        return mask
+    held = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else mask.clone()
+    text = (~visual[path.rows]).nonzero()[:, 0]
+    held[:, :, text] += path.sizes.log().to(held.dtype)
+    return held
+
+
 @dataclasses.dataclass
 class _Path:
     """Some of a sample's rows on their way through the layers."""
@@ -244,6 +255,8 @@ class _Path:
     hidden: Tensor
     """[1, rows, hidden]"""
     cache: DynamicCache
+    sizes: Tensor
+    """[rows]: how many tokens each stands for."""
     weights: Tensor | None = None
     """[heads, rows, rows] in the layer behind which they stand, where that was watched."""
 
@@ -253,7 +266,16 @@ class _Path:
         for index, layer in enumerate(self.cache.layers):
             cache.update(layer.keys[:, :, at], layer.values[:, :, at], index)
         weights = None if self.weights is None else self.weights[:, at][:, :, at]
-        return _Path(self.rows[at], self.hidden[:, at], cache, weights)
+        return _Path(self.rows[at], self.hidden[:, at], cache, self.sizes[at], weights)
+
+    def merged(self, found: Clusters, hidden: Tensor | None, visual: Tensor) -> _Path:
+        """With what kept rows take over: of the states with which all entered their last layer, and of cached values.
+        Behind the model's last layer there are no such states."""
+        cache = DynamicCache()
+        for index, layer in enumerate(self.cache.layers):
+            cache.update(layer.keys, found.shifted(layer.values, visual), index)
+        step = 0 if hidden is None else found.taken_over(hidden) - hidden
+        return dataclasses.replace(self, hidden=self.hidden + step, cache=cache, sizes=found.sizes)
 
 
 class _Sample:
@@ -262,6 +284,7 @@ class _Sample:
     def __init__(self, recorded: Recorded, layers: Sequence[torch.nn.Module], visual: Tensor, sample: int):
         self.recorded, self.layers, self.sample, self.batch = recorded, layers, sample, len(visual)
         self.visual, self.length = visual[sample], visual.shape[1]
+        self.clear = math.inf
 
     def run(self, path: _Path, begin: int, end: int, apart: Tensor | None = None, watch: bool = False) -> _Path:
         """The path behind layer ``end - 1``; ``apart`` [seq, seq] is what the groups do not see of each other."""
@@ -273,7 +296,8 @@ class _Sample:
                 if name not in ("attention_mask", CACHE)
             }
             mask = _mask(given.get("attention_mask"), allowed if apart is None else ~apart, sample)
-            arguments["attention_mask"] = mask.index_select(2, path.rows).index_select(3, path.rows)
+            mask = mask.index_select(2, path.rows).index_select(3, path.rows)
+            arguments["attention_mask"] = _counting(mask, path, self.visual, path.hidden.dtype)
             with watched() if watch and index == end - 1 else contextlib.nullcontext([]) as seen:
                 output = self.layers[index](path.hidden, past_key_values=path.cache, **arguments)
             output = output[0] if isinstance(output, tuple) else output
@@ -295,11 +319,21 @@ class _Sample:
         if turn.stage.paths == "parallel":
             one, other = path.rows[subject], path.rows[~stays]
             apart[one[:, None], other] = apart[other[:, None], one] = True
-        return self.run(path, turn.begin, turn.end, apart, watch).only(stays)
+        last = max(turn.begin, turn.end - 1)
+        found = None if turn.stage.merge is None or stays.all() else clusters_of(
+            path.hidden[0], self.visual[path.rows], subject, pictures_of(self.visual)[path.rows], path.sizes)
+        path = self.run(path, turn.begin, last, apart)
+        entering = path.hidden
+        path = self.run(path, last, turn.end, apart, watch)
+        if found is not None:
+            path = path.merged(found, entering if turn.end < len(self.layers) else None, self.visual[path.rows])
+        self.clear = min(self.clear, math.inf if found is None else found.gap)
+        return path.only(stays)
 
     def prefill(self, stages: Sequence[Placed], finish: Callable[[Tensor], Tensor]) -> Prefill:
         whole = self.recorded.hidden[0][self.sample:self.sample + 1]
-        path = _Path(torch.arange(self.length, device=self.visual.device), whole, DynamicCache())
+        path = _Path(torch.arange(self.length, device=self.visual.device), whole, DynamicCache(),
+                     torch.ones(self.length))
         done, clear, ends = 0, math.inf, [turn.begin for turn in stages if turn.stage.rule in READINGS]
         for turn in stages:
             path = self.run(path, done, turn.begin, watch=turn.begin in ends)
@@ -309,7 +343,7 @@ class _Sample:
             done, clear = turn.end, min(clear, found)
         path = self.run(path, done, len(self.layers))
         keys, values = ([getattr(layer, name) for layer in path.cache.layers] for name in ("keys", "values"))
-        return Prefill(path.rows, finish(path.hidden)[0], keys, values, clear)
+        return Prefill(path.rows, finish(path.hidden)[0], keys, values, min(clear, self.clear))
 
 
 def prefill(

@@ -52,6 +52,14 @@ def find_attentions(module: GraphModule, nodes: Collection[Node], tokens: TokenM
     return found
 
 
+def is_value_operand(operand: Node, call: Node, attention: Attention) -> bool:
+    """Whether an attention call's node reads an operand as its values alone."""
+    if not is_fused_attention(call):
+        return call is attention.output
+    named = fused_arguments(call)
+    return operand is named["value"] and operand not in (named["query"], named["key"])
+
+
 def _operand(node: Node, tokens: TokenMap, call: Node) -> Operand:
     axis = tokens.plain_axis(node)
     if axis is None:

@@ -18,7 +18,8 @@ import torch
 from torch.fx import Node
 from torch.fx.node import map_aggregate
 
-from parvts_fx.analysis.calls import fused_arguments, is_fused_attention
+from parvts_fx.analysis.attention import is_value_operand
+from parvts_fx.analysis.calls import is_fused_attention
 from parvts_fx.analysis.period import matrices_of
 from parvts_fx.analysis.records import Attention, Layer
 from parvts_fx.analysis.small_runs import SmallRuns, Unproven, local_argument, really
@@ -137,7 +138,7 @@ def scales_scores(node: Node, attentions: Iterable[Attention], tokens: TokenMap)
         if found in own:
             continue
         for user in found.users:
-            if user in own and _is_value(found, user, own[user]):
+            if user in own and is_value_operand(found, user, own[user]):
                 return False
             if user not in own and any(True for _ in matrices_of(user, tokens)):
                 return False
@@ -145,14 +146,6 @@ def scales_scores(node: Node, attentions: Iterable[Attention], tokens: TokenMap)
                 seen.add(user)
                 stack.append(user)
     return any(reached in own for reached in seen)
-
-
-def _is_value(operand: Node, call: Node, attention: Attention) -> bool:
-    """Whether an attention call's node reads an operand as its values alone."""
-    if not is_fused_attention(call):
-        return call is attention.output
-    named = fused_arguments(call)
-    return operand is named["value"] and operand not in (named["query"], named["key"])
 
 
 def _is_explained(runs: SmallRuns, node: Node, leaf: object) -> bool:
