@@ -5,7 +5,9 @@ choice is made (the decoder's input after the merge, for a stage at layer 0), vi
 tokens stand, scores [batch, rows] ranks them (higher is kept first; entries at text rows are ignored). Rows are those that
 are left there. A rule that says so is given a third argument, the attention of the layer in front, [batch, heads, rows that
 were asked, rows] float32: of the last text row (``reads="last_row"``) or of all text rows (``reads="text_rows"``; those in
-front of the first visual token, which may be padding, are zeros). It is computed for these rows alone.
+front of the first visual token, which may be padding, are zeros). It is computed for these rows alone. With
+``reads="places"`` the third argument tells where in its picture each visual token stands: [batch, rows, 3] int64, the number
+of the picture, the row and the column, both -1 where the picture's grid is not known.
 
 A rule is traced into the graph. It must not let a sample's scores depend on other samples, nor on padding: text rows may be
 padding, so the built-in rules look at visual rows alone, or at the text behind the first visual token (a prompt with padding
@@ -15,27 +17,20 @@ there runs unrewritten).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
-from parvts_fx.analysis.values import ancestors, concrete, hint, is_tensor, value
 from parvts_fx.torch_private import make_fx
-
-if TYPE_CHECKING:
-    from torch.fx import Node
-
-    from parvts_fx.passes.emit import Emitter
-    from parvts_fx.stages import PlacedStage
 
 Rule = Callable[..., torch.Tensor]
 
 ATTENDED = "attended"
 """The one rule that is no function of the decoder's input: the attention received inside the vision tower."""
 
-READS = ("hidden", "text", "last_row", "text_rows")
-"""What a rule may say that it reads: the rows alone, also the text behind the first visual token, attention weights."""
+READS = ("hidden", "text", "last_row", "text_rows", "places")
+"""What a rule may say that it reads: the rows alone, also the text behind the first visual token, attention weights, or
+places in pictures."""
 
 _RULES: dict[str, Rule] = {}
 _READS: dict[str, frozenset[str]] = {}
@@ -49,7 +44,8 @@ def register_rule(
     Args:
         reads: what the scores depend on besides the visual rows, one or several of :data:`READS`. "text": also on the text
             behind the first visual token, and on no other text. "last_row", "text_rows": on attention weights in the layer in
-            front, which are the rule's third argument; such a rule needs a layer in front.
+            front, which are the rule's third argument; such a rule needs a layer in front. "places": on where in their
+            pictures tokens stand, which is its last argument.
         reads_text: the same as "text" in ``reads``.
 
     Raises:
@@ -91,13 +87,19 @@ def asks_all_text(rule: str | Rule) -> bool:
     return "text_rows" in _reads(rule)
 
 
+def reads_places(rule: str | Rule) -> bool:
+    """Whether a rule looks at where in its picture a token stands."""
+    return "places" in _reads(rule)
+
+
 def reads_hidden(rule: str | Rule) -> bool:
     """Whether a rule that reads attention looks at its first argument too: found out by tracing it on a few numbers."""
     if not reads_attention(rule):
         return True
-    weights = torch.rand(1, 2, 2 if asks_all_text(rule) else 1, 4)
+    given = [torch.rand(1, 2, 2 if asks_all_text(rule) else 1, 4)]
+    given += [torch.zeros(1, 4, 3, dtype=torch.int64)] if reads_places(rule) else []
     try:
-        traced = make_fx(rule_named(rule))(torch.rand(1, 4, 3), torch.tensor([[False, True, True, False]]), weights)
+        traced = make_fx(rule_named(rule))(torch.rand(1, 4, 3), torch.tensor([[False, True, True, False]]), *given)
     except Exception:  # said where it is traced into the graph
         return True
     return bool(next(iter(traced.graph.nodes)).users)
@@ -147,6 +149,22 @@ def balanced(hidden: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
     """As "diverse", with the root of the distinctness: more weight on being different from what is better."""
     centred = _centred(hidden, visual)
     return _spread_out(centred.norm(dim=-1).sqrt(), centred, visual)
+
+
+@register_rule("placed", reads="places")
+def placed(hidden: torch.Tensor, visual: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """As "balanced", but what is alike and far apart in the picture is no longer redundant.
+
+    To the cosine distance of two tokens comes up to 0.3 for how far apart they stand: ``0.3 (1 - exp(-g^2 / 2 s^2))``, with g
+    in patches and s a quarter of the grid's side; all of it between two pictures, nothing where a grid is not known.
+    """
+    picture, known = places[..., 0], places[..., 1] >= 0
+    apart = places[..., None, 1:] - places[..., None, :, 1:]
+    side = places[..., 1].amax(1, keepdim=True)[..., None].float() + 1
+    near = torch.exp(-(apart.float() ** 2).sum(-1) / (2 * (side / 4) ** 2))
+    further = 0.3 * (1 - torch.where(picture[:, :, None] == picture[:, None], near, 0.0)) * (known[:, :, None] & known[:, None])
+    centred = _centred(hidden, visual)
+    return _spread_out(centred.norm(dim=-1).sqrt(), centred, visual, further, 0.3 * known)
 
 
 @register_rule("peaks")
@@ -212,15 +230,23 @@ AUTO = "balanced"
 register_rule("auto")(balanced)
 
 
-def _spread_out(relevance: torch.Tensor, vectors: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
-    """Relevance [batch, seq] times the cosine distance (0 to 2) to the nearest visual token that is more relevant."""
+def _spread_out(
+    relevance: torch.Tensor, vectors: torch.Tensor, visual: torch.Tensor, further: torch.Tensor | float = 0.0,
+    furthest: torch.Tensor | float = 0.0,
+) -> torch.Tensor:
+    """Relevance [batch, seq] times the cosine distance (0 to 2) to the nearest visual token that is more relevant.
+
+    Args:
+        further: [batch, seq, seq], added to the distances; ``furthest`` [batch, seq] to that of a token with none ahead.
+    """
     direction = F.normalize(vectors, dim=-1)
-    distance = 1 - direction @ direction.transpose(1, 2)
+    distance = 1 - direction @ direction.transpose(1, 2) + further
     position = torch.arange(visual.shape[1], device=visual.device)
     ahead = (relevance[:, None, :] > relevance[:, :, None]) | (
         (relevance[:, None, :] == relevance[:, :, None]) & (position < position[:, None])
     )
-    return relevance * distance.masked_fill(~(ahead & visual[:, None, :]), 2.0).amin(dim=-1)
+    nearest = distance.masked_fill(~(ahead & visual[:, None, :]), torch.inf).amin(dim=-1)
+    return relevance * torch.where(nearest.isinf(), 2.0 + furthest, nearest)
 
 
 def _centred(hidden: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
@@ -230,55 +256,19 @@ def _centred(hidden: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
     return (tokens - mean) * weight
 
 
-def _refuse_data_dependent_sizes(nodes: set[Node]) -> None:
-    for node in nodes:
-        shape = value(node).shape if is_tensor(node) else [value(node)]
-        if any(isinstance(size, torch.SymInt) and hint(size) is None for size in shape):
-            raise TypeError(f"the size of {node.name} depends on data")
+def places_of(visual: torch.Tensor) -> torch.Tensor:
+    """[batch, seq, 3] int64: of each visual token the number of its picture, its row and its column.
 
-
-def trace_rule(
-    emitter: Emitter, stage: PlacedStage, hidden: Node | None, visual: Node, attention: Node | None
-) -> Node:
-    """Write a stage's rule into the graph.
+    A picture is a run of visual tokens. Where it holds a square number of them they are taken for the rows of a square; the
+    grid of any other is not known, and its rows and columns are -1, as they are of text.
 
     Args:
-        hidden: [batch, rows, hidden]; None for a rule that does not look at it.
-        visual: [batch, rows] bool.
-        attention: [batch, heads, rows that are asked, rows]; None for a rule that reads none.
-
-    Raises:
-        ValueError: the rule cannot be traced, or does not return a [batch, rows] tensor of real numbers.
+        visual: [batch, seq] bool, of a whole prompt.
     """
-    rule, number = stage.stage.rule, stage.written_as
-    name = rule if isinstance(rule, str) else getattr(rule, "__name__", type(rule).__name__)
-    function = rule_named(rule)
-    returned: list[Any] = []
-
-    def traced(visual: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:
-        rest = list(given)
-        returned.append(function(rest.pop(0) if hidden is not None else None, visual, *rest))
-        return returned[-1]
-
-    given = [held for held in (visual, hidden, attention) if held is not None]
-    what = f"option score={name!r}" if emitter.plan.options.stages is None else (
-        f"option stages[{number}].rule={name!r}")
-    try:
-        node = emitter.editor.inline(traced, *given)
-        _refuse_data_dependent_sizes(ancestors([node]) - ancestors(given))
-    except Exception as error:
-        if returned and not isinstance(returned[-1], torch.Tensor):
-            node = None  # not even a tensor: said below
-        else:
-            raise ValueError(
-                f"parvts_fx: {what}: the rule cannot be traced into the graph ({type(error).__name__}: "
-                f"{str(error).splitlines()[0] if str(error) else ''}). Use tensor operations only: no .item(), no branch "
-                "on a tensor's values, no data-dependent sizes, no tensors created outside the rule.") from error
-    result = returned[-1]
-    expected = tuple(value(visual).shape)
-    if not isinstance(result, torch.Tensor) or result.is_complex() or [concrete(s) for s in result.shape] != [
-            concrete(s) for s in expected]:
-        got = f"{result.dtype} {tuple(result.shape)}" if isinstance(result, torch.Tensor) else type(result).__name__
-        raise ValueError(f"parvts_fx: {what}: the rule must return a real tensor [batch, seq] = "
-                         f"{expected}, one score per position, and returned {got}.")
-    return node
+    picture = (visual & ~F.pad(visual[:, :-1], (1, 0))).long().cumsum(1)
+    counts = torch.zeros_like(F.pad(picture, (0, 1))).scatter_add(1, picture, visual.long())
+    length = counts.gather(1, picture)
+    number = visual.long().cumsum(1) - 1 - (counts.cumsum(1) - counts).gather(1, picture)
+    side = length.double().sqrt().round().long().clamp(min=1)
+    known = visual & (side * side == length)
+    return torch.stack([picture, torch.where(known, number // side, -1), torch.where(known, number % side, -1)], -1)

@@ -37,7 +37,7 @@ def build_pipeline(options: Options) -> tuple[Pass, ...]:
 
 
 __all__ = [
-    "DropDeadRows", "DuplicateAttention", "DuplicateLayers", "Emit", "GraphPass", "InsertPartition", "MergeClusters", "Pass", "PassRecord",
-    "PassResult", "Plan", "PlanError", "PlanPass", "PruneBranch", "RemoveDeadCode", "SharePrefix", "Work", "build_pipeline",
-    "run_pipeline",
+    "DropDeadRows", "DuplicateAttention", "DuplicateLayers", "Emit", "GraphPass", "InsertPartition", "MergeClusters", "Pass",
+    "PassRecord", "PassResult", "Plan", "PlanError", "PlanPass", "PruneBranch", "RemoveDeadCode", "SharePrefix", "Work",
+    "build_pipeline", "run_pipeline",
 ]

@@ -20,7 +20,8 @@ from parvts_fx.passes.clusters import choose_clusters, note_sizes
 from parvts_fx.passes.insert_partition import partition
 from parvts_fx.passes.plan import Choice
 from parvts_fx.passes.rows import LAST, TEXT, RowSet, live, non_subject
-from parvts_fx.scores import ATTENDED, asks_all_text, trace_rule
+from parvts_fx.passes.trace_rule import trace_rule
+from parvts_fx.scores import ATTENDED, asks_all_text, places_of, reads_places
 
 if TYPE_CHECKING:
     from parvts_fx.passes.emit import Emitter
@@ -38,7 +39,8 @@ def choose(emitter: Emitter, choice: Choice) -> None:
     if stage.stage.rule == ATTENDED:
         scores = _attended_in_tower(emitter, here)
     else:
-        scores = trace_rule(emitter, stage, hidden, visual, attention)
+        places = _places(emitter, here) if reads_places(stage.stage.rule) else None
+        scores = trace_rule(emitter, stage, hidden, visual, attention, places)
     merged, features = _sizes(emitter)
     count, before = emitter.decoder.merge.count, [placed.stage for placed in emitter.plan.stages[:stage.number]]
 
@@ -55,7 +57,7 @@ def choose(emitter: Emitter, choice: Choice) -> None:
     _lay_out(emitter, stage.number, tensors)
     if stage.number in emitter.plan.mergings:
         assert hidden is not None, "a stage that merges reads the residual stream"
-        choose_clusters(emitter, emitter.plan.mergings[stage.number], hidden, visual)
+        choose_clusters(emitter, emitter.plan.mergings[stage.number], hidden, visual, _places(emitter, here))
     note_sizes(emitter, stage.number)
 
 
@@ -113,6 +115,17 @@ def _visual(emitter: Emitter, here: str) -> Node:
     if sets[here].index is None:
         return emitter.visual
     return editor.call(torch.gather, emitter.visual, 1, sets[here].index)
+
+
+def _places(emitter: Emitter, here: str) -> Node:
+    """[batch, rows, 3] int64: where in its picture each of the rows that are left stands."""
+    editor, index = emitter.editor, emitter.sets[here].index
+    assert emitter.visual is not None, "a choice has needed it"
+    if emitter.places is None:
+        emitter.places = editor.inline(places_of, emitter.visual)
+    if index is None:
+        return emitter.places
+    return editor.inline(lambda places, rows: places.gather(1, rows[..., None].expand(-1, -1, 3)), emitter.places, index)
 
 
 def _lay_out(emitter: Emitter, number: int, tensors: dict[str, Node]) -> None:

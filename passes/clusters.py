@@ -99,33 +99,21 @@ def taken_over(
     return mixed[0].movedim(0, axis) if samples is None else mixed.movedim((0, 1), (samples.axis, axis))
 
 
-def choose_clusters(emitter: Emitter, merging: Merging, hidden: Node, visual: Node) -> None:
+def choose_clusters(emitter: Emitter, merging: Merging, hidden: Node, visual: Node, places: Node) -> None:
     """Write a stage's assignment, where it has chosen."""
     editor, number = emitter.editor, merging.stage.number
-    here, parts = live(number), emitter.partitions[number]
-    pictures, sizes = _pictures(emitter, here), emitter.sizes.get(number)
-    merged = emitter.main.held[emitter.decoder.merge.output][live(0)]
+    parts, sizes = emitter.partitions[number], emitter.sizes.get(number)
 
     def assign(
-        hidden: torch.Tensor, visual: torch.Tensor, kept: torch.Tensor, pictures: torch.Tensor, texts: torch.Tensor,
+        hidden: torch.Tensor, visual: torch.Tensor, kept: torch.Tensor, places: torch.Tensor, texts: torch.Tensor,
         *sizes: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
         count, subjects = visual.shape[1] - texts.shape[1], kept.shape[1] - texts.shape[1]
-        known = sizes[0] if sizes else torch.ones_like(pictures, dtype=torch.float32)
-        return clusters(hidden, visual, kept, pictures, known, count, subjects)
+        known = sizes[0] if sizes else torch.ones_like(visual, dtype=torch.float32)
+        return clusters(hidden, visual, kept, places[..., 0], known, count, subjects)
 
-    given = [hidden, visual, parts["subject"], pictures, parts["text"], *([] if sizes is None else [sizes])]
+    given = [hidden, visual, parts["subject"], places, parts["text"], *([] if sizes is None else [sizes])]
     emitter.clusters[number] = editor.inline(assign, *given)
-
-
-def _pictures(emitter: Emitter, here: str) -> Node:
-    """[batch, rows] int64: which run of visual tokens each row that is left stands in, or behind."""
-    assert emitter.visual is not None, "a choice has needed it"
-    if emitter.pictures is None:
-        emitter.pictures = emitter.editor.inline(
-            lambda visual: (visual & ~F.pad(visual[:, :-1], (1, 0))).long().cumsum(1), emitter.visual)
-    index = emitter.sets[here].index
-    return emitter.pictures if index is None else emitter.editor.call(torch.gather, emitter.pictures, 1, index)
 
 
 def note_sizes(emitter: Emitter, number: int) -> None:

@@ -117,12 +117,17 @@ class Emitter:
         self.visual: Node | None = None
         """[batch, seq] bool, once a choice has needed it."""
 
-        self.pictures: Node | None = None
+        self.places: Node | None = None
+        """[batch, seq, 3] int64: where in its picture each token stands, once that was needed."""
+
         self.clusters: dict[int, dict[str, Node]] = {}
         """By stage that merges, what :func:`parvts_fx.passes.clusters.clusters` returns."""
 
         self.sizes: dict[int, Node] = {}
         """By level: [batch, rows] float32, how many tokens each row stands for, behind the first stage that merges."""
+
+        self.values: dict[Node, Node] = {}
+        """By cached values: those that caches are to hold."""
 
         self.mixed: dict[int, Node] = {}
         """By stage: what its subject rows take over at the drop."""
@@ -227,18 +232,20 @@ class Emitter:
             if symbols(value(node)) & symbols(self.decoder.tokens.size) and self.plan.live.get(node, 0) < self.plan.final:
                 raise Refusal("a value that is no tensor crosses the point of pruning", node)
             return self.main.read(node, final)
-        if not axes.get(node) and any(name not in (final, LAST) for name in self.main.held.get(node, ())):
-            again = last_rows_of(self.decoder, node)  # the last rows of a cache: those of the kept ones
-            path = CachePath(self, set(again), lambda _: final, self._rows_left, self.main)
-            for member in again:
-                path.write(member)
-            return path.read(node, final) if again else self.main.read(node, final)
-        return self.cached(node)
+        again = self.plan.caches.get(node, ())
+        if not again and not axes.get(node) and any(name not in (final, LAST) for name in self.main.held.get(node, ())):
+            again = tuple(last_rows_of(self.decoder, node))  # the last rows of a cache: those of the kept ones
+        path = CachePath(self, set(again), lambda _: final, self._rows_left, self.main)
+        for member in again:
+            path.write(member)
+        return path.read(node, final)
 
     def cached(self, node: Node) -> Node:
         """A tensor's rows that are left in the end, as caches hold them."""
         if any(node in merging.values for merging in self.plan.mergings.values()):
-            return cached_values(self, node)
+            if node not in self.values:
+                self.values[node] = cached_values(self, node)
+            return self.values[node]
         return self.main.read(node, live(self.plan.final))
 
     # -- what paths need ------------------------------------------------------------------------------------------------

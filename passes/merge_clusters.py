@@ -1,4 +1,4 @@
-"""Let what is kept take over what is dropped (DESIGN: the kept tokens stand for clusters)."""
+"""Let what is kept take over what is dropped: kept tokens stand for clusters."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from torch.fx import Node
 
 from parvts_fx.analysis.attention import is_value_operand
 from parvts_fx.analysis.calls import is_fused_attention, is_softmax
-from parvts_fx.analysis.last_rows import last_rows_of
 from parvts_fx.analysis.records import Attention
 from parvts_fx.analysis.tokens import TokenMap
-from parvts_fx.analysis.values import is_tensor, output_node
+from parvts_fx.analysis.values import ancestors, changed_in_place, output_node
 from parvts_fx.passes.plan import Merging, Plan, PlanError
 from parvts_fx.passes.prune_branch import rows_left
 from parvts_fx.pipeline import PassResult
@@ -35,11 +34,12 @@ class MergeClusters:
     def plan(self, plan: Plan) -> tuple[Plan, PassResult]:
         if len(plan.choices) < len(plan.stages):
             raise PlanError(f"parvts_fx: pass {self.name} needs the pass insert_partition in front of it")
-        values, left = _cached_values(plan), rows_left(plan)
+        caches, values = _caches(plan)
+        left = rows_left(plan)
         mergings = {
             stage.number: self._merging(plan, stage, values, left) for stage in plan.stages if stage.stage.merge is not None}
         notes = "; ".join(steps(merging) for merging in mergings.values())
-        return dataclasses.replace(plan, mergings=mergings), PassResult(len(mergings), notes)
+        return dataclasses.replace(plan, mergings=mergings, caches=caches), PassResult(len(mergings), notes)
 
     def _merging(self, plan: Plan, stage: PlacedStage, values: set[Node], left: dict[Node, int]) -> Merging:
         inside = stage.end < len(plan.layers)
@@ -79,20 +79,41 @@ def has_place_for_bias(attention: Attention, tokens: TokenMap) -> bool:
     return False
 
 
-def _cached_values(plan: Plan) -> set[Node]:
-    """The decoder's tensors that leave the graph, or whose last rows do, and of which attention makes values alone."""
+def _caches(plan: Plan) -> tuple[dict[Node, tuple[Node, ...]], set[Node]]:
+    """By output that holds values of layers: the operations between them and the output, in graph order. And the values:
+    what leaves the graph so, and of which attention makes values alone."""
     decoder = plan.decoder
-    inside, axes = set(decoder.nodes), decoder.tokens.axes
-    left: set[Node] = set()
-    for node in output_node(decoder.merge.output.graph).all_input_nodes:
-        if node in inside and is_tensor(node):
-            left |= {node} if axes.get(node) else {
-                source for member in last_rows_of(decoder, node) for source in member.all_input_nodes if axes.get(source)}
     owners = {node: attention for layer in decoder.layers for attention in layer.attentions for node in attention.nodes}
-    return {node for node in left if decoder.tokens.plain_axis(node) is not None and _becomes_values(node, owners)}
+    asked = ancestors(source for node in owners for source in node.all_input_nodes)
+    caches: dict[Node, tuple[Node, ...]] = {}
+    values: set[Node] = set()
+    for output in output_node(decoder.merge.output.graph).all_input_nodes:
+        between, sources = _in_front(output, set(decoder.nodes), asked)
+        found = {source for source in sources
+                 if decoder.tokens.plain_axis(source) is not None and _becomes_values(source, owners)}
+        if found and not any(node in owners or changed_in_place(node) is not None for node in between):
+            caches[output] = tuple(node for node in decoder.nodes if node in between)
+            values |= found
+    return caches, values
+
+
+def _in_front(output: Node, inside: set[Node], asked: set[Node]) -> tuple[set[Node], set[Node]]:
+    """The decoder's nodes in front of an output, up to those that attention asks for; and these."""
+    between: set[Node] = set()
+    sources: set[Node] = set()
+    stack = [output]
+    while stack:
+        node = stack.pop()
+        if node in inside and node in asked:
+            sources.add(node)
+        elif node in inside and node not in between:
+            between.add(node)
+            stack.extend(node.all_input_nodes)
+    return between, sources
 
 
 def _becomes_values(node: Node, owners: dict[Node, Attention]) -> bool:
+    """Whether attention reads what is made of a node, and as values alone."""
     seen, stack, found = {node}, [node], False
     while stack:
         source = stack.pop()

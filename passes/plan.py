@@ -95,6 +95,9 @@ class Plan:
     mergings: Mapping[int, Merging] = dataclasses.field(default_factory=dict)
     """By number of the stage."""
 
+    caches: Mapping[Node, tuple[Node, ...]] = dataclasses.field(default_factory=dict)
+    """By output that holds values which a stage mixes: the operations between them and the output."""
+
     live: Mapping[Node, int] = dataclasses.field(default_factory=dict)
     """By node: on which level the rows are that are left where it stands. Empty until rows are dropped."""
 

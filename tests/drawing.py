@@ -115,7 +115,7 @@ def choice(pick: Pick, spec: Specification) -> Choice:
         depth=pick([*range(1, deepest + 1), 0]), keep=pick(KEPT),
         fusion=pick(WEIGHTS) if kind == "weight" else "attention",
         paths="joint" if kind == "joint" else "parallel", rule=pick(list(RULES)), data_in_sizes=not chance(pick, 2),
-        skip_dead_rows=not chance(pick, 4),
+        skip_dead_rows=not chance(pick, 4), merge=None if kind == "weight" else pick((None, "clusters")),
     )
 
 
@@ -136,7 +136,8 @@ def schedule(pick: Pick, spec: Specification) -> tuple[Stage, ...]:
         stages.append(Stage(
             at=_of_layers(pick, at, spec.layers), keep=keep, rule=pick(_rules(spec, at, live)),
             migrate=_of_layers(pick, both, spec.layers), paths="joint" if kind == "joint" else "parallel",
-            fusion=pick(WEIGHTS) if kind == "weight" else "attention"))
+            fusion=pick(WEIGHTS) if kind == "weight" else "attention",
+            merge=None if kind == "weight" else pick((None, "clusters"))))
         begin = at + both
     return tuple(stages)
 

@@ -52,17 +52,19 @@ class Choice:
     data_in_sizes: bool = True
     """Whether graphs may hold numbers that depend on data, as under parvts_fx.compile: weights then share a prefix."""
     skip_dead_rows: bool = True
+    merge: str | None = None
     dynamic: bool | None = None
     """As torch.compile takes it."""
     stages: tuple[Stage, ...] = ()
-    """In place of depth, keep, fusion, paths and rule. Rules are names, too: of RULES, of READINGS, or registered."""
+    """In place of depth, keep, fusion, paths, rule and merge. Rules are names, too: of RULES, of READINGS, or registered."""
 
     @property
     def semantic(self) -> dict[str, Any]:
         if self.stages:
             return {"stages": tuple(dataclasses.replace(s, rule=RULES.get(s.rule, s.rule)) for s in self.stages)}
         name = "keep_tokens" if isinstance(self.keep, int) else "keep_ratio"
-        return {name: self.keep, "migration_depth": self.depth, "fusion": self.fusion, "paths": self.paths}
+        return {name: self.keep, "migration_depth": self.depth, "fusion": self.fusion, "paths": self.paths,
+                "merge": self.merge}
 
     @property
     def options(self) -> dict[str, Any]:
@@ -133,7 +135,7 @@ def outcome(spec: Specification, choice: Choice) -> Outcome:
     if not error < TOLERANCE:
         if _noise(spec, model, given, choice) > TOLERANCE / 2:
             return Outcome("unfit", "the eager model itself is as far from the reference: its numbers are rounding")
-        if choice.stages and min(sample.gap for sample in expected) < ROUNDING:
+        if (choice.stages or choice.merge) and min(sample.gap for sample in expected) < ROUNDING:
             return Outcome("unfit", "which tokens are chosen is rounding")
         return Outcome("wrong", _diagnosis(spec, choice, model, given, actual, error))
     if choice.kept(spec) == spec.length and not _alike(spec, actual, model, given):

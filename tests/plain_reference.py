@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parvts_fx.stages import Stage
+from tests.clusters_reference import Clusters, clusters_of, pictures_of
 from tests.mixing_reference import filtered, linear_attention, mixed, scanned
 from tests.plain import Plain, Prompt, Specification, read
 from tests.plain_layers import CHOSEN, EXPERTS
@@ -96,8 +97,9 @@ class _Sample:
             return self.merged + self.model.learned.weight[self.positions]
         return self.merged
 
-    def run(self, step: tuple[str, int], x: Tensor, rows: Tensor, allowed: Tensor) -> _Ran:
-        """x [rows, hidden], allowed [seq, seq]; keys and values are [1, groups, rows, head dim]."""
+    def run(self, step: tuple[str, int], path: _Path, allowed: Tensor) -> _Ran:
+        """allowed [seq, seq]; keys and values are [1, groups, rows, head dim]."""
+        x, rows, self.sizes = path.x, path.rows, path.sizes
         what, index = step
         layer, post = self.model.layers[index], self.spec.place == "post"
 
@@ -162,6 +164,7 @@ class _Sample:
             if spec.attention == "relative":
                 at = self.positions[rows]
                 scores = scores + self.model.slopes[head] * (at[:, None] - at[None, :]).abs()
+            scores[~self.is_visual[rows]] += self.sizes.log().float()  # of text: keys may stand for several tokens
             scores = scores.masked_fill(~allowed[rows][:, rows], -math.inf)
             weights.append(torch.softmax(scores, 1))
             heads.append(weights[-1] @ value[:, group])
@@ -213,6 +216,8 @@ class _Path:
 
     rows: Tensor
     x: Tensor
+    sizes: Tensor
+    """[rows]: how many tokens each stands for."""
     cached: list[tuple[Tensor, Tensor]] = dataclasses.field(default_factory=list)
     states: list[Tensor] = dataclasses.field(default_factory=list)
     weights: Tensor | None = None
@@ -222,20 +227,28 @@ class _Path:
         """The rows where ``at`` [rows] bool is true. States stay: the others have left their trace there."""
         cached = [(key[:, :, at], value[:, :, at]) for key, value in self.cached]
         weights = None if self.weights is None else self.weights[:, at][:, :, at]
-        return _Path(self.rows[at], self.x[at], cached, self.states, weights)
+        return _Path(self.rows[at], self.x[at], self.sizes[at], cached, self.states, weights)
+
+    def merged(self, found: Clusters, step: Tensor, visual: Tensor) -> _Path:
+        """With what kept rows take over of the stream [rows, hidden], and of cached values."""
+        cached = [(key, found.shifted(value, visual)) for key, value in self.cached]
+        return dataclasses.replace(self, x=self.x + step, sizes=found.sizes, cached=cached)
 
     def behind(self, sample: _Sample, steps: Steps, allowed: Tensor) -> _Path:
         path = self
         for step in steps:
-            ran = sample.run(step, path.x, path.rows, allowed)
+            ran = sample.run(step, path, allowed)
             states = path.states if ran.state is None else [*path.states, ran.state]
             weights = path.weights if step[0] == "feed" else ran.weights
-            path = _Path(path.rows, ran.x, path.cached + ran.cached, states, weights)
+            path = _Path(path.rows, ran.x, path.sizes, path.cached + ran.cached, states, weights)
         return path
 
 
-def _migrated(sample: _Sample, path: _Path, steps: Steps, turn: Placed, subject: Tensor) -> _Path:
-    """The path behind a stage's steps, without the rows that are neither text nor ``subject`` [rows] bool."""
+def _migrated(sample: _Sample, path: _Path, steps: Steps, turn: Placed, subject: Tensor, found: Clusters | None) -> _Path:
+    """The path behind a stage's steps, without the rows that are neither text nor ``subject`` [rows] bool.
+
+    With ``found``, what kept rows take over is that with which all rows have entered their last layer.
+    """
     text = ~sample.is_visual[path.rows]
     other = ~(text | subject)
     if turn.stage.fusion != "attention" and steps and other.any():  # with all kept, the unmodified model's result
@@ -246,13 +259,20 @@ def _migrated(sample: _Sample, path: _Path, steps: Steps, turn: Placed, subject:
     group = torch.zeros(sample.length, dtype=torch.long)
     group[path.rows[subject]], group[path.rows[other]] = 1, -1
     apart = group[:, None] * group == -1 if turn.stage.paths == "parallel" else torch.zeros(()).bool()
-    return path.behind(sample, steps, sample.allowed & ~apart).only(~other)
+    last = next((at for at in reversed(range(len(steps))) if steps[at][0] in ("attend", "whole")), 0)
+    entering = path.behind(sample, steps[:last], sample.allowed & ~apart)
+    path = entering.behind(sample, steps[last:], sample.allowed & ~apart)
+    if found is not None and other.any():
+        started = sample.merged[path.rows] if max(turn.begin, turn.end - 1) == 0 else entering.x  # not yet with learned positions
+        step = found.taken_over(started) - started if turn.end < sample.spec.layers else torch.zeros(())
+        path = path.merged(found, step, ~text)
+    return path.only(~other)
 
 
 def _prefill(sample: _Sample, turns: Sequence[Placed], end: int | None = None) -> PlainPrefill:
     """One sample; the last stage's other rows leave in front of step ``end``, where that is given."""
     spec, steps, done, clear = sample.spec, steps_of(sample.spec), 0, math.inf
-    path = _Path(torch.arange(sample.length), sample.start())
+    path = _Path(torch.arange(sample.length), sample.start(), torch.ones(sample.length))
     for turn in turns:
         first, last = begin_of(spec, turn.begin), begin_of(spec, turn.end)
         last = end if turn is turns[-1] and end is not None else last
@@ -260,7 +280,11 @@ def _prefill(sample: _Sample, turns: Sequence[Placed], end: int | None = None) -
         hidden = path.x if first else sample.merged[path.rows]  # the merge's output, not yet with learned positions
         visual, original = sample.is_visual[path.rows], int(sample.is_visual.sum())
         subject, gap = chosen(turn.stage, hidden, visual, original, path.weights)
-        path, done, clear = _migrated(sample, path, steps[first:last], turn, subject), last, min(clear, gap)
+        found = None
+        if turn.stage.merge is not None:
+            found = clusters_of(hidden, visual, subject, pictures_of(sample.is_visual)[path.rows], path.sizes)
+            gap = min(gap, found.gap)
+        path, done, clear = _migrated(sample, path, steps[first:last], turn, subject, found), last, min(clear, gap)
     path = path.behind(sample, steps[done:], sample.allowed)
     keys, values = [key for key, _ in path.cached], [value for _, value in path.cached]
     return PlainPrefill(path.rows, sample.finish(path.x, path.rows), keys, values, clear, path.states)

@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from parvts_fx.stages import Stage
 from tests import llava
-from tests.comparing import check, expected
+from tests.comparing import check
 
 PROMPTS = {
     "one picture": [[3, "image", 5]],
