@@ -70,6 +70,9 @@ class GraphReport:
     layers_told_by: str = ""
     """What one layer was taken to be: ``migration_depth`` counts these."""
 
+    merging: tuple[str, ...] = ()
+    """For each stage that merges dropped tokens into kept ones: what takes part in it in this model."""
+
     passes: tuple[PassRecord, ...] = ()
     merges: tuple[MergeReport, ...] = ()
     """Everything that this graph merges into a prompt's embeddings, visual or not; what earlier graphs merged is theirs."""
@@ -156,6 +159,8 @@ def _tables(graph: GraphReport) -> list[RenderableType]:
     facts.add_row("batch", str(graph.batch))
     facts.add_row("decoder layers", f"{len(graph.layers)}, in {graph.migration_depth} of which two groups run")
     facts.add_row("caches of all layers", f"{graph.tokens_kept} rows")
+    for steps in graph.merging:
+        facts.add_row("dropped tokens are merged", steps)
     if graph.flops_before and graph.flops_after:
         facts.add_row("FLOPs before", f"{graph.flops_before:.4g}")
         facts.add_row("FLOPs after", f"{graph.flops_after:.4g} ({graph.flops_after / graph.flops_before:.1%}, "

@@ -24,7 +24,7 @@ from parvts_fx.capture.write_out_sizes import WriteOutSizes
 from parvts_fx.errors import NotRewritten, Refusal
 from parvts_fx.options import Options, parse_options
 from parvts_fx.passes import Pass, Plan, PlanError, build_pipeline
-from parvts_fx.passes.describe import layer_reports
+from parvts_fx.passes.describe import layer_reports, merging
 from parvts_fx.passes.dumps import Dump, log_hook
 from parvts_fx.passes.verify import CHEAP_CHECKS, Check, verifier
 from parvts_fx.pipeline import Work, run_pipeline
@@ -156,7 +156,8 @@ def _write(
     work.recompile()
     told_by = "" if decoder.period is None else decoder.period.told_by
     report = GraphReport(
-        "rewritten", layers=layer_reports(job.plan), layers_told_by=told_by, passes=tuple(job.records), **facts)
+        "rewritten", layers=layer_reports(job.plan), layers_told_by=told_by, merging=merging(job.plan),
+        passes=tuple(job.records), **facts)
     return Rewriting(report, work, precondition, merge, mask, guards=guards)
 
 

@@ -17,6 +17,7 @@ for, itself included and over several stages. Then
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING
 
 import torch
@@ -195,29 +196,43 @@ def biased(
     Returns:
         the same as ``logits`` where no key stands for several, or the call has no place for it.
     """
-    plan, sets, editor = emitter.plan, emitter.sets, emitter.editor
+    plan, sets = emitter.plan, emitter.sets
     levels = [level for level in emitter.sizes if level <= plan.live[attention.output] and sets.is_within(keys, live(level))]
     if not levels or any(attention.output in merging.unbiased for merging in plan.mergings.values()):
         return logits
-    level = max(levels)
-    sizes = emitter.sizes[level]
+    dtype = value(like).dtype
+    key = (queries, keys, rank, samples, dtype)
+    if key not in emitter.biases:
+        emitter.biases[key] = _bias(emitter, max(levels), queries, keys, rank, samples, dtype)
+    bias = emitter.biases[key]
+    if logits is None:
+        return bias
+    if (*key, logits) not in emitter.biases:  # layers share their mask
+        hidden = value(logits).dtype == torch.bool
+        emitter.biases[*key, logits] = emitter.editor.inline(
+            lambda bias, held: bias.masked_fill(~held, -torch.inf), bias, logits) if hidden else (
+            emitter.editor.call(operator.add, logits, bias))
+    return emitter.biases[*key, logits]
+
+
+def _bias(
+    emitter: Emitter, level: int, queries: str, keys: str, rank: int, samples: Samples | None, dtype: torch.dtype
+) -> Node:
+    """log n of the keys where rows of text ask, to be broadcast with logits [..., queries, keys]."""
+    sets, editor, sizes = emitter.sets, emitter.editor, emitter.sizes[level]
     if keys != live(level):
         sizes = editor.call(torch.gather, sizes, 1, sets.places(keys, live(level)))
     assert emitter.visual is not None, "a choice has needed it"
-    visual = [] if sets[queries].index is None else [editor.call(torch.gather, emitter.visual, 1, sets[queries].index)]
-    dtype = value(like).dtype
+    index = sets[queries].index
+    visual = emitter.visual if index is None else editor.call(torch.gather, emitter.visual, 1, index)
     wanted = (rank - 2, rank - 1) if samples is None else (samples.axis, rank - 2, rank - 1)
 
-    def add(sizes: torch.Tensor, visual: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:
-        logs, asks = sizes.log()[:, None], (~visual).float()[:, :, None]
-        bias = (logs * asks)
-        if samples is not None and samples.each > 1:
+    def spread(sizes: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+        bias = sizes.log()[:, None] * (~visual)[:, :, None]
+        if samples is None:
+            bias = bias[0]
+        elif samples.each > 1:
             bias = samples.spread(bias.flatten(1)).unflatten(1, bias.shape[1:])
-        bias = (bias[0] if samples is None else bias)[tuple(slice(None) if i in wanted else None for i in range(rank))].to(dtype)
-        if not given:
-            return bias
-        (held,) = given
-        return bias.masked_fill(~held, -torch.inf) if held.dtype == torch.bool else held + bias
+        return bias[tuple(slice(None) if i in wanted else None for i in range(rank))].to(dtype)
 
-    asked = visual[0] if visual else emitter.visual
-    return editor.inline(add, sizes, asked, *([] if logits is None else [logits]))
+    return editor.inline(spread, sizes, visual)

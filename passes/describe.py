@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from parvts_fx.analysis.values import hint
+from parvts_fx.passes.merge_clusters import steps
 from parvts_fx.passes.plan import Plan
 from parvts_fx.report import LayerReport
 
@@ -10,6 +11,11 @@ from parvts_fx.report import LayerReport
 def layer_reports(plan: Plan) -> tuple[LayerReport, ...]:
     """One for each layer of the decoder."""
     return tuple(_layer_report(plan, index) for index in range(len(plan.layers)))
+
+
+def merging(plan: Plan) -> tuple[str, ...]:
+    """For each stage that merges dropped tokens into kept ones: what takes part in it."""
+    return tuple(steps(one) for one in plan.mergings.values())
 
 
 def _layer_report(plan: Plan, index: int) -> LayerReport:
@@ -48,6 +54,7 @@ def describe(plan: Plan) -> str:
         left = f"; {report.leaving} rows have left in front" if report.leaving else ""
         chosen = f"; tokens are chosen by {report.chooses}" if report.chooses else ""
         lines.append(f"layer {report.index}: {rows}: {report.sees}{left}{chosen}")
+    lines += [f"dropped tokens are merged: {text}" for text in merging(plan)]
     kept = hint(plan.row_count(plan.final))
     fewer = {level: sum(found == level for found in plan.levels.values()) for level in sorted(set(plan.levels.values()))}
     lines.append(f"caches of all layers: {kept} rows; logits: {plan.take_count or kept} rows")

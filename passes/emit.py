@@ -129,6 +129,9 @@ class Emitter:
         self.values: dict[Node, Node] = {}
         """By cached values: those that caches are to hold."""
 
+        self.biases: dict[tuple, Node] = {}
+        """What :func:`parvts_fx.passes.clusters.biased` has written."""
+
         self.mixed: dict[int, Node] = {}
         """By stage: what its subject rows take over at the drop."""
 

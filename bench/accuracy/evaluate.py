@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import dataclasses
 import json
 import logging
 import multiprocessing
@@ -43,35 +44,49 @@ DEFAULT = Options()
 
 
 def ways(
-    study: str, depth: int, score: str, fusion: str | float, counts: Sequence[int] = KEPT, layers: int = LAYERS
+    study: str, depth: int, score: str, fusion: str | float, counts: Sequence[int] = KEPT, layers: int = LAYERS,
+    merge: str | None = None,
 ) -> list[Way]:
     """What one study compares. The full model is among all of them.
 
     Args:
         layers: of the model's decoder.
         counts: visual tokens kept, for rules every second of them.
+        merge: what becomes of dropped tokens where rules are compared.
     """
     chosen = {"migration_depth": depth, "score": score, "fusion": fusion}
     full = [Way("full", VISUAL, kind="chosen")]
     if study == "rules":
         rules = [rule for rule in known_rules() if rule != "auto" and not reads_attention(rule)]
-        return full + [Way("parvts", kept, chosen | {"score": rule}) for kept in counts[::2] for rule in rules]
+        return full + [Way("parvts", kept, chosen | {"score": rule, "merge": merge}) for kept in counts[::2] for rule in rules]
     if study == "depth":
-        return full + [Way("parvts", kept, chosen | {"migration_depth": tried, "fusion": fused})
-                       for kept in counts[1:3] for fused in ("attention", 0.5) for tried in DEPTHS if tried <= layers]
+        tried = [depth for depth in DEPTHS if depth <= layers]
+        forms = [{"fusion": "attention", "merge": "clusters"}, {"fusion": "attention", "merge": None}, {"fusion": 0.5}]
+        return full + [Way("parvts", kept, chosen | {"migration_depth": depth} | form)
+                       for kept in counts[1:3] for form in forms for depth in tried]
     before = {"migration_depth": 0, "fusion": "attention"}
+    both = {"fusion": "attention"}
     return full + [way for kept in counts for way in (
-        Way("parvts", kept, chosen),
-        Way("joint", kept, chosen | {"paths": "joint", "fusion": "attention"}),
+        *_with_and_without(Way("parvts", kept, chosen | both)),
+        *(_with_and_without(Way("parvts, balanced", kept, chosen | both | {"score": "balanced"})) if score == "placed" else ()),
+        *_with_and_without(Way("joint", kept, chosen | both | {"paths": "joint"})),
+        *_with_and_without(Way("pruned before layer 0", kept, before | {"score": score})),
+        *_with_and_without(Way("FastV's schedule", kept, stages=named("fastv")(kept))),
+        *_with_and_without(Way("PyramidDrop's schedule", kept, stages=named("pyramiddrop")(kept))),
+        *_with_and_without(Way("parvts, random choice", kept, chosen | both | {"score": "random"})),
         Way("parvts fusion 0.5", kept, chosen | {"fusion": 0.5}),
-        Way("pruned before layer 0", kept, before | {"score": score}),
-        Way("the same, positions counted anew", kept, {"score": score}, "chosen"),
-        Way("FastV's schedule", kept, stages=named("fastv")(kept)),
-        Way("PyramidDrop's schedule", kept, stages=named("pyramiddrop")(kept)),
-        *(Way(rule, kept, before | {"score": rule}) for rule in ("random", "uniform", "diverse")),
-        Way("parvts, random choice", kept, chosen | {"score": "random"}),
+        Way("random", kept, before | {"score": "random"}),
         Way("downsampled", kept, {}, "pooled"),
     )]
+
+
+def _with_and_without(way: Way) -> tuple[Way, Way]:
+    """A way that drops tokens, and the same with what is dropped merged into what is kept."""
+    if way.stages:
+        merged = dataclasses.replace(way, stages=tuple(dataclasses.replace(stage, merge="clusters") for stage in way.stages))
+    else:
+        merged = dataclasses.replace(way, options=way.options | {"merge": "clusters"})
+    return way, dataclasses.replace(merged, name=f"{way.name}, merged")
 
 
 def answer_all(way: Way, weights: Path, pictures: int, seed: int) -> dict[str, Any]:
@@ -105,6 +120,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--depth", type=int, default=DEFAULT.migration_depth, help="migration depth where it is not varied")
     parser.add_argument("--score", default=AUTO, help="scoring rule where it is not varied")
     parser.add_argument("--fusion", default=DEFAULT.fusion, type=_fusion, help="fusion where it is not varied")
+    parser.add_argument("--merge", choices=["clusters"], help="merge dropped tokens where rules are compared")
     parser.add_argument("--kept", type=int, nargs="+", default=KEPT, help=f"visual tokens kept of {VISUAL}")
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--name", default="accuracy", help="of the files under bench/results")
@@ -135,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
         held = json.loads(path.read_text())
         kept = held["ways"] if held["settings"] == settings else {}
     layers = transformers.AutoConfig.from_pretrained(options.weights).text_config.num_hidden_layers
-    asked = {study: ways(study, options.depth, options.score, options.fusion, options.kept, layers)
+    asked = {study: ways(study, options.depth, options.score, options.fusion, options.kept, layers, options.merge)
              for study in options.studies}
     todo = {way.key: way for study in asked.values() for way in study if way.key not in kept}
     with progress(console) as display, concurrent.futures.ProcessPoolExecutor(

@@ -78,7 +78,11 @@ def _cell(row: Row | None) -> str:
 
 
 def _depth(row: Row) -> str:
-    return f"K = {row['options']['migration_depth']}, fusion {row['options']['fusion']}"
+    return f"K = {row['options']['migration_depth']}, {_form(row)}"
+
+
+def _form(row: Row) -> str:
+    return f"fusion {row['options']['fusion']}" + (", merged" if row["options"].get("merge") else "")
 
 
 def plot(study: str, rows: Sequence[Row], path: Path) -> Path:
@@ -87,7 +91,7 @@ def plot(study: str, rows: Sequence[Row], path: Path) -> Path:
     pruned = [row | {"depth": row["options"].get("migration_depth")} for row in rows if row["name"] != "full"]
     across, name_of, heading = {
         "rules": ("kept", lambda row: row["options"]["score"], "visual tokens kept of 144"),
-        "depth": ("depth", lambda row: f"fusion {row['options']['fusion']}, {row['kept']} kept", "migration depth, in layers"),
+        "depth": ("depth", lambda row: f"{_form(row)}, {row['kept']} kept", "migration depth, in layers"),
         "methods": ("flops_share", lambda row: row["name"], "the decoder's FLOPs, % of the full prompt's"),
     }[study]
     for number, name in enumerate(dict.fromkeys(map(name_of, pruned))):

@@ -50,7 +50,8 @@ class Way:
     @property
     def settings(self) -> dict[str, Any]:
         """The options as JSON holds them."""
-        stages = [{"at": stage.at, "keep": stage.keep, "rule": stage.rule} for stage in self.stages]
+        stages = [{"at": stage.at, "keep": stage.keep, "rule": stage.rule} | ({"merge": stage.merge} if stage.merge else {})
+                  for stage in self.stages]
         return self.options | ({"stages": stages} if stages else {})
 
     @property
