@@ -201,9 +201,9 @@ def biased(
     if not levels or any(attention.output in merging.unbiased for merging in plan.mergings.values()):
         return logits
     dtype = value(like).dtype
-    key = (queries, keys, rank, samples, dtype)
+    key = (max(levels), queries, keys, rank, samples, dtype)
     if key not in emitter.biases:
-        emitter.biases[key] = _bias(emitter, max(levels), queries, keys, rank, samples, dtype)
+        emitter.biases[key] = _bias(emitter, *key)
     bias = emitter.biases[key]
     if logits is None:
         return bias
