@@ -22,7 +22,7 @@ from parvts_fx.analysis.records import Attention
 from parvts_fx.analysis.values import ancestors, is_symbolic_int, value
 from parvts_fx.capture.editing import Editor
 from parvts_fx.options import Options
-from parvts_fx.passes import DuplicateLayers, InsertPartition, Plan, attend, choose, emit, rows, twins
+from parvts_fx.passes import DuplicateLayers, InsertPartition, MergeClusters, Plan, attend, choose, clusters, emit, rows, twins
 from parvts_fx.passes.emit import Emitter
 from parvts_fx.passes.paths import Path
 from parvts_fx.passes.rows import LAST, TEXT, RowSet, RowSets, live, non_subject
@@ -332,6 +332,70 @@ def shared_text_fused(original: Callable, self: Editor, function: Callable, *sou
     return (sources[1], *given[1:]) if function.__name__ == "behind_it" else given
 
 
+# -- merging ----------------------------------------------------------------------------------------------------------
+
+
+def clustering(**changes: Callable[..., Tensor]) -> Patch:
+    """Change what the assignment returns, or what it is given."""
+
+    def bug(original: Callable, hidden: Tensor, visual: Tensor, kept: Tensor, pictures: Tensor, *more: Any) -> Any:
+        pictures = changes["pictures"](pictures) if "pictures" in changes else pictures
+        tensors = original(hidden, visual, kept, pictures, *more)
+        return tensors | {name: change(tensors) for name, change in changes.items() if name in tensors}
+
+    return wrap(clusters, "clusters", bug)
+
+
+def unshifted(tensors: dict[str, Tensor]) -> Tensor:
+    """The mixture alone: a row of it is what is added to a subject row, and that row itself."""
+    itself = tensors["steps"] < 0
+    return tensors["steps"] + (itself | (itself.sum(2, keepdim=True) == 0) & (tensors["values"] == tensors["values"].amax(
+        2, keepdim=True))).float()
+
+
+def sizes_of_dropped(tensors: dict[str, Tensor]) -> Tensor:
+    """How many dropped tokens each stands for: without itself."""
+    return torch.where(tensors["is_text"], 1.0, (tensors["sizes"] - 1).clamp(min=1))
+
+
+def without_bias(original: Callable, emitter: Emitter, attention: Attention, *given: Any) -> Any:
+    queries, keys, logits, *_ = given
+    return logits
+
+
+def bias_for_all_rows(original: Callable, emitter: Emitter, *given: Any) -> Node:
+    visual = emitter.visual
+    emitter.visual = emitter.editor.inline(torch.zeros_like, visual)
+    try:
+        return original(emitter, *given)
+    finally:
+        emitter.visual = visual
+
+
+def merged_in_layer(difference: int) -> Patch:
+    """Hidden states merged in front of another layer than that at which rows leave."""
+
+    def bug(original: Callable, self: MergeClusters, plan: Plan, stage: PlacedStage, *given: Any) -> Any:
+        done = original(self, plan, stage, *given)
+        return dataclasses.replace(done, drop=plan.link(stage.end + difference))
+
+    return wrap(MergeClusters, "_merging", bug)
+
+
+def mixed_from_the_choice(original: Callable, self: MergeClusters, plan: Plan, stage: PlacedStage, *given: Any) -> Any:
+    return dataclasses.replace(original(self, plan, stage, *given), source=plan.link(stage.at))
+
+
+def without_values(original: Callable, self: MergeClusters, plan: Plan, stage: PlacedStage, *given: Any) -> Any:
+    return dataclasses.replace(original(self, plan, stage, *given), values=frozenset())
+
+
+def sizes_start_anew(original: Callable, emitter: Emitter, number: int) -> None:
+    original(emitter, number)
+    if number == 0:
+        emitter.sizes.clear()
+
+
 ONE = Comparison()
 LEAN = Comparison(skip_dead_rows=True)
 LIKE_GROUPS = Comparison(dataclasses.replace(MASKED, visual=6), (migrating(keep=3, migrate=2),))
@@ -365,6 +429,12 @@ READ_WRITTEN = dataclasses.replace(READ, spec=WRITTEN)
 MEETING = Comparison(stages=(migrating(keep=4), migrating(at=1, rule="last_row")), skip_dead_rows=True)
 TEXT_MEETING = Comparison(
     dataclasses.replace(MASKED, length=17, visual=8), (migrating(keep=5), migrating(at=1, rule="text_rows")))
+# merging
+PICTURES = dataclasses.replace(MASKED, visual=8, length=18, rows=(Row(before=2, between=2), Row(padding=2, before=1, between=3)))
+MERGED = Comparison(PICTURES, (migrating(keep=3, migrate=2, merge="clusters"),), skip_dead_rows=True)
+MERGED_WRITTEN = dataclasses.replace(MERGED, spec=dataclasses.replace(PICTURES, attention="written"))
+MERGED_TWICE = Comparison(
+    PICTURES, (migrating(keep=5, migrate=0, merge="clusters"), migrating(at=1, keep=2, merge="clusters")), skip_dead_rows=True)
 
 BUGS: dict[str, tuple[Patch, Comparison]] = {
     "mask dropped in migration": (calls(lambda in_groups: in_groups, attn_mask=None), ONE),
@@ -452,6 +522,19 @@ BUGS: dict[str, tuple[Patch, Comparison]] = {
     "weights of padding": (without("behind_visual"), READ_ALL),
     "weights of what is left": (wrap(choose, "attention_weights", weights_of_what_is_left), TEXT_MEETING),
     "weights where other tokens stood": (wrap(RowSets, "places", places_counted_from_one), MEETING),
+    # merging
+    "no bias": (wrap(attend, "biased", without_bias), MERGED),
+    "no bias, written out": (wrap(attend, "biased", without_bias), MERGED_WRITTEN),
+    "bias for visual rows too": (wrap(clusters, "_bias", bias_for_all_rows), MERGED),
+    "sizes without the kept token": (clustering(sizes=sizes_of_dropped), MERGED),
+    "sizes start anew": (wrap(choose, "note_sizes", sizes_start_anew), MERGED_TWICE),
+    "merged across pictures": (clustering(pictures=torch.zeros_like), MERGED),
+    "merged in front of another layer": (merged_in_layer(-1), MERGED),
+    "mixed from the choosing layer": (wrap(MergeClusters, "_merging", mixed_from_the_choice), MERGED),
+    "cached values as they are": (wrap(MergeClusters, "_merging", without_values), MERGED),
+    "shift left out": (clustering(values=unshifted), MERGED),
+    "hidden states as they are": (clustering(steps=lambda tensors: torch.zeros_like(tensors["steps"])), MERGED),
+    "clusters of the first sample": (clustering(steps=lambda tensors: tensors["steps"][:1].expand_as(tensors["steps"])), MERGED),
 }
 
 
