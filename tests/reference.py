@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from parvts_fx.scores import rule_named
+from parvts_fx.scores import places_of, reads_places, rule_named
 from parvts_fx.stages import Stage
 from tests.clusters_reference import Clusters, clusters_of, pictures_of
 
@@ -142,6 +142,9 @@ def chosen(
         given.append(asked[None])
     else:
         rule = rule_named(stage.rule) if isinstance(stage.rule, str) else stage.rule
+        if reads_places(rule):
+            assert stage.at == 0, "a picture's grid is told from the whole prompt, which is there in front of the first layer"
+            given.append(places_of(visual[None]))
     ranked = rule(*given)[0].double().tolist()
     positions = visual.nonzero()[:, 0].tolist()
     found = subjects_of(ranked, positions, kept(stage.keep, len(positions), original))

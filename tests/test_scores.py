@@ -80,10 +80,15 @@ def test_rules_look_at_the_samples_visual_tokens_alone(name):
     Of rules that read the question, the text behind the first visual token matters, in whatever order.
     """
     hidden, visual = drawn()
-    rule = scores.rule_named(name)
+    known = scores.places_of(visual)
+
+    def rule(hidden, visual, places=known):
+        return scores.rule_named(name)(hidden, visual, *([places] if scores.reads_places(name) else []))
+
     asked = ~visual[1] & (visual[1].cumsum(0) > 0) if scores.reads_text(name) else torch.zeros_like(visual[1])
     alone = rule(torch.cat([hidden[1:, visual[1]], hidden[1:, asked]], 1),
-                 torch.cat([visual[1, visual[1]], visual[1, asked]])[None])[:, :8]
+                 torch.cat([visual[1, visual[1]], visual[1, asked]])[None],
+                 torch.cat([known[1, visual[1]], known[1, asked]])[None])[:, :8]
     other = hidden.clone()
     other[0] = 100.0
     other[1, ~visual[1] & ~asked] = -50.0
