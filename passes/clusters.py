@@ -11,7 +11,7 @@ for, itself included and over several stages. Then
    is that over all: what decode steps pool over the cache is then what it would have been.
 
 1 with differences needs no row that would not run without it; mixing the states at the drop themselves is as accurate
-(docs/accuracy.md) and needs the dropped rows in a whole layer more. After the "attention logit collapse" of ERA
+(docs/merging.md) and needs the dropped rows in a whole layer more. After the "attention logit collapse" of ERA
 (arXiv 2606.31982), which adds log n as well.
 """
 

@@ -168,7 +168,7 @@ class Path:
 
 
 class CachePath(Path):
-    """What caches of sliding windows take of the rows that are left in the end."""
+    """What stands between a layer's keys and values and a cache, on the rows that are left in the end."""
 
     def read(self, node: Node, name: str) -> Any:
         return super().read(node, name) if node in self.nodes else self.emitter.cached(node)

@@ -75,7 +75,8 @@ def ways(
         *_with_and_without(Way("PyramidDrop's schedule", kept, stages=named("pyramiddrop")(kept))),
         *_with_and_without(Way("parvts, random choice", kept, chosen | both | {"score": "random"})),
         Way("parvts fusion 0.5", kept, chosen | {"fusion": 0.5}),
-        Way("random", kept, before | {"score": "random"}),
+        Way("the same, positions counted anew", kept, {"score": score}, "chosen"),
+        *(Way(rule, kept, before | {"score": rule}) for rule in ("random", "uniform", "diverse")),
         Way("downsampled", kept, {}, "pooled"),
     )]
 

@@ -25,7 +25,7 @@ from bench.accuracy.examples import LONGEST_ANSWER, Answer
 from bench.accuracy.scenes import GRID, IMAGE
 from bench.measuring import flops_of
 from bench.models import rectangle
-from parvts_fx.scores import ATTENDED, rule_named
+from parvts_fx.scores import ATTENDED, places_of, reads_places, rule_named
 from parvts_fx.stages import Stage
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -164,6 +164,7 @@ class Chosen(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         projected = self.projector(features)
-        ranked = self.rule(projected, torch.ones(projected.shape[:2], dtype=torch.bool))
+        visual = torch.ones(projected.shape[:2], dtype=torch.bool)
+        ranked = self.rule(projected, visual, *([places_of(visual)] if reads_places(self.rule) else []))
         rows = ranked.argsort(dim=-1, descending=True, stable=True)[:, :self.kept].sort(-1).values
         return projected.gather(1, rows[..., None].expand(-1, -1, projected.shape[-1]))
