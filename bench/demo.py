@@ -30,7 +30,6 @@ from bench.measuring import flops_of, in_turns, seconds
 from bench.models import PATCH, TEXT_AFTER, TEXT_BEFORE
 from bench.plots import plot_patches
 from bench.tables import Sheet, progress, quieten
-from parvts_fx import Stage
 from tests import reference
 
 IMAGE = 336
@@ -199,7 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     quieten()
     console = Console()
-    pruning = dict(stages=(Stage(keep=options.keep_ratio, migrate=options.migration_depth),))
+    pruning = dict(keep_ratio=options.keep_ratio, migration_depth=options.migration_depth)
     with progress(console) as display:
         with step(display, "answers of a trained model"):
             shown = answers.show_answers(options.keep_ratio)
@@ -209,7 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
         with step(display, "eager reference"):
             expected = reference.prefill(
                 model, text.layers, lambda hidden: model.lm_head(text.norm(hidden)), prompt.inputs, prompt.visual,
-                **pruning)[0]
+                stages=parvts_fx.Options(**pruning).schedule)[0]
         with step(display, "count FLOPs"):
             found = parvts_fx.explain(model, options=pruning, **prompt.inputs).prefill
             total, unpruned = flops_of(lambda: model(**prompt.inputs).logits[0])

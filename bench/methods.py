@@ -132,7 +132,7 @@ def methods(depth: int = DEPTH) -> tuple[Method, ...]:
     def migrating(**how: Any) -> Stages:
         return lambda kept: (Stage(keep=kept, migrate=depth, **how),)
 
-    ours, weighed = migrating(), migrating(fusion=0.5)
+    ours, weighed = migrating(merge="clusters"), migrating(fusion=0.5)
     return (
         Method("eager", compiled=False),
         Method("inductor"),
@@ -144,6 +144,7 @@ def methods(depth: int = DEPTH) -> tuple[Method, ...]:
         Method("PyramidDrop", named("pyramiddrop")),
         Method("joint", migrating(paths="joint")),
         Method("parvts", ours),
+        Method("parvts, not merged", migrating()),
         *(Method(f"parvts {name}", ours, switch) for name, switch in SAVINGS.items()),
         Method("parvts fusion 0.5", weighed),
         Method("parvts fusion 0.5, prefix twice", weighed, {"share_prefix": False}),

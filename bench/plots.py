@@ -62,18 +62,26 @@ def line(axes: Any, across: Sequence[float], values: Sequence[Sequence[float]], 
     axes.errorbar(across, middle, yerr=[middle - least, most - middle], capsize=3, **style)
 
 
-def plot_patches(pixels: Any, kept: Any, path: Path, title: str = "") -> Path:
+def plot_patches(pixels: Any, kept: Any, path: Path, title: str = "", stands_for: Any = None) -> Path:
     """A picture as the model sees it, and the same with all but its kept patches dimmed.
 
     Args:
         pixels: [height, width, 3] in 0..1.
         kept: [rows, columns] bool, by patch.
+        stands_for: [rows, columns] int, the number of the kept patch that each is merged into; drawn as a third picture,
+            every patch in the mean colour of the kept one.
     """
     pixels, kept = np.asarray(pixels), np.asarray(kept)
-    bright = np.kron(kept, np.ones([size // count for size, count in zip(pixels.shape, kept.shape)], dtype=bool))
-    figure, axes = open_figure(2, 10)
-    panels = ((f"what the model sees: {kept.size} patches", pixels),
-              (f"subject group: {kept.sum()} patches", np.where(bright[..., None], pixels, pixels * 0.25)))
+    patch = np.ones([size // count for size, count in zip(pixels.shape, kept.shape)], dtype=int)
+    dimmed = np.where(np.kron(kept, patch)[..., None] == 1, pixels, pixels * 0.25)
+    panels = [(f"what the model sees: {kept.size} patches", pixels), (f"subject group: {kept.sum()} patches", dimmed)]
+    if stands_for is not None:
+        whole = np.kron(np.asarray(stands_for), patch)
+        colours = np.zeros_like(pixels)
+        for number in np.unique(whole):
+            colours[whole == number] = pixels[(whole == number) & (np.kron(kept, patch) == 1)].mean(0)
+        panels.append(("what they stand for: each patch in the colour of its kept one", colours))
+    figure, axes = open_figure(len(panels), 5 * len(panels))
     for axis, (heading, picture) in zip(axes, panels):
         axis.imshow(picture, interpolation="nearest")
         axis.set_title(heading)

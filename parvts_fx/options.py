@@ -60,8 +60,9 @@ class Options:
     score: str | Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = "auto"
     """A scoring rule's name, or a callable ``score(hidden, visual) -> scores``; see :mod:`parvts_fx.scores`."""
 
-    merge: str | None = None
-    """What kept tokens take over of dropped ones: None for nothing, or "clusters" (:mod:`parvts_fx.passes.clusters`)."""
+    merge: str | None = "auto"
+    """What kept tokens take over of dropped ones: None for nothing, or "clusters" (:mod:`parvts_fx.passes.clusters`). "auto":
+    "clusters", and None with constant weights, which leave no place for it."""
 
     stages: tuple[Stage, ...] | str | None = None
     """A schedule of several :class:`parvts_fx.Stage`, or the name of a published one (:mod:`parvts_fx.schedules`), in place
@@ -122,9 +123,9 @@ class Options:
         if self.paths == "joint" and self.fusion != "attention":
             _fail("fusion", self.fusion, '"attention" together with paths="joint"',
                   "With joint paths there is one copy of the text rows and nothing to weigh.")
-        if self.merge not in (None, "clusters"):
-            _fail("merge", self.merge, 'None or "clusters"', "None drops what is not kept.")
-        if self.merge is not None and self.fusion != "attention":
+        if self.merge not in ("auto", None, "clusters"):
+            _fail("merge", self.merge, '"auto", None or "clusters"', "None drops what is not kept.")
+        if self.merge == "clusters" and self.fusion != "attention":
             _fail("merge", self.merge, f"None together with fusion={self.fusion!r}", "Constant weights give each path its own "
                   'copy of the text; use fusion="attention" to merge.')
         known = ("visual", "all", *MODALITIES)
@@ -166,7 +167,7 @@ class Options:
         given = (self.stages,) if isinstance(self.stages, Stage) else self.stages
         if not isinstance(given, (list, tuple)) or not given or not all(isinstance(stage, Stage) for stage in given):
             _fail("stages", self.stages, "a tuple of one parvts_fx.Stage or several, or a schedule's name",
-                  "stages=(Stage(at=0, keep=1/9, migrate=3),) is the default.")
+                  'stages=(Stage(at=0, keep=1/9, migrate=3, merge="clusters"),) is the default.')
         check_order(given)
         object.__setattr__(self, "stages", tuple(given))
 
@@ -208,9 +209,10 @@ class Options:
             return tuple(self.stages)
         ratio = 1 / 9 if self.keep_ratio is None else float(self.keep_ratio)
         migrates = self.migration_depth != 0
+        merge = self.merge if self.merge != "auto" else "clusters" if self.fusion == "attention" else None
         return (Stage(
             at=0, keep=ratio if self.keep_tokens is None else self.keep_tokens, rule=self.score, migrate=self.migration_depth,
-            paths=self.paths if migrates else "parallel", fusion=self.fusion if migrates else "attention", merge=self.merge),)
+            paths=self.paths if migrates else "parallel", fusion=self.fusion if migrates else "attention", merge=merge),)
 
     def placed(self, layers: int) -> tuple[PlacedStage, ...]:
         """The stages in a decoder of so many layers.

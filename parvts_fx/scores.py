@@ -224,10 +224,10 @@ def text_rows(hidden: torch.Tensor, visual: torch.Tensor, attention: torch.Tenso
     return attention.mean(1).sum(1)
 
 
-AUTO = "balanced"
-"""The rule behind "auto", chosen by bench/accuracy (docs/accuracy.md)."""
+AUTO = "placed"
+"""The rule behind "auto", chosen by bench/accuracy (docs/merging.md)."""
 
-register_rule("auto")(balanced)
+register_rule("auto", reads="places")(placed)
 
 
 def _spread_out(

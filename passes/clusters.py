@@ -5,7 +5,8 @@ differences from the sample's mean visual token), within its own picture where t
 for, itself included and over several stages. Then
 
 1. at the drop, ``H_s += sum_i w_i (X_i - X_s)``, with X the residual stream that enters the last layer that all rows run
-   through, and ``w_i = BETA n_i / (n_s' + BETA sum n_i)``, n_i and n_s' being what these stood for before;
+   through (behind what is done to the embeddings in front of the first layer), and ``w_i = BETA n_i / (n_s' + BETA sum n_i)``,
+   n_i and n_s' being what these stood for before;
 2. in the layers behind, ``log n_s`` is added to the logits of key s for the queries of text rows, in the prefill alone;
 3. cached values of the layers in front are mixed as in 1, and all shifted alike so that their mean over kept visual tokens
    is that over all: what decode steps pool over the cache is then what it would have been.
@@ -82,7 +83,7 @@ def clusters(
 def taken_over(
     rows: torch.Tensor, weights: torch.Tensor, visual: torch.Tensor, axis: int, samples: Samples | None
 ) -> torch.Tensor:
-    """``weights`` times the visual rows of a tensor; float32, and it has the subject rows along ``axis``.
+    """``weights`` times the visual rows of a tensor: [entries of the samples' axis, subjects, the other axes flattened] float32.
 
     Args:
         rows: any shape, with the rows of a stage along ``axis`` and the samples where ``samples`` says.
@@ -96,8 +97,17 @@ def taken_over(
     else:
         picked = picked.movedim((samples.axis, axis), (0, 1))
         own = samples.spread(weights.flatten(1)).unflatten(1, weights.shape[1:])
-    mixed = (own @ picked.reshape(*picked.shape[:2], -1)).reshape(own.shape[0], own.shape[1], *picked.shape[2:])
-    return mixed[0].movedim(0, axis) if samples is None else mixed.movedim((0, 1), (samples.axis, axis))
+    return own @ picked.reshape(*picked.shape[:2], -1)
+
+
+def spread_over(
+    mixed: torch.Tensor, like: torch.Tensor, slots: torch.Tensor, axis: int, samples: Samples | None
+) -> torch.Tensor:
+    """What :func:`taken_over` gives, laid out as ``like`` is: for each of its rows the subject row that ``slots`` names."""
+    rest = [size for i, size in enumerate(like.shape) if i != axis and (samples is None or i != samples.axis)]
+    mixed = mixed.reshape(*mixed.shape[:2], *rest)
+    mixed = mixed[0].movedim(0, axis) if samples is None else mixed.movedim((0, 1), (samples.axis, axis))
+    return mixed.gather(axis, along(slots, samples, axis, like.dim()).expand(like.shape))
 
 
 def choose_clusters(emitter: Emitter, merging: Merging, hidden: Node, visual: Node, places: Node) -> None:
@@ -141,14 +151,14 @@ def take_over(emitter: Emitter, merging: Merging) -> None:
     number, drop = merging.stage.number, merging.drop
     assert drop is not None, "only where layers follow"
     axis, samples = stream_axis(emitter.decoder, drop), samples_of(emitter.decoder, drop)
-    if (axis, samples) != (stream_axis(emitter.decoder, merging.source), samples_of(emitter.decoder, merging.source)):
-        raise Refusal("the residual stream changes its layout where dropped tokens are merged", drop)
+    there = samples_of(emitter.decoder, merging.source)
+    if samples is not None and there is not None and (samples.each, samples.inner) != (there.each, there.inner):
+        raise Refusal("the residual stream folds its samples otherwise where dropped tokens are merged", drop)
     parts, name = emitter.clusters[number], live(number + 1)
 
     def add(rows: torch.Tensor, mixed: torch.Tensor, slots: torch.Tensor, is_text: torch.Tensor) -> torch.Tensor:
-        rank = rows.dim()
-        taken = mixed.gather(axis, along(slots, samples, axis, rank).expand(rows.shape))
-        return torch.where(along(is_text, samples, axis, rank), rows, (rows.float() + taken).to(rows.dtype))
+        taken = rows.float() + spread_over(mixed, rows, slots, axis, samples)
+        return torch.where(along(is_text, samples, axis, rows.dim()), rows, taken.to(rows.dtype))
 
     taken = emitter.editor.inline(
         add, emitter.main.read(drop, name), emitter.mixed[number], parts["slots"], parts["is_text"])
@@ -168,8 +178,7 @@ def cached_values(emitter: Emitter, node: Node) -> Node:
     ) -> torch.Tensor:
         shape = [kept.shape[1] if i == axis else rows.shape[i] for i in range(rank)]
         stays = rows.gather(axis, along(kept, samples, axis, rank).expand(shape))
-        mixed = taken_over(rows, weights, visual, axis, samples)
-        mixed = mixed.gather(axis, along(slots, samples, axis, rank).expand(shape))
+        mixed = spread_over(taken_over(rows, weights, visual, axis, samples), stays, slots, axis, samples)
         return torch.where(along(is_text, samples, axis, rank), stays, mixed.to(rows.dtype))
 
     for level in range(start, plan.final):

@@ -46,7 +46,7 @@ class MergeClusters:
         behind = [attention for layer in plan.layers[stage.end:] for attention in layer.attentions]
         biased = frozenset(attention.output for attention in behind if has_place_for_bias(attention, plan.decoder.tokens))
         return Merging(
-            stage, plan.link(max(stage.at, stage.end - 1)), plan.link(stage.end) if inside else None,
+            stage, plan.entering(stage), plan.link(stage.end) if inside else None,
             frozenset(node for node in values if left[node] <= stage.number), biased,
             frozenset(attention.output for attention in behind) - biased)
 

@@ -145,6 +145,11 @@ class Plan:
         """The residual stream at a layer's input."""
         return self.layers[layer].input if layer else self.decoder.merge.output
 
+    def entering(self, stage: PlacedStage) -> Node:
+        """The residual stream that enters the last layer that all rows of a stage run through, or where they leave at once."""
+        last = max(stage.at, stage.end - 1)
+        return self.decoder.entry or self.link(0) if last == 0 < stage.end else self.link(last)
+
     def end_of(self, stage: PlacedStage) -> Node:
         """The link of the residual stream behind which the non-subject rows are gone.
 

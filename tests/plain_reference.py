@@ -263,7 +263,7 @@ def _migrated(sample: _Sample, path: _Path, steps: Steps, turn: Placed, subject:
     entering = path.behind(sample, steps[:last], sample.allowed & ~apart)
     path = entering.behind(sample, steps[last:], sample.allowed & ~apart)
     if found is not None and other.any():
-        started = sample.merged[path.rows] if max(turn.begin, turn.end - 1) == 0 else entering.x  # not yet with learned positions
+        started = sample.merged[path.rows] if turn.end == 0 else entering.x  # where rows leave at once, not yet with positions
         step = found.taken_over(started) - started if turn.end < sample.spec.layers else torch.zeros(())
         path = path.merged(found, step, ~text)
     return path.only(~other)
@@ -278,8 +278,8 @@ def _prefill(sample: _Sample, turns: Sequence[Placed], end: int | None = None) -
         last = end if turn is turns[-1] and end is not None else last
         path = path.behind(sample, steps[done:first], sample.allowed)
         hidden = path.x if first else sample.merged[path.rows]  # the merge's output, not yet with learned positions
-        visual, original = sample.is_visual[path.rows], int(sample.is_visual.sum())
-        subject, gap = chosen(turn.stage, hidden, visual, original, path.weights)
+        visual = sample.is_visual[path.rows]
+        subject, gap = chosen(turn.stage, hidden, path.rows, sample.is_visual, path.weights)
         found = None
         if turn.stage.merge is not None:
             found = clusters_of(hidden, visual, subject, pictures_of(sample.is_visual)[path.rows], path.sizes)

@@ -88,9 +88,11 @@ def placed(stages: Sequence[Stage], layers: int) -> list[Placed]:
 
 def one_stage(
     score: Rule, depth: int | float, keep_ratio: float | None = None, keep_tokens: int | None = None,
-    fusion: str | float = "attention", paths: str = "parallel", merge: str | None = None,
+    fusion: str | float = "attention", paths: str = "parallel", merge: str | None = "auto",
 ) -> tuple[Stage]:
     """The short form. With depth 0 there is no second group, whatever is said of it."""
+    if merge == "auto":
+        merge = "clusters" if fusion == "attention" else None
     keep = keep_tokens if keep_tokens is not None else 1 / 9 if keep_ratio is None else float(keep_ratio)
     return (Stage(keep=keep, rule=score, merge=merge, **(dict(migrate=depth, fusion=fusion, paths=paths) if depth else {})),)
 
@@ -122,16 +124,17 @@ def gap(scores: Sequence[float], visual: Sequence[int], subject: Sequence[int]) 
 
 
 def chosen(
-    stage: Stage, hidden: Tensor, visual: Tensor, original: int, weights: Tensor | None = None
+    stage: Stage, hidden: Tensor, rows: Tensor, prompt: Tensor, weights: Tensor | None = None
 ) -> tuple[Tensor, float]:
     """The subject group [rows] bool among the rows that live, and how clear the choice is.
 
     Args:
         hidden: [rows, hidden] at the input of the layer.
-        visual: [rows] bool.
-        original: how many visual tokens there were at first.
+        rows: [rows] positions in the prompt.
+        prompt: [seq] bool, where visual tokens stand in the whole prompt.
         weights: [heads, rows, rows] in the layer in front.
     """
+    visual = prompt[rows]
     given = [hidden[None], visual[None]]
     if stage.rule in READINGS:
         reads, rule = READINGS[stage.rule]
@@ -143,11 +146,10 @@ def chosen(
     else:
         rule = rule_named(stage.rule) if isinstance(stage.rule, str) else stage.rule
         if reads_places(rule):
-            assert stage.at == 0, "a picture's grid is told from the whole prompt, which is there in front of the first layer"
-            given.append(places_of(visual[None]))
+            given.append(places_of(prompt[None])[:, rows])
     ranked = rule(*given)[0].double().tolist()
     positions = visual.nonzero()[:, 0].tolist()
-    found = subjects_of(ranked, positions, kept(stage.keep, len(positions), original))
+    found = subjects_of(ranked, positions, kept(stage.keep, len(positions), int(prompt.sum())))
     subject = torch.zeros_like(visual)
     subject[found] = True
     return subject, gap(ranked, positions, found)
@@ -340,8 +342,7 @@ class _Sample:
         done, clear, ends = 0, math.inf, [turn.begin for turn in stages if turn.stage.rule in READINGS]
         for turn in stages:
             path = self.run(path, done, turn.begin, watch=turn.begin in ends)
-            seen = self.visual[path.rows]
-            subject, found = chosen(turn.stage, path.hidden[0], seen, int(self.visual.sum()), path.weights)
+            subject, found = chosen(turn.stage, path.hidden[0], path.rows, self.visual, path.weights)
             path = self.migrated(path, turn, subject, watch=turn.end in ends)
             done, clear = turn.end, min(clear, found)
         path = self.run(path, done, len(self.layers))

@@ -87,7 +87,7 @@ def oracle(request: pytest.FixtureRequest, model: Any) -> Callable[[Stages], lis
 @pytest.mark.parametrize("depth", [0, 2, 4, 0.5])
 def test_one_stage_is_the_short_form(model: Any, depth: int | float, both: dict) -> None:
     stages = (Stage(keep=3, rule="norm", migrate=depth, **(both if depth else {})),)
-    short = dict(migration_depth=depth, keep_tokens=3, **both)
+    short = dict(migration_depth=depth, keep_tokens=3, merge=None, **both)
     given = llava.prompt(model, PROMPT)
     assert distance(with_hooks(model)(stages), expected(model, given, score="norm", **short)) == 0
     assert distance(plainly(stages), plain_reference(build(SPEC), prompt(SPEC), rule("norm"), **short)) == 0

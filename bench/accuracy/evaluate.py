@@ -45,7 +45,7 @@ DEFAULT = Options()
 
 def ways(
     study: str, depth: int, score: str, fusion: str | float, counts: Sequence[int] = KEPT, layers: int = LAYERS,
-    merge: str | None = None,
+    merge: str | None = "clusters",
 ) -> list[Way]:
     """What one study compares. The full model is among all of them.
 
@@ -54,7 +54,7 @@ def ways(
         counts: visual tokens kept, for rules every second of them.
         merge: what becomes of dropped tokens where rules are compared.
     """
-    chosen = {"migration_depth": depth, "score": score, "fusion": fusion}
+    chosen = {"migration_depth": depth, "score": score, "fusion": fusion, "merge": None}
     full = [Way("full", VISUAL, kind="chosen")]
     if study == "rules":
         rules = [rule for rule in known_rules() if rule != "auto" and not reads_attention(rule)]
@@ -64,11 +64,11 @@ def ways(
         forms = [{"fusion": "attention", "merge": "clusters"}, {"fusion": "attention", "merge": None}, {"fusion": 0.5}]
         return full + [Way("parvts", kept, chosen | {"migration_depth": depth} | form)
                        for kept in counts[1:3] for form in forms for depth in tried]
-    before = {"migration_depth": 0, "fusion": "attention"}
+    before = {"migration_depth": 0, "fusion": "attention", "merge": None}
     both = {"fusion": "attention"}
     return full + [way for kept in counts for way in (
         *_with_and_without(Way("parvts", kept, chosen | both)),
-        *(_with_and_without(Way("parvts, balanced", kept, chosen | both | {"score": "balanced"})) if score == "placed" else ()),
+        *_with_and_without(Way("parvts, balanced", kept, chosen | both | {"score": "balanced"})),
         *_with_and_without(Way("joint", kept, chosen | both | {"paths": "joint"})),
         *_with_and_without(Way("pruned before layer 0", kept, before | {"score": score})),
         *_with_and_without(Way("FastV's schedule", kept, stages=named("fastv")(kept))),
@@ -121,7 +121,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--depth", type=int, default=DEFAULT.migration_depth, help="migration depth where it is not varied")
     parser.add_argument("--score", default=AUTO, help="scoring rule where it is not varied")
     parser.add_argument("--fusion", default=DEFAULT.fusion, type=_fusion, help="fusion where it is not varied")
-    parser.add_argument("--merge", choices=["clusters"], help="merge dropped tokens where rules are compared")
+    parser.add_argument("--merge", choices=["clusters", "none"], default="clusters",
+                        help="what becomes of dropped tokens where rules are compared")
     parser.add_argument("--kept", type=int, nargs="+", default=KEPT, help=f"visual tokens kept of {VISUAL}")
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--name", default="accuracy", help="of the files under bench/results")
@@ -152,7 +153,8 @@ def main(arguments: list[str] | None = None) -> int:
         held = json.loads(path.read_text())
         kept = held["ways"] if held["settings"] == settings else {}
     layers = transformers.AutoConfig.from_pretrained(options.weights).text_config.num_hidden_layers
-    asked = {study: ways(study, options.depth, options.score, options.fusion, options.kept, layers, options.merge)
+    asked = {study: ways(study, options.depth, options.score, options.fusion, options.kept, layers,
+                          None if options.merge == "none" else options.merge)
              for study in options.studies}
     todo = {way.key: way for study in asked.values() for way in study if way.key not in kept}
     with progress(console) as display, concurrent.futures.ProcessPoolExecutor(

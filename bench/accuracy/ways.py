@@ -49,10 +49,11 @@ class Way:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The options as JSON holds them."""
+        """The options as JSON holds them; no word of merging where nothing is merged."""
         stages = [{"at": stage.at, "keep": stage.keep, "rule": stage.rule} | ({"merge": stage.merge} if stage.merge else {})
                   for stage in self.stages]
-        return self.options | ({"stages": stages} if stages else {})
+        options = {name: held for name, held in self.options.items() if (name, held) != ("merge", None)}
+        return options | ({"stages": stages} if stages else {})
 
     @property
     def key(self) -> str:

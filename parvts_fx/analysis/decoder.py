@@ -11,7 +11,7 @@ from parvts_fx.analysis.attention import find_attentions
 from parvts_fx.analysis.calls import attention_nodes
 from parvts_fx.analysis.independence import find_meetings
 from parvts_fx.analysis.last_rows import is_state, keeps_rows_apart, nodes_without_tokens, reads_tokens
-from parvts_fx.analysis.layers import find_layers
+from parvts_fx.analysis.layers import find_entry, find_layers
 from parvts_fx.analysis.lengths import Tables, check_numbers, scales_scores
 from parvts_fx.analysis.merge import find_merge
 from parvts_fx.analysis.mixers import find_mixers
@@ -100,7 +100,7 @@ def find_decoder(
     meeting = {mixer.output for mixer in mixers if mixer.attention is None}
     Tables(runs).check(nodes, meeting, attentions, layers)
     decoder = Decoder(merge, tuple(nodes), tuple(layers), final, output, tokens, window_caches_follow, period, samples,
-                      sample_layouts, unordered)
+                      sample_layouts, find_entry(nodes, layers, merge.output), unordered)
     _check(module, decoder)
     return decoder
 

@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 
 from parvts_fx.analysis.period import Period, blocks_of, find_period
 from parvts_fx.analysis.records import Layer, Mixer
-from parvts_fx.analysis.stream import find_stream
+from parvts_fx.analysis.stream import find_stream, links_in_front
 from parvts_fx.analysis.tokens import TokenMap
 from parvts_fx.analysis.values import ancestors, descendants, output_node
 from parvts_fx.errors import Refusal
@@ -54,6 +54,22 @@ def find_layers(
     if len({end - begin for begin, end in zip(starts, ends)}) == 1:  # else what follows their last mixers is not alike
         layers, output = _without_entries(chain, layers, _output_of_last_layer(chain, layers))
     return layers, final, output, period
+
+
+def find_entry(nodes: list[Node], layers: list[Layer], start: Node) -> Node:
+    """The link of the residual stream that the first layer takes in, behind what models do to the merged embeddings at first.
+
+    What the second layer does alike before its first mixer is the layer's own. With fewer than three layers nothing tells how
+    much that is: then all links in front count, and with a single layer none.
+    """
+    if len(layers) < 2:
+        return start
+    first, second = layers[0].mixers[0], layers[1]
+    front = links_in_front(nodes, first, start, second.input)
+    own = links_in_front(nodes, second.mixers[0], second.input, layers[2].input) if len(layers) > 2 else [second.input]
+    alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(
+        reversed(_operations(front[1:])), reversed(_operations(own[1:]))))
+    return front[len(front) - 1 - len(list(alike))]
 
 
 def _bypasses(mixer: Mixer, mixers: list[Mixer], module: GraphModule) -> bool:

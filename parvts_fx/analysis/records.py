@@ -162,6 +162,10 @@ class Decoder:
     sample_layouts: Mapping[Node, Mapping[int, int]] = dataclasses.field(default_factory=dict)
     """For axes with several entries a sample: how many of one sample follow one another."""
 
+    entry: Node | None = None
+    """What the first layer takes in: the merged embeddings, or what the model makes of them first (scaled, with positions
+    added)."""
+
     unordered: frozenset[Node] = frozenset()
     """Whose rows are not their tokens' own, though those of what follows are: experts' sorts. None can be taken by itself."""
 

@@ -71,6 +71,18 @@ def find_stream(
     return chain[bypassed:]  # what is in front is inside the first mixer: no residual has bypassed it yet
 
 
+def links_in_front(nodes: Sequence[Node], first: Mixer, start: Node, end: Node) -> list[Node]:
+    """The merged embeddings, and what a model makes of them before its first mixer (scales them, adds positions), in order.
+
+    Args:
+        end: a link behind the first layer.
+    """
+    touched = set(descendants(start.graph, [first.output]))
+    flow = _flow(start, [node for node in nodes if node not in touched or node in ancestors([end]) or node is end], [end],
+                 lambda source, node: not is_symbolic_int(source))
+    return [start, *(link for link in _dominators(flow, start) if link not in touched)]
+
+
 def _flow(
     root: Node, nodes: Collection[Node], results: Collection[Node], follows: Callable[[Node, Node], bool]
 ) -> nx.DiGraph:

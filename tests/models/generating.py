@@ -21,9 +21,10 @@ from tests.models.registry import Built, stands_for_features
 from tests.reference import one_stage, relative_error
 
 COMPILED = dict(lowering="eager", strict=True)
-SCHEDULES = "attention", "0.4", "two stages"
-"""What every architecture is held against the reference with: one stage with either fusion, and :func:`two_stages`."""
-TWO_STAGES = SCHEDULES[-1]
+SCHEDULES = "attention", "0.4", "two stages", "merged"
+"""What every architecture is held against the reference with: one stage with either fusion, :func:`two_stages`, and one whose
+dropped tokens are merged (:func:`merging`)."""
+TWO_STAGES, MERGED = SCHEDULES[2:]
 
 
 def scattered(hidden: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
@@ -117,8 +118,8 @@ class Comparison:
                  stages: Sequence[Stage] | None = None, captured: Captured | None = None):
         self.built, self.model, self._captured = built, built.model, captured
         self.options = dict(stages=stages) if stages else dict(
-            keep_ratio=keep_ratio, migration_depth=depth, fusion=fusion, score=scattered)
-        turns = stages or one_stage(scattered, depth, keep_ratio, fusion=fusion)
+            keep_ratio=keep_ratio, migration_depth=depth, fusion=fusion, score=scattered, merge=None)
+        turns = stages or one_stage(scattered, depth, keep_ratio, fusion=fusion, merge=None)
         called = getattr(built.model, built.part) if built.part else built.model
         self.oracle, self.generating = (Oracle(module, built.token, turns) for module in (built.model, called))
 
@@ -200,8 +201,14 @@ def two_stages(built: Built) -> tuple[Stage, Stage]:
     return Stage(at=0, keep=0.5, rule=scattered, migrate=1), Stage(at=last, keep=0.25, rule="uniform")
 
 
+def merging(built: Built) -> tuple[Stage]:
+    """A quarter of the tokens, chosen at layer 1 where all rows run through it, the others merged in front of the next one."""
+    return (Stage(at=min(1, whole_layers(built) - 1), keep=0.25, rule=scattered, migrate=1, merge="clusters"),)
+
+
 def compared(built: Built) -> dict[str, Comparison]:
     """A model with the schedules that every architecture is held against the reference with, captured once for all."""
-    given: tuple[dict[str, Any], ...] = ({}, dict(fusion=0.4), dict(stages=two_stages(built)))
+    given: tuple[dict[str, Any], ...] = (
+        {}, dict(fusion=0.4), dict(stages=two_stages(built)), dict(stages=merging(built)))
     captured = Captured(built.model, *(Comparison(built, **schedule).options for schedule in given))
     return {name: Comparison(built, **schedule, captured=captured) for name, schedule in zip(SCHEDULES, given, strict=True)}

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import cache_utils
 
 from parvts_fx import Stage
+from tests.clusters_reference import Clusters, clusters_of, pictures_of
 from tests.models.registry import stands_for_features
 from tests.reference import CACHE, READINGS, Placed, chosen, placed, watched
 
@@ -67,6 +68,8 @@ class _Path:
     cache: Any
     shared: dict[str, Any]
     """What layers have filled for later ones, by the argument's name."""
+    sizes: torch.Tensor
+    """[rows]: how many tokens each stands for."""
     weights: torch.Tensor | None = None
     """[heads, rows, rows] in the layer behind which they stand, where that was watched."""
 
@@ -127,16 +130,16 @@ class Oracle:
         self.seen = self._visual(inputs, self.length)[0]
         if not self.seen.any():
             raise LookupError("no visual token stands in the decoder's sequence")
-        turns, done, count = placed(self.stages, len(self.layers)), 0, int(self.seen.sum())
+        turns, done = placed(self.stages, len(self.layers)), 0
         read_at = [turn.begin for turn in turns if turn.stage.rule in READINGS]
-        path = _Path(torch.arange(self.length), hidden, _storing(self.empty), {})
+        path = _Path(torch.arange(self.length), hidden, _storing(self.empty), {}, torch.ones(self.length))
         with torch.no_grad():
             for turn in turns:
                 if self.calls[turn.begin].hidden.shape[self.axis] < self.length:
                     raise LookupError(f"layer {turn.begin} runs the last rows alone")
                 path = self._through(path, done, turn.begin, watch=turn.begin in read_at)
                 streams = path.hidden.reshape(-1, *path.hidden.shape[self.axis:])
-                subject, gap = chosen(turn.stage, streams[0], self.seen[path.rows], count, path.weights)
+                subject, gap = chosen(turn.stage, streams[0], path.rows, self.seen, path.weights)
                 if gap < CLEAR:
                     raise LookupError(f"the choice at layer {turn.begin} is about rounding")
                 path, done = self._migrated(path, turn, subject, watch=turn.end in read_at), turn.end
@@ -159,7 +162,28 @@ class Oracle:
         if turn.stage.paths == "parallel":
             one, other = path.rows[subject], path.rows[~stays]
             apart[one[:, None], other] = apart[other[:, None], one] = True
-        return self._only(self._through(path, turn.begin, turn.end, apart, watch), stays)
+        last = max(turn.begin, turn.end - 1)
+        entering = self._through(path, turn.begin, last, apart)
+        behind = self._through(entering, last, turn.end, apart, watch)
+        if turn.stage.merge is not None and not stays.all():
+            stream = (path.hidden - self._added(turn.begin, path.rows)).movedim(self.axis, 0).flatten(1)
+            found = clusters_of(stream, self.seen[path.rows], subject, pictures_of(self.seen)[path.rows], path.sizes)
+            if found.gap < CLEAR:
+                raise LookupError("which kept token is the nearest is about rounding")
+            behind = self._merged(behind, found, entering.hidden - self._added(last, path.rows), turn)
+        return self._only(behind, stays)
+
+    def _merged(self, path: _Path, found: Clusters, entering: torch.Tensor, turn: Placed) -> _Path:
+        """With what kept rows take over: of the states that entered the last layer of all rows, and of cached values."""
+        cache = copy.deepcopy(path.cache)
+        for layer in cache.layers[:turn.end] if cache is not None else []:
+            held = getattr(layer, "values", None)
+            if held is not None and held.dim() == 4 and held.shape[2] == len(path.rows) and not torch.equal(held, layer.keys):
+                layer.values = found.shifted(held, self.seen[path.rows])
+        if turn.end == len(self.layers):
+            return dataclasses.replace(path, cache=cache, sizes=found.sizes)
+        moved = found.taken_over(entering.movedim(self.axis, -2)).movedim(-2, self.axis)
+        return dataclasses.replace(path, hidden=path.hidden + moved - entering, cache=cache, sizes=found.sizes)
 
     def _only(self, path: _Path, at: torch.Tensor) -> _Path:
         """The rows where ``at`` [rows] bool is true, beside the path that was."""
@@ -167,7 +191,7 @@ class Oracle:
         _keep_rows(cache, at, count)
         shared = {name: _cut(held, at, count) for name, held in path.shared.items()}
         weights = None if path.weights is None else path.weights[:, at][:, :, at]
-        return _Path(path.rows[at], path.hidden.index_select(self.axis, at), cache, shared, weights)
+        return _Path(path.rows[at], path.hidden.index_select(self.axis, at), cache, shared, path.sizes[at], weights)
 
     def _through(self, path: _Path, begin: int, end: int, apart: torch.Tensor | None = None, watch: bool = False) -> _Path:
         """The path behind layer ``end - 1``; ``apart`` [seq, seq] is what the groups do not see of each other."""
@@ -175,7 +199,7 @@ class Oracle:
         for index in range(begin, end):
             watching = watch and index == end - 1
             with watched() if watching else contextlib.nullcontext([]) as weights:
-                hidden = self._run(index, path.hidden, path.rows, allowed, path.cache, path.shared)
+                hidden = self._run(index, path, allowed)
             if watching and (not weights or weights[-1].shape[-2:] != (len(path.rows),) * 2):
                 raise LookupError(f"layer {index} shows no attention of every row to every row")
             path = dataclasses.replace(path, hidden=hidden, weights=weights[-1][0] if weights else None)
@@ -191,9 +215,9 @@ class Oracle:
             return inputs["image_embeds_position_mask"] == 1
         return (torch.arange(length) < length - ids.shape[1])[None]  # features stand in front of the text
 
-    def _run(self, index: int, hidden: torch.Tensor, rows: torch.Tensor, allowed: torch.Tensor, cache: Any,
-             shared: dict[str, Any]) -> torch.Tensor:
+    def _run(self, index: int, path: _Path, allowed: torch.Tensor) -> torch.Tensor:
         call, layer, length = self.calls[index], self.layers[index], self.length
+        hidden, rows, cache = path.hidden, path.rows, path.cache
         asking = call.hidden.shape[self.axis]
         if asking < length:  # from here on the model goes on with its last rows alone
             hidden = hidden.narrow(self.axis, hidden.shape[self.axis] - asking, asking)
@@ -202,20 +226,24 @@ class Oracle:
             if isinstance(held, cache_utils.Cache):
                 return cache
             if isinstance(held, (dict, collections.UserDict)):  # filled by layers, read by later ones
-                return shared.setdefault(name, type(held)())
+                return path.shared.setdefault(name, type(held)())
             if attends and (held is None and name == "attention_mask" or _is_mask(held, asking, length)):
                 mask = _mask(held, allowed[length - asking:])
-                return (mask.index_select(2, rows) if asking == length else mask).index_select(3, rows)
+                mask = (mask.index_select(2, rows) if asking == length else mask).index_select(3, rows)
+                return _counting(mask, path.sizes, ~self.seen[rows[-mask.shape[2]:]], hidden.dtype)
             return _cut(held, rows, length)
 
         attends = self._attends(index, cache)
         kwargs = {name: own(name, held) for name, held in call.kwargs.items()}
         args = tuple(own(str(place), held) for place, held in enumerate(call.args))
         output = _first(layer(hidden, *args, **kwargs))
-        if index + 1 < len(self.layers) and self.calls[index + 1].hidden.shape == call.output.shape:
-            extra = self.calls[index + 1].hidden - call.output  # what the model adds between layers
-            output = output + extra.index_select(self.axis, rows)
-        return output
+        return output + self._added(index + 1, rows) if output.shape[self.axis] == len(rows) else output
+
+    def _added(self, index: int, rows: torch.Tensor) -> torch.Tensor | float:
+        """What the model adds to the stream between layers, in front of this one."""
+        if not 0 < index < len(self.layers) or self.calls[index].hidden.shape != self.calls[index - 1].output.shape:
+            return 0.0
+        return (self.calls[index].hidden - self.calls[index - 1].output).index_select(self.axis, rows)
 
     def _attends(self, index: int, cache: Any) -> bool:
         held = cache.layers[index] if cache is not None and index < len(cache.layers) else None
@@ -298,6 +326,15 @@ def _mask(given: torch.Tensor | None, allowed: torch.Tensor) -> torch.Tensor:
     if given.dtype == torch.bool:
         return given & allowed
     return given.masked_fill(~allowed, torch.finfo(given.dtype).min)
+
+
+def _counting(mask: torch.Tensor, sizes: torch.Tensor, text: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The mask with log n for keys that stand for several, where rows of text ask: ``text`` [rows that ask] bool."""
+    if not bool((sizes > 1).any()):
+        return mask
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    return mask + text[:, None] * sizes.log().to(mask.dtype)
 
 
 def _cut(held: Any, rows: torch.Tensor, length: int) -> Any:
