@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from parvts_fx.analysis.modality import Origin
-from parvts_fx.torch_private import WeakReference
+from parvts_fx.torch_private import WeakReference, disable_current_modes
 
 Known = TypeVar("Known")
 
@@ -48,7 +48,8 @@ class TensorTable(Generic[Known]):
 
         def forget(_: object) -> None:
             if entries.pop(key, None) is not None and died is not None:
-                died(known)
+                with disable_current_modes():  # garbage may be collected while Dynamo or a rule is being traced
+                    died(known)
 
         entries[key] = WeakReference(tensor, forget), known, died
 

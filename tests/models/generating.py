@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 import parvts_fx
 from parvts_fx import Stage
 from parvts_fx.backends.parvts import parvts
+from parvts_fx.rewriting import Rewriting
 from parvts_fx.runtime.caches import find_caches
 from tests.models.oracle import Oracle, decoder_layers, fill, hooked
 from tests.models.registry import Built, stands_for_features
@@ -77,6 +78,8 @@ class Captured:
 
     def __init__(self, model: Any, *choices: Mapping[str, Any]):
         self.model, self.choices, self._chosen = model, choices, 0
+        self.merging: dict[str, None] = {}
+        """What takes part in merging, for choices that merge: in what order it was found."""
         backend = self._backend if len(choices) > 1 else parvts
         with mock.patch.object(parvts_fx.api, "parvts", backend):
             parvts_fx.compile(model, **COMPILED, **choices[0])
@@ -85,6 +88,10 @@ class Captured:
         self._switch(False)
 
     def _backend(self, module: GraphModule, example_inputs: Sequence[object], *, options: Any, **settings: Any) -> Callable:
+        def note(_: object, __: object, done: Rewriting) -> None:
+            self.merging |= dict.fromkeys(done.report.merging)
+
+        settings["on_rewriting"] = note
         each = [parvts(module, example_inputs, options={**COMPILED, **choice}, **settings) for choice in self.choices]
         return lambda *inputs: each[self._chosen](*inputs)
 
@@ -132,13 +139,29 @@ class Comparison:
 
     def forward(self, inputs: Mapping[str, Any]) -> float:
         """Largest relative error over all logits of the rows that live and every cache tensor."""
-        wanted = self.oracle.prefill(inputs)
+        wanted = self._reference(inputs)
         cache = {} if self.oracle.makes_cache else {"past_key_values": self.oracle.fresh_cache()}
         with torch.no_grad(), self._captured.running(self.options) as model:
             actual = model(**inputs, use_cache=True, **cache)
         error = logit_error(actual.logits, wanted.logits)
         (held,) = find_caches(actual, cache)
         return max(error, cache_error(held, self._as_cached(wanted)))
+
+    def _reference(self, inputs: Mapping[str, Any]) -> Any:
+        """The reference's prefill, with the steps of merging that the model has a place for: one call, compiled, tells."""
+        if not self.merging and any(turn.merge for turn in self.oracle.stages):
+            with torch.no_grad(), self._captured.running(self.options) as model:
+                model(**inputs, use_cache=True)
+        self._tell_steps(self.oracle)
+        return self.oracle.prefill(inputs)
+
+    def _tell_steps(self, oracle: Oracle) -> None:
+        oracle.counts_keys, oracle.mixes_values = (word in self.merging for word in ("log n", "caches in front"))
+
+    @property
+    def merging(self) -> str:
+        """Which steps of merging the model gets."""
+        return "; ".join(self._captured.merging)
 
     @property
     def kept(self) -> int:
@@ -153,8 +176,9 @@ class Comparison:
     def generate(self, inputs: Mapping[str, Any], steps: int = 3) -> float:
         """Largest relative error over every step's logits and every cache tensor; infinite if a token differs."""
         self.generating.rows = 0
-        wanted = self.run_reference(inputs, steps)
         actual = self.run_compiled(inputs, steps)
+        self._tell_steps(self.generating)
+        wanted = self.run_reference(inputs, steps)
         errors = [logit_error(ours, theirs) for ours, theirs in zip(actual.logits, wanted.logits, strict=True)]
         errors.append(cache_error(actual.past_key_values, wanted.past_key_values))
         if not self.kept:

@@ -8,7 +8,7 @@ import math
 import signal
 import time
 import warnings
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ import parvts_fx
 from parvts_fx import NotRewritten, ParvtsWarning
 from tests.models import prompts
 from tests.models.builders import BUILDERS, Built
-from tests.models.generating import TWO_STAGES, Comparison, cache_lengths, compared, logit_error, run_generate, two_stages
+from tests.models.generating import MERGED, TWO_STAGES, Comparison, cache_lengths, compared, logit_error, run_generate, two_stages
 
 TOLERANCE, LIMIT = 2e-5, 240
 BATCH = "generate, batch of two"
@@ -27,7 +27,8 @@ BATCH = "generate, batch of two"
 class Finding:
     name: str
     verdict: str = ""
-    """"rewritten", "rewritten singly" (no batches), "rewritten in one stage" (no schedule of two), "generate only",
+    """"rewritten", "rewritten singly" (no batches), "rewritten in one stage" (no schedule of two), "rewritten unmerged" (what is
+    dropped cannot be merged), "generate only",
     "forward only", "unrewritten", "not compiled" (torch.compile fails), "unverified" (the reference does not run) or
     "wrong"."""
     reason: str = ""
@@ -45,7 +46,7 @@ def examine(name: str) -> Finding:
     built = BUILDERS[name]()
     found = Finding(name, trait=built.trait)
     reasons: dict[str, str] = {}
-    for check, run in _checks(built, found.errors):
+    for check, run in _checks(built, found):
         try:
             with _limit(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -74,13 +75,15 @@ def examine(name: str) -> Finding:
 
 def _verdict(errors: Mapping[str, float], reasons: Mapping[str, str]) -> str:
     """Of what some checks found, and why others did not run."""
-    in_one = [check for check in reasons if TWO_STAGES not in check]
+    in_one = [check for check in reasons if TWO_STAGES not in check and MERGED not in check]
     done, failed = ({check.split(",")[0] for check in checks} for checks in (errors, in_one))
     whole = done - failed
     if max(errors.values()) > TOLERANCE:
         return "wrong"
     if failed and in_one != [BATCH]:
         return f"{whole.pop()} only" if len(whole) == 1 else "unverified"
+    if any(MERGED in check for check in reasons):
+        return "rewritten unmerged"
     if len(in_one) < len(reasons):
         return "rewritten in one stage"
     return "rewritten singly" if failed else "rewritten"
@@ -90,11 +93,13 @@ class _NotApplicable(Exception):
     """A check has no meaning for a model; says why."""
 
 
-def _checks(built: Built, passed: Container[str]) -> Iterator[tuple[str, Callable[[], float]]]:
+def _checks(built: Built, found: Finding) -> Iterator[tuple[str, Callable[[], float]]]:
     """Forward and generate, each captured once for all schedules; a batch by itself."""
     torch._dynamo.reset()
     for schedule, held in compared(built).items():
         yield f"forward, {schedule}", functools.partial(held.forward, built.inputs)
+        if schedule == MERGED and held.merging:
+            found.notes.append(f"merging: {held.merging}")
     if not built.generates:
         return
     torch._dynamo.reset()
@@ -102,7 +107,7 @@ def _checks(built: Built, passed: Container[str]) -> Iterator[tuple[str, Callabl
     for schedule, held in in_turn.items():
         yield f"generate, {schedule}", functools.partial(held.generate, built.inputs)
     for schedule, held in in_turn.items():  # behind all others: from here on sizes are symbols
-        if f"generate, {schedule}" in passed:
+        if f"generate, {schedule}" in found.errors:
             yield f"generate, {schedule}, longer", functools.partial(held.generate, prompts.longer(built.inputs))
     if "input_ids" in built.inputs:
         torch._dynamo.reset()

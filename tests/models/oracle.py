@@ -83,6 +83,8 @@ class Oracle:
         self.visual: torch.Tensor | None = None
         """Where visual tokens stand in a prompt that comes as embeddings alone."""
         self.layers = decoder_layers(model)
+        self.counts_keys, self.mixes_values = True, True
+        """Whether a model has a place for these steps of merging: logits to add to, caches that hold values alone."""
 
     # -- the recording run --------------------------------------------------------------------------------------------
 
@@ -176,7 +178,7 @@ class Oracle:
     def _merged(self, path: _Path, found: Clusters, entering: torch.Tensor, turn: Placed) -> _Path:
         """With what kept rows take over: of the states that entered the last layer of all rows, and of cached values."""
         cache = copy.deepcopy(path.cache)
-        for layer in cache.layers[:turn.end] if cache is not None else []:
+        for layer in cache.layers[:turn.end] if cache is not None and self.mixes_values else []:
             held = getattr(layer, "values", None)
             if held is not None and held.dim() == 4 and held.shape[2] == len(path.rows) and not torch.equal(held, layer.keys):
                 layer.values = found.shifted(held, self.seen[path.rows])
@@ -230,7 +232,8 @@ class Oracle:
             if attends and (held is None and name == "attention_mask" or _is_mask(held, asking, length)):
                 mask = _mask(held, allowed[length - asking:])
                 mask = (mask.index_select(2, rows) if asking == length else mask).index_select(3, rows)
-                return _counting(mask, path.sizes, ~self.seen[rows[-mask.shape[2]:]], hidden.dtype)
+                sizes = path.sizes if self.counts_keys else torch.ones_like(path.sizes)
+                return _counting(mask, sizes, ~self.seen[rows[-mask.shape[2]:]], hidden.dtype)
             return _cut(held, rows, length)
 
         attends = self._attends(index, cache)

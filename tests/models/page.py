@@ -51,14 +51,15 @@ def write_page(found: dict[str, Finding]) -> None:
         "Written by `python -m tests.models`; do not edit by hand.", "",
         counts(found), "",
         f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}; every model is a small one with "
-        "random weights, float32, lowering \"eager\". *Rewritten* means: with each of three schedules forward and generate "
+        "random weights, float32, lowering \"eager\". *Rewritten* means: with each of four schedules forward and generate "
         "(three greedy steps, then a second prompt of another length) equal the eager reference, all logits and every cache "
         f"tensor, to a relative error of {TOLERANCE:g}; and in a batch of two with left padding a sample's logits are what "
         "they are alone. The schedules: a quarter of the visual tokens kept, the others beside them in the first layer (K = 1), "
-        "with *attention* as fusion, or with a constant weight of *0.4*; and *two stages*, of which the first keeps half, in the "
+        "with *attention* as fusion, or with a constant weight of *0.4*; *two stages*, of which the first keeps half, in the "
         "same way, and the second the quarter that the last row of the prompt attends to most in the layer in front: at the "
         "last layer that runs all rows and whose choice is clear (where that is the second one, the first stage drops at "
-        "once). *Rewritten in one stage*: not with the third. *Unrewritten* means: runs as it is, with the same result as "
+        "once); and *merged*, a quarter chosen at layer 1 and the others merged into them in front of layer 2, where the notes "
+        "say which steps of merging the model has a place for. *Rewritten in one stage*: not with the third. *Unrewritten* means: runs as it is, with the same result as "
         "without this package (to 1e-6), and says why.", "",
         f"The columns {', '.join(SCHEDULES)} hold the largest error with that schedule.", "",
         f"| model | verdict | {' | '.join(SCHEDULES)} | what is peculiar | reason, notes |",
