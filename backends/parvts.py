@@ -20,6 +20,7 @@ from parvts_fx.runtime.call import current_call
 from parvts_fx.runtime.dispatch import Dispatch
 from parvts_fx.runtime.input_origins import noting_origins
 from parvts_fx.runtime.merged_embeddings import MergedInput, hand_on
+from parvts_fx.runtime.record import CallRecord
 
 
 def parvts(
@@ -62,7 +63,7 @@ def parvts(
         caches = cache_outputs(module)
         lowered = noting_origins(module, example_inputs, lower_as_asked(module, example_inputs))
         if done.report.status == "unrewritten" or done.report.visual_tokens or done.report.merges or handed:
-            return _telling_merge(lowered)
+            return _telling_merge(lowered, done.report.reason)
         if attention_nodes(module.graph):  # it may go on from a shortened cache whose count nobody corrects
             return watch_short_caches(lowered, caches, counts_kept=window_caches_follow)
         return lowered
@@ -70,9 +71,10 @@ def parvts(
         return _raise_at_call(error)
 
 
-def _telling_merge(lowered: Compiled) -> Compiled:
+def _telling_merge(lowered: Compiled, reason: str) -> Compiled:
     def telling(*inputs: object) -> object:
         current_call().tell_merge()
+        current_call().tell_record(CallRecord(False, reason))
         return lowered(*inputs)
 
     return telling

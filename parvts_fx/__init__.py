@@ -3,14 +3,16 @@
 ``torch.compile(model, backend="parvts")`` works without importing this package. Importing it changes nothing in torch.
 """
 
-from parvts_fx.api import compile, explain
+from parvts_fx.api import compile, explain, uncompile
 from parvts_fx.errors import NotRewritten, ParvtsWarning, Refusal
 from parvts_fx.options import Options
 from parvts_fx.rewriting import rewrite
+from parvts_fx.runtime.record import CallRecord, last_call
 from parvts_fx.scores import register_rule
 from parvts_fx.stages import Stage
 
 __all__ = [
-    "NotRewritten", "Options", "ParvtsWarning", "Refusal", "Stage", "compile", "explain", "register_rule", "rewrite",
+    "CallRecord", "NotRewritten", "Options", "ParvtsWarning", "Refusal", "Stage", "compile", "explain", "last_call",
+    "register_rule", "rewrite", "uncompile",
 ]
 __version__ = "0.1.0"

@@ -19,6 +19,7 @@ from parvts_fx.options import parse_options
 from parvts_fx.report import GraphReport, Report
 from parvts_fx.rewriting import Rewriting
 from parvts_fx.runtime.compiled_call import watched_call
+from parvts_fx.runtime.record import OnCall
 from parvts_fx.runtime.watched_generate import WatchedGenerate
 from parvts_fx.torch_private import surround_compiled_call, uncompiled_call
 
@@ -27,7 +28,7 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 _COMPILE_ARGUMENTS = ("fullgraph", "dynamic", "disable")
 
 
-def compile(model: Model, **options: Any) -> Model:
+def compile(model: Model, *, on_call: OnCall | None = None, **options: Any) -> Model:
     """Compile a model in place and return it, so that ``generate`` cannot run uncompiled by mistake.
 
     Unlike the plain backend, it has a say in how Dynamo captures the model, for the duration of each call and nowhere
@@ -37,22 +38,56 @@ def compile(model: Model, **options: Any) -> Model:
 
     Args:
         model: any module whose forward merges visual features into a decoder's embeddings.
+        on_call: called with a :class:`parvts_fx.CallRecord` behind every call of the model with a prompt: whether it was
+            pruned, and why not.
         options: the fields of :class:`parvts_fx.Options`, what Inductor knows, and torch.compile's own ``fullgraph``,
             ``dynamic``, ``mode`` and ``disable``.
 
     Raises:
+        TypeError: what is given is no module, or ``on_call`` cannot be called.
         ValueError: bad options, before anything is compiled.
     """
+    _check_module(model, "compile")
+    if on_call is not None and not callable(on_call):
+        raise TypeError(f"parvts_fx.compile: on_call={on_call!r}: expected a callable that takes a parvts_fx.CallRecord")
     arguments = {name: options.pop(name) for name in _COMPILE_ARGUMENTS if name in options}
     mode = options.pop("mode", None)
     parsed = parse_options(options, mode)
     modules: list[Any] = [model, *_generating_parts(model)]
     for module in modules:
         module.compile(backend=functools.partial(parvts, options=parsed, window_caches_follow=True), **arguments)
-        surround_compiled_call(module, functools.partial(watched_call, options=parsed, model=module))
+        surround_compiled_call(module, functools.partial(
+            watched_call, options=parsed, model=module, on_call=on_call if module is model else None))
         if _generating_parts(module) and callable(getattr(type(module), "generate", None)):
-            module.generate = WatchedGenerate(module, parsed)
+            module.generate = WatchedGenerate(module, parsed, on_call if module is model else None)
     return model
+
+
+def uncompile(model: Model) -> Model:
+    """Undo :func:`compile`: the model runs as it is again, from the next call on. Returns the model.
+
+    For other options compile again; what was compiled before is not needed for that.
+
+    Raises:
+        TypeError: what is given is no module.
+    """
+    _check_module(model, "uncompile")
+    parts: list[Any] = [model, *_generating_parts(model)]
+    for module in parts:
+        vars(module).pop("_compiled_call_impl", None)  # the class has None there
+        if isinstance(vars(module).get("generate"), WatchedGenerate):
+            del module.generate
+    return model
+
+
+def _check_module(model: object, name: str) -> None:
+    if isinstance(model, torch.nn.Module):
+        return
+    what = "the class " + model.__name__ if isinstance(model, type) else "None" if model is None else repr(model)
+    remedy = (f"Build the model first: parvts_fx.{name}({model.__name__}(...))." if isinstance(model, type) else
+              'For a function use torch.compile(function, backend="parvts").' if callable(model) else
+              "Give the model that is called, such as what from_pretrained returns.")
+    raise TypeError(f"parvts_fx.{name}: expected a torch.nn.Module, got {what}. {remedy}")
 
 
 def _generating_parts(model: torch.nn.Module) -> list[torch.nn.Module]:

@@ -29,7 +29,7 @@ from parvts_fx.passes.dumps import Dump, log_hook
 from parvts_fx.passes.verify import CHEAP_CHECKS, Check, verifier
 from parvts_fx.pipeline import Work, run_pipeline
 from parvts_fx.report import GraphReport
-from parvts_fx.runtime.guards import Guard, Precondition, guards_for, merged_mask, same_count, visual_mask
+from parvts_fx.runtime.guards import Guard, Precondition, guards_for, merged_mask, same_count, uneven, visual_mask
 from parvts_fx.runtime.merged_embeddings import MergedInput, can_hand_on
 from parvts_fx.runtime.padding import padding_check
 from parvts_fx.runtime.prompt_merges import has_visuals, prompt_merge, refuse_unseen_merges, report_merges, stream_input
@@ -167,11 +167,12 @@ def _count(module: GraphModule, merge: VisualMerge, example_inputs: Sequence[obj
     if any(isinstance(given, FakeTensor) for given in example_inputs):
         raise reason
     try:
-        count = same_count(visual_mask(module, merge)(*example_inputs))
+        visual = visual_mask(module, merge)(*example_inputs)
+        count = same_count(visual)
     except Exception as error:  # sizes that no input has, say
         raise reason from error
     if count is None:
-        raise Refusal("the samples of this batch have different numbers of visual tokens", merge.output)
+        raise Refusal(uneven(visual), merge.output)
     return count
 
 

@@ -8,7 +8,9 @@ does as well, it takes the name's place.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -229,6 +231,52 @@ def as_newer_torch() -> Iterator[None]:
             yield
     finally:
         answers.update(kept)
+
+
+class _SizesInStrings:
+    """While anybody is inside: strings with a dynamic size in them are formatted when they are read, and not while Dynamo traces.
+
+    Formatting at once makes Dynamo compile for that one size, though it is mostly the text of an error that nobody sees: in
+    transformers, every number of visual tokens would be compiled anew. Where names are gone, nothing is done.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._at_once = self._change()
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0 and self._at_once is not None:
+                _find("torch._dynamo.symbolic_convert", "InstructionTranslatorBase")._format_value = self._at_once
+
+    @staticmethod
+    def _change() -> Callable[..., None] | None:
+        try:
+            translator = _get("torch._dynamo.symbolic_convert", "InstructionTranslatorBase")
+            size = _get("torch._dynamo.variables", "SymNodeVariable")
+            later = _get("torch._dynamo.variables.misc", "StringFormatVariable")
+            at_once: Callable[..., None] = translator._format_value
+        except (TorchMoved, AttributeError):
+            return None
+
+        @functools.wraps(at_once)
+        def format_value(self: Any, spec: Any, flags: int) -> None:
+            if isinstance(self.stack[-1], size) and spec.is_python_constant():
+                self.push(later("{:" + spec.as_python_constant() + "}", [self.pop()], {}))
+            else:
+                at_once(self, spec, flags)
+
+        translator._format_value = format_value
+        return at_once
+
+
+sizes_in_strings = _SizesInStrings()
 
 
 # -- torch function modes: generate that merges uncompiled -----------------------------------------------------------------------

@@ -40,7 +40,7 @@ backend = sys.modules["parvts_fx.backends.parvts"]
 rewriting = sys.modules["parvts_fx.rewriting"]
 
 FOUND, TOLERANCE = 1e-3, 2e-5
-CHOICE = dict(keep_tokens=2, migration_depth=1)
+CHOICE = dict(keep_tokens=2, migration_depth=1, merge=None)
 OPTIONS = dict(CHOICE, lowering="eager", score=scores.diverse, skip_dead_rows=False)
 SPEC = Specification(layers=2, attention="masked", length=13, rows=(Row(before=2), Row(before=4)), numbering="mask")
 ONE_ROW = dataclasses.replace(SPEC, rows=(Row(before=2),), merge="choose")

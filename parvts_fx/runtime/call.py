@@ -18,6 +18,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from parvts_fx.analysis.modality import Origin
+from parvts_fx.runtime.record import CallRecord
 from parvts_fx.torch_private import WeakReference, disable_current_modes
 
 Known = TypeVar("Known")
@@ -107,6 +108,9 @@ class Call:
         self.has_merged = False
         """Whether a graph has merged visual features into embeddings, rewritten or not."""
 
+        self.record: CallRecord | None = None
+        """What has become of its prompt, once a graph has told."""
+
         self.lost: set[tuple[int, ...]] = set()
         """[batch, seq] of merged embeddings that died before a graph took them."""
 
@@ -135,6 +139,12 @@ class Call:
         """Told by a rewritten prefill each time it has run."""
         if self.is_watched:
             self.dropped.append(dropped)
+
+    def tell_record(self, record: CallRecord) -> None:
+        """Told by every graph that merges visual features: whether its prompt is pruned. That it was outweighs that another
+        graph of the same call was not."""
+        if self.is_watched and not (self.record is not None and self.record.pruned and not record.pruned):
+            self.record = record
 
     def tell_merge(self) -> None:
         """Told by every graph that merges visual features, each time it runs."""
@@ -188,6 +198,8 @@ class Call:
         """At its end."""
         if self.surrounding is not None:
             self.surrounding.has_merged |= self.has_merged
+            if self.record is not None:
+                self.surrounding.tell_record(self.record)
             self.handed.move_to(self.surrounding.handed)
             self.origins.move_to(self.surrounding.origins)
             self.shortened.move_to(self.surrounding.shortened)

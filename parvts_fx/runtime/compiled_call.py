@@ -14,12 +14,14 @@ from parvts_fx.errors import NotRewritten, ParvtsWarning
 from parvts_fx.options import Options
 from parvts_fx.runtime.caches import find_caches, is_cache, remember_dropped
 from parvts_fx.runtime.call import TensorTable, begin_call
+from parvts_fx.runtime.record import NO_VISUALS, CallRecord, OnCall, keep_record
 from parvts_fx.runtime.watched_generate import paused
 from parvts_fx.torch_private import (
     GuardOnDataDependentSymNode,
     TorchDynamoException,
     as_newer_torch,
     dynamo_config,
+    sizes_in_strings,
     told_of_compiling,
     tree_leaves,
 )
@@ -32,11 +34,16 @@ _SETTINGS: tuple[dict[str, bool], ...] = (
 _RECOMPILE_LIMIT = 128  # Dynamo itself stops at 256 per code object, whatever the limit
 
 
-def watched_call(call: Callable[..., Any], options: Options, model: torch.nn.Module) -> Callable[..., Any]:
+def watched_call(
+    call: Callable[..., Any], options: Options, model: torch.nn.Module, on_call: OnCall | None = None
+) -> Callable[..., Any]:
     """Run a compiled call under settings of Dynamo's that keep it in one piece, and keep its cache's count right.
 
     Checks on data (``.item()``, boolean indexing) otherwise break the graph between the merge and the decoder, or
     between the decoder's layers. Models of one library share code objects, and with them Dynamo's recompile limit.
+
+    Args:
+        on_call: given the record of every call with a prompt (:mod:`parvts_fx.runtime.record`).
 
     Raises (the result):
         NotRewritten: with ``strict=True``, for a call with visual inputs that no captured graph merges.
@@ -47,7 +54,7 @@ def watched_call(call: Callable[..., Any], options: Options, model: torch.nn.Mod
 
     @functools.wraps(call)
     def run(*args: Any, **kwargs: Any) -> Any:
-        prompts, has_pictures = _read(args, kwargs, returned)
+        prompts, has_pictures, is_step = _read(args, kwargs, returned)
         while True:
             try:
                 with paused(), frames.capturing(), begin_call() as told:
@@ -58,16 +65,28 @@ def watched_call(call: Callable[..., Any], options: Options, model: torch.nn.Mod
             except (TorchDynamoException, GuardOnDataDependentSymNode):
                 if not frames.relax():
                     raise
+            except NotRewritten as error:
+                keep_record(model, told.record or CallRecord(False, _reason(error)), on_call)
+                raise
         for cache in find_caches(output, args, kwargs) if told.dropped else []:
             remember_dropped(cache, told.dropped[-1])
         for held in tree_leaves(output):
             if isinstance(held, torch.Tensor) and held.dim() > 2:
                 returned.note(held, True)
+        record = told.record
+        if record is None and not told.has_merged and (has_pictures or not is_step):
+            record = CallRecord(False, UNSEEN if has_pictures else NO_VISUALS)
+        if record is not None:
+            keep_record(model, record, on_call)
         if not told.has_merged and has_pictures:
             tell()
         return output
 
     return run
+
+
+def _reason(error: NotRewritten) -> str:
+    return str(error).removeprefix("parvts_fx: this multimodal prefill cannot be rewritten: ")
 
 
 class _Frames:
@@ -86,7 +105,8 @@ class _Frames:
         self._current = None
         config = dynamo_config()
         limit = max(_RECOMPILE_LIMIT, config.recompile_limit)
-        with told_of_compiling(self._start), config.patch(**_SETTINGS[0], recompile_limit=limit), as_newer_torch():
+        settings = config.patch(**_SETTINGS[0], recompile_limit=limit)
+        with told_of_compiling(self._start), settings, as_newer_torch(), sizes_in_strings:
             yield
 
     def _start(self, given: Any) -> None:
@@ -104,9 +124,10 @@ class _Frames:
 
 def _read(
     args: Sequence[object], kwargs: Mapping[str, object], returned: TensorTable[bool]
-) -> tuple[list[torch.Tensor], bool]:
-    """What may be the ids of a call, and whether it is given a prompt's ids beside numbers that are neither a mask nor
-    embeddings nor a cache nor anything else that an earlier call has returned (a cache in tuples): pictures.
+) -> tuple[list[torch.Tensor], bool, bool]:
+    """What may be the ids of a call, whether it is given a prompt's ids beside numbers that are neither a mask nor
+    embeddings nor a cache nor anything else that an earlier call has returned (a cache in tuples): pictures. And whether it is
+    a decode step.
 
     One id a sample beside a mask is a decode step, whatever else (positions as numbers, say) comes with it.
     """
@@ -119,7 +140,9 @@ def _read(
         and not returned.get(held) for held in tensors)
     if pictures and len(ids) > len(prompts) == 1 and int(prompts[0].max()) <= 1:
         pictures = False  # the one long row of integers is a mask over a cache
-    return prompts, pictures
+    embedded = any(held.is_floating_point() and held.dim() == 3 and held.shape[1] > 1 for held in tensors)
+    is_step = len(ids) > len(prompts) or not prompts and not embedded
+    return prompts, pictures, is_step
 
 
 @torch.no_grad()
@@ -147,18 +170,20 @@ def _rows_of_none_of(
     return None
 
 
+UNSEEN = ("no captured graph merges visual features into a decoder's embeddings: they enter by cross-attention or an "
+          "encoder, or the model merges them in code that Dynamo does not capture, or changes the merged "
+          "embeddings between two graphs, or its attention is neither scaled_dot_product_attention nor a softmax")
+
+
 def _teller(options: Options) -> Callable[[], None]:
     """Says once that a multimodal prompt was seen, and no merge."""
     told: list[bool] = []
 
     def tell() -> None:
-        reason = ("no captured graph merges visual features into a decoder's embeddings: they enter by cross-attention or an "
-                  "encoder, or the model merges them in code that Dynamo does not capture, or changes the merged "
-                  "embeddings between two graphs, or its attention is neither scaled_dot_product_attention nor a softmax")
         if options.strict:
-            raise NotRewritten(f"parvts_fx: this multimodal prefill cannot be rewritten: {reason}")
+            raise NotRewritten(f"parvts_fx: this multimodal prefill cannot be rewritten: {UNSEEN}")
         if not told:
-            warnings.warn(f"parvts_fx: this multimodal prefill runs unrewritten: {reason}", ParvtsWarning, stacklevel=3)
+            warnings.warn(f"parvts_fx: this multimodal prefill runs unrewritten: {UNSEEN}", ParvtsWarning, stacklevel=3)
         told.append(True)
 
     return tell

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,8 +16,9 @@ from parvts_fx.options import Options
 from parvts_fx.rewriting import Rewriting
 from parvts_fx.runtime.caches import cache_outputs, note_short_caches
 from parvts_fx.runtime.call import current_call
-from parvts_fx.runtime.guards import Prompt, same_count
+from parvts_fx.runtime.guards import Prompt, same_count, uneven
 from parvts_fx.runtime.merged_embeddings import MergedInput, visual_rows
+from parvts_fx.runtime.record import KEPT_ALL, CallRecord
 
 Compiled = Callable[..., Any]
 Lower = Callable[[GraphModule, Sequence[object]], Compiled]
@@ -55,6 +57,9 @@ class Dispatch:
         self._by_count: dict[int | None, Compiled | None] = {}
         """Compiled forms by the number of visual tokens; its key is None for the one that reads it off the sizes, and its
         value None for a number that could not be rewritten."""
+
+        self._refused: dict[int, str] = {}
+        """Why, for each of those; it was told when it was found out."""
         if lowered is None:
             lowered = torch.compile(done.module, backend=_LowerOnly(lower))
         self._by_count[None if done.precondition else done.merge.count] = lowered
@@ -66,34 +71,35 @@ class Dispatch:
         if given is None:
             return self._run_unrewritten(inputs)  # text alone
         current_call().tell_merge()
-        precondition = self._done.precondition
-        count: int | None = None
-        if precondition is not None:
-            count = precondition.visual_tokens(inputs)
-            if self._dropped(count) == 0:
-                return self._run_unrewritten(inputs)
-        visual = self._visual_mask(*given)
-        if precondition is None:
-            count = same_count(visual)
-            if count is not None and self._dropped(count) == 0:
-                return self._run_unrewritten(inputs)
-        prompt = Prompt(given, visual, count)
-        reason = next((reason for guard in self._done.guards if (reason := guard(prompt)) is not None), None)
-        compiled = None
-        if count is not None and reason is None:
-            number = None if precondition else count
-            if number in self._by_count:
-                compiled = self._by_count[number]
-            else:
-                compiled, reason = self._compile_for(count, inputs, given[-1])
+        visual, precondition = self._visual_mask(*given), self._done.precondition
+        count = same_count(visual) if precondition is None else precondition.visual_tokens(inputs)
+        compiled, reason = self._choose(inputs, given, visual, count)
+        size = visual.shape[1]
         if compiled is None or count is None:
-            if reason is not None:
+            current_call().tell_record(CallRecord(False, reason, size, visual=visual))
+            if reason != KEPT_ALL and count not in self._refused:
                 self._tell(reason)
             return self._run_unrewritten(inputs)
         outputs = compiled(*given)
+        current_call().tell_record(CallRecord(True, "", size, self._options.subject_count(count), visual))
         current_call().tell_pruning(self._dropped(count))
         note_short_caches(outputs, self._caches)
         return outputs
+
+    def _choose(
+        self, inputs: Sequence[object], given: Sequence[Any], visual: torch.Tensor, count: int | None
+    ) -> tuple[Compiled | None, str]:
+        """The compiled form for the prompt at hand, or None and why there is none."""
+        if count is not None and self._dropped(count) == 0:
+            return None, KEPT_ALL
+        prompt = Prompt(given, visual, count)
+        reason = next((reason for guard in self._done.guards if (reason := guard(prompt)) is not None), None)
+        if reason is not None or count is None:
+            return None, reason or uneven(visual)
+        number = None if self._done.precondition else count
+        if number not in self._by_count:
+            return self._compile_for(count, inputs, given[-1])
+        return self._by_count[number], self._refused.get(count, "")
 
     def _for_handed(self, inputs: tuple[Any, ...]) -> Compiled | None:
         """For a graph that was compiled for a prompt into which nothing had been merged before, and now something has."""
@@ -105,12 +111,13 @@ class Dispatch:
         visual_rows(inputs[self._done.stream])  # taken, whatever becomes of it
         if self._further is None:
             done = self._again(self._original, inputs, MergedInput(self._done.stream, visual))
-            self._further = self._run_alone if done.module is None else Dispatch(
+            self._further = functools.partial(self._run_alone, done.report.reason) if done.module is None else Dispatch(
                 done, None, self._original, self._options, self._done.stream, self._again, self._lower)
         return self._further
 
-    def _run_alone(self, *inputs: object) -> Any:
+    def _run_alone(self, reason: str, *inputs: object) -> Any:
         current_call().tell_merge()
+        current_call().tell_record(CallRecord(False, reason))
         return self._run_unrewritten(inputs)
 
     def _with_handed_mask(self, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -129,15 +136,17 @@ class Dispatch:
 
     def _compile_for(
         self, count: int, inputs: Sequence[object], handed_mask: torch.Tensor
-    ) -> tuple[Compiled | None, str | None]:
-        """The compiled form for another number of visual tokens, or None and the reason, if it has not been told yet."""
+    ) -> tuple[Compiled | None, str]:
+        """The compiled form for another number of visual tokens, or None and the reason."""
         if len(self._by_count) >= _MOST_COUNTS:
             return None, (f"the number of visual tokens depends on data here, and {_MOST_COUNTS} different numbers have "
                           "been compiled already (generate and sizes that the graph knows have no such limit)")
         handed = None if self._position is None else MergedInput(self._position, handed_mask)
         done = self._again(self._original, inputs, handed)
         self._by_count[count] = done.module and torch.compile(done.module, backend=_LowerOnly(self._lower))
-        return self._by_count[count], None
+        if done.module is None:
+            self._refused[count] = done.report.reason
+        return self._by_count[count], done.report.reason
 
     def _tell(self, reason: str) -> None:
         if self._options.strict:

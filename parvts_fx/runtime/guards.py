@@ -58,7 +58,7 @@ def guards_for(
 
     def alike(prompt: Prompt) -> str | None:
         holds = prompt.count is not None and (precondition is None or precondition.holds(prompt.visual, prompt.inputs))
-        return None if holds else "the samples of this batch have different numbers of visual tokens"
+        return None if holds else uneven(prompt.visual)
 
     def padded(prompt: Prompt) -> str | None:
         return PADDING if padding is not None and padding(prompt.visual, *prompt.inputs) else None
@@ -119,6 +119,14 @@ def _union(module: GraphModule, wanted: Sequence[Node]) -> Callable[..., torch.T
         return functools.reduce(torch.logical_or, (flatten_mask(mask) for mask in masks(*inputs)))
 
     return union
+
+
+def uneven(visual: torch.Tensor) -> str:
+    """Why a batch is not pruned whose samples have other numbers of visual tokens than its sizes say."""
+    counts = visual.sum(1).tolist()
+    if len(set(counts)) > 1:
+        return f"the samples of this batch have different numbers of visual tokens: {', '.join(map(str, counts))}"
+    return f"there are {counts[0]} placeholders of visual tokens a sample, and another number of visual features"
 
 
 def same_count(visual: torch.Tensor) -> int | None:

@@ -19,6 +19,7 @@ from parvts_fx.errors import NotRewritten, ParvtsWarning
 from parvts_fx.options import Options
 from parvts_fx.runtime.call import begin_call
 from parvts_fx.runtime.merged_embeddings import hand_over, received, visual_rows
+from parvts_fx.runtime.record import CallRecord, OnCall, keep_record, last_call
 from parvts_fx.torch_private import current_function_mode, pop_mode_temporarily
 
 _SCATTERS = (torch.Tensor.masked_scatter, torch.masked_scatter, torch.Tensor.masked_scatter_)
@@ -80,8 +81,8 @@ class WatchedGenerate:
         NotRewritten: with ``strict=True``, for a merge that no compiled part took.
     """
 
-    def __init__(self, model: torch.nn.Module, options: Options):
-        self._model, self._options = model, options
+    def __init__(self, model: torch.nn.Module, options: Options, on_call: OnCall | None = None):
+        self._model, self._options, self._on_call = model, options, on_call
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with _Noting() as noting, begin_call() as call:
@@ -89,11 +90,14 @@ class WatchedGenerate:
             result = generate(self._model, *args, **kwargs)
         if noting.merged and not call.has_merged and not any(map(received, noting.merged)):
             self._tell()
+        elif call.record is not None and last_call(self._model) is not call.record:  # that of a part's own call
+            keep_record(self._model, call.record, self._on_call)
         return result
 
     def _tell(self) -> None:
         reason = ("generate merges visual features outside of any graph, and no compiled part of the model took the merged "
                   "embeddings as they were")
+        keep_record(self._model, CallRecord(False, reason), self._on_call)
         if self._options.strict:
             raise NotRewritten(f"parvts_fx: this multimodal prefill cannot be rewritten: {reason}")
         warnings.warn(f"parvts_fx: this multimodal prefill runs unrewritten: {reason}", ParvtsWarning, stacklevel=3)

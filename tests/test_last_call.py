@@ -1,0 +1,126 @@
+"""What became of a call: the record, the callback, and compilation undone."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+import parvts_fx
+from parvts_fx.runtime.record import KEPT_ALL, NO_VISUALS
+from tests import llava
+from tests.models.builders import BUILDERS
+
+OPTIONS = dict(lowering="eager", migration_depth=1, keep_tokens=3)
+EVEN, UNEVEN = [[3, "image", 5], [2, "image", 2]], [[2, "image", 3], [4]]
+
+
+@pytest.fixture
+def model() -> Any:
+    return llava.build(layers=3)
+
+
+def called(model: Any, inputs: dict, **more: Any) -> Any:
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", parvts_fx.ParvtsWarning)
+        return model(**inputs, **more)
+
+
+@pytest.mark.supports("Calls", "parvts_fx.last_call and on_call: whether a prompt was pruned, how many tokens of each row, and why not")
+def test_a_pruned_prompt(model: Any) -> None:
+    given, told = llava.prompt(model, EVEN), []
+    parvts_fx.compile(model, on_call=told.append, **OPTIONS)
+    assert parvts_fx.last_call(model) is None
+    model.generate(**given.inputs, max_new_tokens=3, do_sample=False)
+    record = parvts_fx.last_call(model)
+    assert told == [record], "decode steps make no record"
+    assert record.pruned and record.reason == "" and record.graph == "rewritten"
+    counts = tuple(given.visual.sum(1).tolist())
+    assert (record.prompt_tokens, record.visual_tokens, record.kept_tokens) == (given.visual.shape[1], counts, (3, 3))
+
+
+def test_an_uneven_batch(model: Any) -> None:
+    """The reason names the rows' counts, and is the warning's."""
+    even, uneven = llava.prompt(model, EVEN), llava.prompt(model, UNEVEN)
+    parvts_fx.compile(model, **OPTIONS)
+    called(model, even.inputs)
+    with pytest.warns(parvts_fx.ParvtsWarning) as caught, torch.no_grad():
+        model(**uneven.inputs)
+    record, counts = parvts_fx.last_call(model), tuple(uneven.visual.sum(1).tolist())
+    assert not record.pruned and record.graph == "unrewritten"
+    assert f"different numbers of visual tokens: {counts[0]}, {counts[1]}" in record.reason
+    assert any(record.reason in str(warning.message) for warning in caught)
+
+
+def test_reasons(model: Any) -> None:
+    given = llava.prompt(model, EVEN)
+    parvts_fx.compile(model, **OPTIONS | {"keep_tokens": 1000})
+    called(model, given.inputs)
+    assert parvts_fx.last_call(model).reason == KEPT_ALL
+    called(model, {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.int64)})
+    assert parvts_fx.last_call(model).reason == NO_VISUALS
+    parvts_fx.compile(model, **OPTIONS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", parvts_fx.ParvtsWarning)
+        model(**given.inputs)  # records gradients
+    assert "gradients" in parvts_fx.last_call(model).reason
+    assert parvts_fx.last_call(model).visual_tokens == parvts_fx.last_call(model).kept_tokens == ()
+
+
+def test_strict_leaves_a_record(model: Any) -> None:
+    even, uneven = llava.prompt(model, EVEN), llava.prompt(model, UNEVEN)
+    told: list[parvts_fx.CallRecord] = []
+    parvts_fx.compile(model, on_call=told.append, strict=True, **OPTIONS)
+    called(model, even.inputs)
+    with pytest.raises(parvts_fx.NotRewritten):
+        called(model, uneven.inputs)
+    assert [record.pruned for record in told] == [True, False] and parvts_fx.last_call(model) is told[1]
+    assert "different numbers" in told[1].reason
+
+
+def test_features_that_no_graph_merges() -> None:
+    built = BUILDERS["mllama"]()
+    parvts_fx.compile(built.model, **OPTIONS)
+    called(built.model, built.inputs)
+    assert "no captured graph merges" in parvts_fx.last_call(built.model).reason
+
+
+def test_a_part_that_generate_calls() -> None:
+    """BLIP-2 merges in generate and calls its text model: both have the record."""
+    built, told = BUILDERS["blip-2"](), []
+    parvts_fx.compile(built.model, on_call=told.append, **OPTIONS)
+    with torch.no_grad():
+        built.model.generate(**built.inputs, max_new_tokens=2, do_sample=False)
+    assert [record.pruned for record in told] == [True]
+    assert parvts_fx.last_call(built.model) is parvts_fx.last_call(built.model.language_model) is told[0]
+
+
+@pytest.mark.supports("torch.compile", "parvts_fx.uncompile, and compiling again with other options")
+def test_uncompile_and_compile_again(model: Any) -> None:
+    given = llava.prompt(model, EVEN)
+    with torch.no_grad():
+        whole = model(**given.inputs).logits
+    before = set(vars(model))
+    parvts_fx.compile(model, **OPTIONS)
+    assert called(model, given.inputs).past_key_values.get_seq_length(0) > 0 and parvts_fx.last_call(model).pruned
+    parvts_fx.compile(model, **OPTIONS | {"keep_tokens": 5})
+    called(model, given.inputs)
+    assert parvts_fx.last_call(model).kept_tokens == (5, 5)
+    assert parvts_fx.uncompile(model) is model and set(vars(model)) == before
+    with torch.no_grad():
+        assert torch.equal(model(**given.inputs).logits, whole)
+
+
+@pytest.mark.parametrize("given, words", [
+    (None, "got None. Give the model"), (torch.nn.Linear, r"the class Linear. Build the model first: parvts_fx.compile\(Linear"),
+    (lambda x: x, r"torch.compile\(function, backend=\"parvts\"\)"), ("llava", "got 'llava'. Give the model")])
+def test_what_is_no_model(given: Any, words: str) -> None:
+    with pytest.raises(TypeError, match=words):
+        parvts_fx.compile(given)
+
+
+def test_a_callback_that_is_none(model: Any) -> None:
+    with pytest.raises(TypeError, match="on_call='log': expected a callable"):
+        parvts_fx.compile(model, on_call="log")
