@@ -110,7 +110,7 @@ def _bias(path: Path, attention: Attention, node: Node, queries: str, keys: str,
     place = next(index for index, leaf in enumerate(leaves(node)) if leaf is source)
     samples = samples_of(path.emitter.decoder, source)
     like = fresh[place] if is_softmax(node) else value(fused_arguments(node)["query"])
-    fresh[place] = biased(path.emitter, attention, queries, keys, fresh[place], value(source).dim(), samples, like)
+    fresh[place] = biased(path.emitter, attention.output, queries, keys, fresh[place], value(source).dim(), samples, like)
 
 
 def _fused_operands(path: Path, attention: Attention, queries: str, keys: str) -> dict[str, Any]:
@@ -132,12 +132,10 @@ def _fused_operands(path: Path, attention: Attention, queries: str, keys: str) -
     named["key"], named["value"] = (path.keys(operand.node, operand.axis, keys) for operand in (key, val))
     if emitter.sizes:
         rank, samples = value(query.node).dim(), samples_of(emitter.decoder, query.node)
-        bias = biased(emitter, attention, queries, keys, named["attn_mask"], rank, samples, named["query"])
-        if bias is not named["attn_mask"] and named["is_causal"]:
-            bias = biased(emitter, attention, queries, keys, emitter.causal_mask(queries, keys, rank, samples), rank, samples,
-                          named["query"])
-            named["is_causal"] = False
-        named["attn_mask"] = bias
+        mask = emitter.causal_mask(queries, keys, rank, samples) if named["is_causal"] else named["attn_mask"]
+        bias = biased(emitter, attention.output, queries, keys, mask, rank, samples, named["query"])
+        if bias is not mask:
+            named |= {"attn_mask": bias, "is_causal": False}
     return named
 
 

@@ -19,15 +19,15 @@ for, itself included and over several stages. Then
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
-from parvts_fx.analysis.records import Attention
+from parvts_fx.analysis.calls import fused_arguments, is_softmax
 from parvts_fx.analysis.samples import Samples, along, samples_of, stream_axis
-from parvts_fx.analysis.values import value
+from parvts_fx.analysis.values import leaves, value, with_leaves
 from parvts_fx.errors import Refusal
 from parvts_fx.passes.rows import live
 
@@ -192,12 +192,14 @@ def cached_values(emitter: Emitter, node: Node) -> Node:
 
 
 def biased(
-    emitter: Emitter, attention: Attention, queries: str, keys: str, logits: Node | None, rank: int, samples: Samples | None,
+    emitter: Emitter, call: Node, queries: str | int, keys: str, logits: Node | None, rank: int, samples: Samples | None,
     like: Node,
 ) -> Node | None:
     """Logits, or a mask that is added to them, with log n of the keys for the queries of text rows.
 
     Args:
+        call: an attention call of the decoder, by its output.
+        queries: the name of the rows that ask, or how many of the last rows do.
         logits: [..., queries, keys]; a bool mask is true where a query may look. None for none.
         rank: of the logits, and where samples lie in them.
         like: what has the dtype of the result.
@@ -206,8 +208,8 @@ def biased(
         the same as ``logits`` where no key stands for several, or the call has no place for it.
     """
     plan, sets = emitter.plan, emitter.sets
-    levels = [level for level in emitter.sizes if level <= plan.live[attention.output] and sets.is_within(keys, live(level))]
-    if not levels or any(attention.output in merging.unbiased for merging in plan.mergings.values()):
+    levels = [level for level in emitter.sizes if level <= plan.live[call] and sets.is_within(keys, live(level))]
+    if not levels or any(call in merging.unbiased for merging in plan.mergings.values()):
         return logits
     dtype = value(like).dtype
     key = (max(levels), queries, keys, rank, samples, dtype)
@@ -224,15 +226,41 @@ def biased(
     return emitter.biases[*key, logits]
 
 
+def counted(emitter: Emitter, call: Node, fresh: list[Any], keys: str) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of an attention call by which the prompt's last rows alone ask, with log n for keys that stand for several.
+
+    Args:
+        call: the softmax or the fused call of the decoder.
+        fresh: what its copy reads in place of its leaves.
+    """
+    place = dict(zip(leaves(call), fresh))
+    asks = call.all_input_nodes[0] if is_softmax(call) else fused_arguments(call)["query"]
+    queries = value(asks).shape[-2]
+    if is_softmax(call):
+        logits = asks
+        held = biased(emitter, call, queries, keys, place[logits], value(logits).dim(), samples_of(emitter.decoder, logits),
+                      place[logits])
+        return with_leaves(call, [held if leaf is logits else new for leaf, new in zip(leaves(call), fresh)])
+    named = fused_arguments(call)
+    named = {name: place.get(held, held) if isinstance(held, Node) else held for name, held in named.items()}
+    named["attn_mask"] = biased(
+        emitter, call, queries, keys, named["attn_mask"], value(asks).dim(), samples_of(emitter.decoder, asks), named["query"])
+    operands = tuple(named.pop(name) for name in ("query", "key", "value"))
+    return operands, named
+
+
 def _bias(
-    emitter: Emitter, level: int, queries: str, keys: str, rank: int, samples: Samples | None, dtype: torch.dtype
+    emitter: Emitter, level: int, queries: str | int, keys: str, rank: int, samples: Samples | None, dtype: torch.dtype
 ) -> Node:
     """log n of the keys where rows of text ask, to be broadcast with logits [..., queries, keys]."""
     sets, editor, sizes = emitter.sets, emitter.editor, emitter.sizes[level]
     if keys != live(level):
         sizes = editor.call(torch.gather, sizes, 1, sets.places(keys, live(level)))
     assert emitter.visual is not None, "a choice has needed it"
-    index = sets[queries].index
+    index = sets[keys if isinstance(queries, int) else queries].index
+    if isinstance(queries, int):
+        assert index is not None, "the rows are fewer than the prompt's where keys stand for several"
+        index = editor.call(operator.getitem, index, (slice(None), slice(-queries, None)))
     visual = emitter.visual if index is None else editor.call(torch.gather, emitter.visual, 1, index)
     wanted = (rank - 2, rank - 1) if samples is None else (samples.axis, rank - 2, rank - 1)
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch.fx import Node
 
 from parvts_fx.analysis.attention import is_value_operand
-from parvts_fx.analysis.calls import is_fused_attention, is_softmax
+from parvts_fx.analysis.calls import fused_arguments, is_fused_attention, is_softmax
 from parvts_fx.analysis.records import Attention
 from parvts_fx.analysis.tokens import TokenMap
 from parvts_fx.analysis.values import ancestors, changed_in_place, output_node
@@ -45,9 +45,10 @@ class MergeClusters:
         inside = stage.end < len(plan.layers)
         behind = [attention for layer in plan.layers[stage.end:] for attention in layer.attentions]
         biased = frozenset(attention.output for attention in behind if has_place_for_bias(attention, plan.decoder.tokens))
+        asking = frozenset(node for node in _asked_by_last_rows(plan) if left[node] > stage.number)
         return Merging(
             stage, plan.entering(stage), plan.link(stage.end) if inside else None,
-            frozenset(node for node in values if left[node] <= stage.number), biased,
+            frozenset(node for node in values if left[node] <= stage.number), biased, asking,
             frozenset(attention.output for attention in behind) - biased)
 
 
@@ -56,8 +57,8 @@ def steps(merging: Merging) -> str:
     done = []
     if merging.drop is not None:
         done.append(f"hidden states at the input of layer {merging.stage.end}")
-    if merging.biased:
-        done.append(f"log n on the logits of {len(merging.biased)} calls")
+    if merging.biased or merging.asking:
+        done.append(f"log n on the logits of {len(merging.biased) + len(merging.asking)} calls")
     if merging.unbiased:
         done.append(f"no place for that in {len(merging.unbiased)} calls")
     if merging.stage.end:
@@ -77,6 +78,25 @@ def has_place_for_bias(attention: Attention, tokens: TokenMap) -> bool:
             return sorted(axes) == [node.meta["example_value"].dim() - 2, node.meta["example_value"].dim() - 1] and all(
                 kind.is_plain for kind in axes.values())
     return False
+
+
+def _asked_by_last_rows(plan: Plan) -> list[Node]:
+    """The softmax or fused call of every attention whose queries are the prompt's last rows alone, over tokens as keys."""
+    tokens, layers = plan.decoder.tokens, plan.decoder.layers
+    owners = {node for layer in layers for attention in layer.attentions for node in attention.nodes}
+
+    def asks(node: Node) -> bool:
+        if is_fused_attention(node):
+            named = fused_arguments(node)
+            rank = named["key"].meta["example_value"].dim()
+            return not tokens.axes.get(named["query"]) and list(tokens.axes.get(named["key"], ())) == [rank - 2]
+        if not is_softmax(node):
+            return False
+        logits = node.all_input_nodes[0]
+        axes = tokens.axes.get(logits, {})
+        return list(axes) == [logits.meta["example_value"].dim() - 1] and all(kind.is_plain for kind in axes.values())
+
+    return [node for node in plan.decoder.nodes if node not in owners and asks(node)]
 
 
 def _caches(plan: Plan) -> tuple[dict[Node, tuple[Node, ...]], set[Node]]:

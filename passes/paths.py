@@ -23,6 +23,7 @@ from parvts_fx.analysis.values import (
     with_leaves,
 )
 from parvts_fx.errors import Refusal
+from parvts_fx.passes.clusters import counted
 from parvts_fx.passes.rows import LAST, live
 
 if TYPE_CHECKING:
@@ -131,6 +132,8 @@ class Path:
         name = LAST if node is emitter.plan.take else name
         like = next((s for s in node.all_input_nodes if emitter.decoder.tokens.axes.get(s)), None)
         fresh = [self._leaf(node, index, leaf, name, like) for index, leaf in enumerate(leaves(node))]
+        if any(node in merging.asking for merging in emitter.plan.mergings.values()):
+            return emitter.editor.copy(node, *counted(emitter, node, fresh, self.rows_left(node)))
         return emitter.editor.copy(node, *with_leaves(node, fresh))
 
     def _leaf(self, node: Node, index: int, leaf: Any, name: str, like: Node | None) -> Any:

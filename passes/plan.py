@@ -74,6 +74,9 @@ class Merging:
     biased: frozenset[Node]
     """Attention calls behind it, by output, in which the text asks keys that stand for several."""
 
+    asking: frozenset[Node]
+    """The same of calls by which the prompt's last rows alone ask: their softmax or fused call."""
+
     unbiased: frozenset[Node]
     """Those that have no place for that."""
 

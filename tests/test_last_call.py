@@ -28,7 +28,7 @@ def called(model: Any, inputs: dict, **more: Any) -> Any:
         return model(**inputs, **more)
 
 
-@pytest.mark.supports("Calls", "parvts_fx.last_call and on_call: whether a prompt was pruned, how many tokens of each row, and why not")
+@pytest.mark.supports("Calls", "parvts_fx.last_call and on_call: what was pruned of each row, or why nothing")
 def test_a_pruned_prompt(model: Any) -> None:
     given, told = llava.prompt(model, EVEN), []
     parvts_fx.compile(model, on_call=told.append, **OPTIONS)

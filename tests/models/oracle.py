@@ -168,11 +168,11 @@ class Oracle:
         entering = self._through(path, turn.begin, last, apart)
         behind = self._through(entering, last, turn.end, apart, watch)
         if turn.stage.merge is not None and not stays.all():
-            stream = (path.hidden - self._added(turn.begin, path.rows)).movedim(self.axis, 0).flatten(1)
+            stream = (path.hidden - self._own(turn.begin, path.rows)).movedim(self.axis, 0).flatten(1)
             found = clusters_of(stream, self.seen[path.rows], subject, pictures_of(self.seen)[path.rows], path.sizes)
             if found.gap < CLEAR:
                 raise LookupError("which kept token is the nearest is about rounding")
-            behind = self._merged(behind, found, entering.hidden - self._added(last, path.rows), turn)
+            behind = self._merged(behind, found, entering.hidden - self._own(last, path.rows), turn)
         return self._only(behind, stays)
 
     def _merged(self, path: _Path, found: Clusters, entering: torch.Tensor, turn: Placed) -> _Path:
@@ -251,6 +251,11 @@ class Oracle:
     def _attends(self, index: int, cache: Any) -> bool:
         held = cache.layers[index] if cache is not None and index < len(cache.layers) else None
         return not (isinstance(held, cache_utils.LinearAttentionLayer) and not isinstance(held, cache_utils.DynamicLayer))
+
+    def _own(self, index: int, rows: torch.Tensor) -> torch.Tensor | float:
+        """The same where it happens in front of every layer but the first: then it counts as the layer's own."""
+        each = [self._added(layer, rows) for layer in range(1, len(self.layers))]
+        return self._added(index, rows) if all(isinstance(added, torch.Tensor) and added.any() for added in each) else 0.0
 
     def _finish(self, inputs: Mapping[str, Any], hidden: torch.Tensor) -> torch.Tensor:
         """The model's own forward from the last layer's output."""
