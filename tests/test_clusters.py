@@ -96,15 +96,22 @@ def test_a_sample_does_not_depend_on_its_batch(model: Any) -> None:
         uncompile(model)
 
 
-def test_off_is_todays_result(model: Any) -> None:
+@pytest.mark.parametrize("given, same", [
+    ({}, {"merge": "clusters", "score": "placed"}), ({"fusion": 0.5}, {"fusion": 0.5, "merge": None, "score": "placed"})],
+    ids=["attention fusion merges", "constant weights do not"])
+def test_the_default(model: Any, given: dict, same: dict) -> None:
     prompt, results = llava.prompt(model, PROMPTS["padding"]), []
-    for options in ({"migration_depth": 2, "keep_tokens": 4}, {"migration_depth": 2, "keep_tokens": 4, "merge": None}):
+    for options in (given, same):
         torch._dynamo.reset()
-        compile_with_parvts(model, **options)
+        compile_with_parvts(model, keep_tokens=4, **options)
         with torch.no_grad():
             results.append(model(**prompt.inputs).logits)
         uncompile(model)
     assert torch.equal(*results)
+
+
+def test_off_is_the_method_of_the_paper(model: Any) -> None:
+    check(model, llava.prompt(model, PROMPTS["padding"]), keep_tokens=4, merge=None)
 
 
 def test_explain_tells_which_steps_a_model_gets(model: Any) -> None:
@@ -116,7 +123,7 @@ def test_explain_tells_which_steps_a_model_gets(model: Any) -> None:
 
 
 @pytest.mark.parametrize("given, told", [
-    (dict(merge="average"), "option merge='average': expected None or \"clusters\""),
+    (dict(merge="average"), "option merge='average': expected \"auto\", None or \"clusters\""),
     (dict(merge="clusters", fusion=0.5), "option merge='clusters': expected None together with fusion=0.5"),
 ])
 def test_bad_options(given: dict, told: str) -> None:
