@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from rich.console import Console
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import compare, gpu, schedules
+from bench import compare, gpu, merging_cost, schedules
 from bench.configurations import SMALL
 from bench.demo import build_model
 from bench.floor import Floor, decoder_weights
@@ -126,7 +127,7 @@ def test_fastv_keeps_the_tokens_with_most_attention(scene: Scene):
     assert reference.relative_error(logits, expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["PyramidDrop", "joint", "diverse", "parvts fusion 0.5"])
+@pytest.mark.parametrize("name", ["PyramidDrop", "joint", "diverse", "parvts", "parvts, not merged", "parvts fusion 0.5"])
 def test_schedules_compute_what_the_reference_does(name: str, scene: Scene):
     text, stages = scene.model.model.language_model, METHODS[name].stages(KEPT)
     expected = reference.prefill(
@@ -276,3 +277,14 @@ def test_positions_on_a_grid_are_qwens_own():
     expected, delta = model.model.get_rope_index(scene.ids, kinds, image_grid_thw=torch.tensor([[1, 12, 12]]))
     assert scene.positions.tolist() == expected.tolist()
     assert scene.next_position == scene.prompt + int(delta)
+
+
+def test_what_merging_costs(tmp_path: Path) -> None:
+    """That the forms of a call agree is asserted in there."""
+    out = tmp_path / "cost.json"
+    found = merging_cost.main(["--layers", "4", "--width", "128", "--visual", "36", "--kept", "9", "--repeats", "1",
+                               "--lowering", "eager", "--out", str(out)])
+    assert json.loads(out.read_text())["settings"]["kept"] == 9
+    whole, dropped, merged = (row["flops"] for row in found["prefills"])
+    assert dropped < merged < whole
+    assert [sheet.headings[1] for sheet in merging_cost.sheets(found)] == ["time", "causal, nothing counted"]
