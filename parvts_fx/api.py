@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +25,9 @@ from parvts_fx.runtime.watched_generate import WatchedGenerate
 from parvts_fx.torch_private import surround_compiled_call, uncompiled_call
 
 Model = TypeVar("Model", bound=torch.nn.Module)
+
+_COPIER = "__deepcopy__"
+"""Where copy.deepcopy looks, on the model itself."""
 
 _COMPILE_ARGUMENTS = ("fullgraph", "dynamic", "disable")
 
@@ -50,6 +54,7 @@ def compile(model: Model, *, on_call: OnCall | None = None, **options: Any) -> M
     _check_module(model, "compile")
     if on_call is not None and not callable(on_call):
         raise TypeError(f"parvts_fx.compile: on_call={on_call!r}: expected a callable that takes a parvts_fx.CallRecord")
+    again = functools.partial(compile, on_call=on_call, **options)
     arguments = {name: options.pop(name) for name in _COMPILE_ARGUMENTS if name in options}
     mode = options.pop("mode", None)
     parsed = parse_options(options, mode)
@@ -60,6 +65,7 @@ def compile(model: Model, *, on_call: OnCall | None = None, **options: Any) -> M
             watched_call, options=parsed, model=module, on_call=on_call if module is model else None))
         if _generating_parts(module) and callable(getattr(type(module), "generate", None)):
             module.generate = WatchedGenerate(module, parsed, on_call if module is model else None)
+    vars(model)[_COPIER] = _Copier(model, again)
     return model
 
 
@@ -75,9 +81,35 @@ def uncompile(model: Model) -> Model:
     parts: list[Any] = [model, *_generating_parts(model)]
     for module in parts:
         vars(module).pop("_compiled_call_impl", None)  # the class has None there
+        vars(module).pop(_COPIER, None)
         if isinstance(vars(module).get("generate"), WatchedGenerate):
             del module.generate
     return model
+
+
+class _Copier:
+    """Makes copies of a compiled model that are compiled as it is; torch's own would run uncompiled, without a word.
+
+    A model that is pickled comes back uncompiled, as from torch.compile: options may hold what no file can.
+    """
+
+    def __init__(self, model: torch.nn.Module, again: Callable[[torch.nn.Module], torch.nn.Module]):
+        self._model, self._again = model, again
+
+    def __call__(self, memo: dict[int, Any]) -> torch.nn.Module:
+        vars(self._model).pop(_COPIER, None)
+        try:
+            made = copy.deepcopy(self._model, memo)
+        finally:
+            vars(self._model)[_COPIER] = self
+        return self._again(made)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _without_copier, ()
+
+
+def _without_copier() -> None:
+    return None
 
 
 def _check_module(model: object, name: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
 from typing import Any
 
@@ -111,6 +113,24 @@ def test_uncompile_and_compile_again(model: Any) -> None:
     assert parvts_fx.uncompile(model) is model and set(vars(model)) == before
     with torch.no_grad():
         assert torch.equal(model(**given.inputs).logits, whole)
+
+
+@pytest.mark.supports("torch.compile", "copies of a compiled model are compiled alike; pickled ones come back uncompiled")
+def test_copies(model: Any) -> None:
+    given, told = llava.prompt(model, EVEN), []
+    parvts_fx.compile(model, on_call=told.append, **OPTIONS)
+    pickled = pickle.dumps(model)
+    copied = copy.deepcopy(copy.deepcopy(model))
+    with torch.no_grad():
+        copied.lm_head.weight.zero_()
+    copied.generate(**given.inputs, max_new_tokens=2, do_sample=False)
+    assert parvts_fx.last_call(copied) is told[0] and told[0].pruned and parvts_fx.last_call(model) is None
+    assert not called(copied, given.inputs).logits.any() and called(model, given.inputs).logits.any(), "weights of its own"
+    assert [record.pruned for record in told] == [True, True, True]
+    for plain in (copy.deepcopy(parvts_fx.uncompile(copied)), pickle.loads(pickled)):
+        called(plain, given.inputs)
+        called(copy.deepcopy(plain), given.inputs)
+    assert len(told) == 3
 
 
 @pytest.mark.parametrize("given, words", [
