@@ -234,14 +234,14 @@ CACHED = """
     sys.path.insert(0, {root!r})
     import torch
     from torch._dynamo.utils import counters
+    from parvts_fx import Stage
     from parvts_fx.backends import linear
     from tests.plain import Plain, Specification, prompt
     if {kernels}:  # of any size, whatever the processor
         linear._LEAST_FLOPS, linear.prefers_onednn = 0, lambda *sizes: True
-    specification = Specification(layers=1, attention="masked", numbering="mask")
-    given = prompt(specification)
-    fast = torch.compile(Plain(specification), backend="parvts", dynamic={dynamic},
-                         options=dict(migration_depth=1, strict=True, keep_ratio={ratio}))
+    specification = Specification(layers=2, attention="masked", numbering="mask")
+    given, ratio = prompt(specification), {ratio}
+    fast = torch.compile(Plain(specification), backend="parvts", dynamic={dynamic}, options=dict(strict=True, {options}))
     with torch.no_grad():
         logits = fast(given.ids, given.features, given.mask)[0]
     print(json.dumps([logits.shape[1], dict(counters["inductor"]), dict(counters["aot_autograd"])]))
@@ -250,14 +250,17 @@ CACHED = """
 
 @pytest.mark.supports("Lowerings", "AOTAutograd's and Inductor's caches hit in a second process")
 @pytest.mark.inductor
-@pytest.mark.parametrize("dynamic, kernels", [(False, False), (True, False), (False, True)],
-                         ids=["static", "dynamic", "own linear kernels"])
-def test_both_compile_caches_hit_in_a_second_process(tmp_path, dynamic, kernels):
+@pytest.mark.parametrize("dynamic, kernels, options", [
+    (False, False, "migration_depth=1, keep_ratio=ratio"),
+    (True, False, "stages=(Stage(keep=0.8, migrate=1, merge='clusters'), Stage(at=1, keep=ratio, rule='last_row'))"),
+    (False, True, "migration_depth=1, keep_ratio=ratio"),
+], ids=["static", "dynamic, two stages", "own linear kernels"])
+def test_both_compile_caches_hit_in_a_second_process(tmp_path, dynamic, kernels, options):
     """Nothing of ours in the graph keeps AOTAutograd's or Inductor's cache from hitting; other options miss."""
     root = str(Path(__file__).resolve().parents[1])
 
     def run(ratio: float):
-        done = in_a_fresh_process(CACHED.format(root=root, dynamic=dynamic, ratio=ratio, kernels=kernels),
+        done = in_a_fresh_process(CACHED.format(root=root, dynamic=dynamic, ratio=ratio, kernels=kernels, options=options),
                                   TORCHINDUCTOR_CACHE_DIR=str(tmp_path), OMP_NUM_THREADS="1")
         assert done.returncode == 0, done.stderr[-2000:]
         return json.loads(done.stdout.splitlines()[-1])
