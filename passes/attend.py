@@ -109,7 +109,7 @@ def _bias(path: Path, attention: Attention, node: Node, queries: str, keys: str,
     source = node.all_input_nodes[0] if is_softmax(node) else fused_arguments(node)["attn_mask"]
     place = next(index for index, leaf in enumerate(leaves(node)) if leaf is source)
     samples = samples_of(path.emitter.decoder, source)
-    like = fresh[place] if is_softmax(node) else value(fused_arguments(node)["query"])
+    like = fresh[place] if is_softmax(node) else fused_arguments(node)["query"]
     fresh[place] = biased(path.emitter, attention.output, queries, keys, fresh[place], value(source).dim(), samples, like)
 
 

@@ -64,9 +64,9 @@ def find_entry(nodes: list[Node], layers: list[Layer], start: Node) -> Node:
     """
     if len(layers) < 2:
         return start
-    first, second = layers[0].mixers[0], layers[1]
-    front = links_in_front(nodes, first, start, second.input)
-    own = links_in_front(nodes, second.mixers[0], second.input, layers[2].input) if len(layers) > 2 else [second.input]
+    first, second = layers[0], layers[1]
+    front = links_in_front(nodes, first.mixers, start, second.input)
+    own = links_in_front(nodes, second.mixers, second.input, layers[2].input) if len(layers) > 2 else [second.input]
     alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(
         reversed(_operations(front[1:])), reversed(_operations(own[1:]))))
     return front[len(front) - 1 - len(list(alike))]

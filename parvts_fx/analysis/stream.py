@@ -71,15 +71,16 @@ def find_stream(
     return chain[bypassed:]  # what is in front is inside the first mixer: no residual has bypassed it yet
 
 
-def links_in_front(nodes: Sequence[Node], first: Mixer, start: Node, end: Node) -> list[Node]:
-    """The merged embeddings, and what a model makes of them before its first mixer (scales them, adds positions), in order.
+def links_in_front(nodes: Sequence[Node], mixers: Sequence[Mixer], start: Node, end: Node) -> list[Node]:
+    """A link of the residual stream, and those behind it that none of a layer's mixers has touched, in order.
 
     Args:
-        end: a link behind the first layer.
+        mixers: the layer's. The first of them may make a state that leaves the graph, and nothing else.
+        end: a link behind the layer.
     """
-    touched = set(descendants(start.graph, [first.output]))
-    flow = _flow(start, [node for node in nodes if node not in touched or node in ancestors([end]) or node is end], [end],
-                 lambda source, node: not is_symbolic_int(source))
+    touched = set(descendants(start.graph, [mixer.output for mixer in mixers]))
+    before = ancestors([end]) | {end}
+    flow = _flow(start, [node for node in nodes if node in before], [end], lambda source, node: not is_symbolic_int(source))
     return [start, *(link for link in _dominators(flow, start) if link not in touched)]
 
 

@@ -221,8 +221,13 @@ def two_stages(built: Built) -> tuple[Stage, Stage]:
 
 
 def merging(built: Built) -> tuple[Stage]:
-    """A quarter of the tokens, chosen at layer 1 where all rows run through more layers, the others merged one layer later."""
-    return (Stage(at=max(0, min(1, whole_layers(built) - 2)), keep=0.25, rule=scattered, migrate=1, merge="clusters"),)
+    """A quarter of the tokens, chosen at layer 1 where all rows run through more layers, the others merged one layer later.
+
+    At layer 0 where the model's list has entries in which no tokens meet: to the product these belong to the entry before.
+    """
+    kinds = getattr(built.model.config.get_text_config(decoder=True), "layers_block_type", ())
+    at = 0 if {"moe", "mlp"} & set(kinds) else max(0, min(1, whole_layers(built) - 2))
+    return (Stage(at=at, keep=0.25, rule=scattered, migrate=1, merge="clusters"),)
 
 
 def compared(built: Built) -> dict[str, Comparison]:
