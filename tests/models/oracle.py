@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import cache_utils
 
@@ -231,15 +232,15 @@ class Oracle:
                 return path.shared.setdefault(name, type(held)())
             if attends and (held is None and name == "attention_mask" or _is_mask(held, asking, length)):
                 mask = _mask(held, allowed[length - asking:])
-                mask = (mask.index_select(2, rows) if asking == length else mask).index_select(3, rows)
-                sizes = path.sizes if self.counts_keys else torch.ones_like(path.sizes)
-                return _counting(mask, sizes, ~self.seen[rows[-mask.shape[2]:]], hidden.dtype)
+                return (mask.index_select(2, rows) if asking == length else mask).index_select(3, rows)
             return _cut(held, rows, length)
 
         attends = self._attends(index, cache)
         kwargs = {name: own(name, held) for name, held in call.kwargs.items()}
         args = tuple(own(str(place), held) for place, held in enumerate(call.args))
-        output = _first(layer(hidden, *args, **kwargs))
+        sizes = path.sizes if self.counts_keys else torch.ones_like(path.sizes)
+        with _counting(sizes, ~self.seen[rows]):
+            output = _first(layer(hidden, *args, **kwargs))
         return output + self._added(index + 1, rows) if output.shape[self.axis] == len(rows) else output
 
     def _added(self, index: int, rows: torch.Tensor) -> torch.Tensor | float:
@@ -336,13 +337,48 @@ def _mask(given: torch.Tensor | None, allowed: torch.Tensor) -> torch.Tensor:
     return given.masked_fill(~allowed, torch.finfo(given.dtype).min)
 
 
-def _counting(mask: torch.Tensor, sizes: torch.Tensor, text: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The mask with log n for keys that stand for several, where rows of text ask: ``text`` [rows that ask] bool."""
+@contextlib.contextmanager
+def _counting(sizes: torch.Tensor, text: torch.Tensor) -> Iterator[None]:
+    """While active, the logits of every attention call over these rows as keys count those that stand for several.
+
+    Args:
+        sizes: [rows], how many tokens each stands for.
+        text: [rows] bool: which count them when they ask.
+    """
     if not bool((sizes > 1).any()):
-        return mask
-    if mask.dtype == torch.bool:
-        mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
-    return mask + text[:, None] * sizes.log().to(mask.dtype)
+        yield
+        return
+    fused, softmaxes = F.scaled_dot_product_attention, (F.softmax, torch.softmax)
+
+    def bias(queries: int) -> torch.Tensor:
+        return text[-queries:, None] * sizes.log()
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
+               dropout_p: float = 0.0, is_causal: bool = False, **named: Any) -> torch.Tensor:
+        asking, keys = query.shape[-2], key.shape[-2]
+        if keys != len(sizes):
+            return fused(query, key, value, attn_mask, dropout_p, is_causal, **named)
+        if attn_mask is None:
+            attn_mask = torch.ones(asking, keys, dtype=torch.bool)
+            attn_mask = attn_mask.tril() if is_causal else attn_mask
+        if attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros(attn_mask.shape).masked_fill(~attn_mask, torch.finfo(torch.float32).min)
+        return fused(query, key, value, (attn_mask + bias(asking)).to(query.dtype), dropout_p, **named)
+
+    def counting(softmax: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def counted(logits: torch.Tensor, *args: Any, **named: Any) -> torch.Tensor:
+            if logits.dim() == 4 and logits.shape[-1] == len(sizes):
+                logits = logits + bias(logits.shape[-2]).to(logits.dtype)
+            return softmax(logits, *args, **named)
+
+        return counted
+
+    F.scaled_dot_product_attention = attend
+    F.softmax, torch.softmax = map(counting, softmaxes)
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention, (F.softmax, torch.softmax) = fused, softmaxes
 
 
 def _cut(held: Any, rows: torch.Tensor, length: int) -> Any:
