@@ -159,7 +159,8 @@ def explain(model: torch.nn.Module, /, *args: Any, options: Mapping[str, Any] | 
     traced = dataclasses.replace(parsed, lowering="eager", mode=None, lowering_options={})
     backend = functools.partial(parvts, options=traced, window_caches_follow=True, on_rewriting=collect)
     with torch.no_grad():  # static sizes, so that every count is a number
-        watched_call(torch.compile(uncompiled_call(model), backend=backend, dynamic=False), parsed, model)(*args, **inputs)
+        compiled = torch.compile(uncompiled_call(model), backend=backend, dynamic=False)
+        watched_call(compiled, parsed, model, once=True)(*args, **inputs)
     return Report(tuple(reports))
 
 

@@ -9,12 +9,17 @@ from typing import Any
 import pytest
 import torch
 from torch.fx import GraphModule
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import parvts_fx
+from parvts_fx.runtime.joined_features import JoinedFeatures
 from parvts_fx.torch_private import sizes_in_strings
+from tests import llava
+from tests.comparing import TOLERANCE, expected
 from tests.models.builders import BUILDERS
 from tests.models.generating import Comparison, logit_error, run_generate, scattered
 from tests.models.registry import IMAGE, START
+from tests.reference import relative_error
 
 SIZES = [(8, 8), (8, 12), (12, 12), (16, 8), (12, 16), (16, 16), (8, 20), (20, 20)]
 """In patches; four of them are a token."""
@@ -56,12 +61,62 @@ def test_sizes_share_a_compiled_form(name: str) -> None:
     parvts_fx.compile(built.model, lowering=lowering, strict=True, keep_ratio=0.25, migration_depth=1, score=scattered,
                       merge=None)
     graphs = []
-    for given, expected in zip(prompts, wanted):
+    for given, own in zip(prompts, wanted):
         actual = run_generate(built.model, given, 2)
         graphs.append(lowering.graphs)
-        assert max(map(logit_error, actual.logits, expected.logits)) <= 2e-5
-        assert actual.sequences.equal(expected.sequences)
+        assert max(map(logit_error, actual.logits, own.logits)) <= TOLERANCE
+        assert actual.sequences.equal(own.sequences)
     assert graphs[2:] == [graphs[2]] * (len(SIZES) - 2), "from the third size on everything is compiled"
+
+
+@pytest.mark.supports("torch.compile", "batches of any size, as generate calls: three compiles of the prefill")
+def test_batches_share_a_compiled_form() -> None:
+    """generate hands over one tensor a picture. After the first batch of several, any number of them runs what is there."""
+    model, lowering, told = llava.build(layers=2), Counted(), []
+    prompts = [llava.prompt(model, [[2 + row % 2, "image", 5 - row % 2 + batch] for row in range(batch)])
+               for batch in (1, 3, 2, 5, 1, 4)]
+    options = dict(keep_tokens=3, migration_depth=1)
+    wanted = [expected(model, given, given.with_positions, **options) for given in prompts]
+    parvts_fx.compile(model, lowering=lowering, strict=True, on_call=told.append, **options)
+    graphs = []
+    for given, rows in zip(prompts, wanted):
+        first = run_generate(model, given.inputs, 2).logits[0]
+        graphs.append(lowering.graphs)
+        assert max(relative_error(logits, row.logits[-1]) for logits, row in zip(first, rows, strict=True)) <= TOLERANCE
+    assert graphs[1:] == [graphs[1]] * (len(prompts) - 1), "the second batch has compiled for all"
+    assert [len(record.visual_tokens) for record in told] == [1, 3, 2, 5, 1, 4], "what is tried out makes no record"
+
+
+PICTURES = tuple(torch.randn(count, 4, generator=torch.Generator().manual_seed(count)) for count in (3, 5))
+
+
+@pytest.mark.parametrize("model, same", [
+    (lambda features: torch.cat(features), True),
+    (lambda features: torch.stack([feature.mean(0) for feature in features]).sum(0), False),
+    (lambda features: torch.cat(features) + len(features), False),
+    (lambda features: features[1], False),
+], ids=["joins them", "sums them up one by one", "counts them", "reads the second"])
+def test_only_what_joins_features_is_given_joined_ones(model: Callable, same: bool) -> None:
+    joined = JoinedFeatures()
+    given = {"mask": torch.ones(2), "outputs": {"image": BaseModelOutputWithPooling(pooler_output=PICTURES)}}
+
+    def call(kwargs: Any) -> Any:
+        return {"logits": model(kwargs["outputs"]["image"].pooler_output)}
+
+    trial = joined.trial(given)
+    assert joined.joined(given) is given
+    joined.try_out(trial, call, call(given), given)
+    later = joined.joined(given)["outputs"]["image"].pooler_output
+    assert len(later) == (1 if same else 2) and torch.equal(torch.cat(later), torch.cat(PICTURES))
+    assert given["outputs"]["image"].pooler_output is PICTURES, "what the caller holds stays"
+    assert joined.trial(given) is None, "once is enough"
+
+
+@pytest.mark.parametrize("held", [
+    PICTURES[:1], (PICTURES[0], torch.ones(3, 5)), (torch.ones(3, dtype=torch.int64),) * 2, "text", None], ids=str)
+def test_what_is_not_joined(held: Any) -> None:
+    assert JoinedFeatures().trial({"outputs": {"image": held}}) is None
+    assert JoinedFeatures().trial({"past_key_values": PICTURES}) is None, "an argument itself may be a cache"
 
 
 def test_strings_are_formatted_late_only_inside() -> None:

@@ -14,6 +14,7 @@ from parvts_fx.errors import NotRewritten, ParvtsWarning
 from parvts_fx.options import Options
 from parvts_fx.runtime.caches import find_caches, is_cache, remember_dropped
 from parvts_fx.runtime.call import TensorTable, begin_call
+from parvts_fx.runtime.joined_features import JoinedFeatures
 from parvts_fx.runtime.record import NO_VISUALS, CallRecord, OnCall, keep_record
 from parvts_fx.runtime.watched_generate import paused
 from parvts_fx.torch_private import (
@@ -35,7 +36,7 @@ _RECOMPILE_LIMIT = 128  # Dynamo itself stops at 256 per code object, whatever t
 
 
 def watched_call(
-    call: Callable[..., Any], options: Options, model: torch.nn.Module, on_call: OnCall | None = None
+    call: Callable[..., Any], options: Options, model: torch.nn.Module, on_call: OnCall | None = None, once: bool = False
 ) -> Callable[..., Any]:
     """Run a compiled call under settings of Dynamo's that keep it in one piece, and keep its cache's count right.
 
@@ -44,6 +45,7 @@ def watched_call(
 
     Args:
         on_call: given the record of every call with a prompt (:mod:`parvts_fx.runtime.record`).
+        once: there will be a single call, in which nothing is tried out for later ones.
 
     Raises (the result):
         NotRewritten: with ``strict=True``, for a call with visual inputs that no captured graph merges.
@@ -51,9 +53,18 @@ def watched_call(
     frames = _Frames()
     tell = _teller(options)
     returned: TensorTable[bool] = TensorTable()
+    features = JoinedFeatures()
+
+    def again(args: Sequence[Any], given: Mapping[str, Any]) -> Any:
+        with paused(), frames.capturing(), begin_call() as told:
+            output = call(*args, **given)
+            told.record = None
+        return output
 
     @functools.wraps(call)
     def run(*args: Any, **kwargs: Any) -> Any:
+        trial = None if once else features.trial(kwargs)
+        kwargs = dict(features.joined(kwargs))
         prompts, has_pictures, is_step = _read(args, kwargs, returned)
         while True:
             try:
@@ -68,6 +79,8 @@ def watched_call(
             except NotRewritten as error:
                 keep_record(model, told.record or CallRecord(False, _reason(error)), on_call)
                 raise
+        if trial is not None:
+            features.try_out(trial, functools.partial(again, args), output, kwargs)
         for cache in find_caches(output, args, kwargs) if told.dropped else []:
             remember_dropped(cache, told.dropped[-1])
         for held in tree_leaves(output):

@@ -1,0 +1,118 @@
+"""One tensor of visual features in place of one a picture: then their number is a size, and not part of what is compiled.
+
+Libraries hand a model's forward the features of each picture by themselves, in a tuple, and Dynamo compiles for each length of
+it: for every number of pictures, so for every batch size. Most models do nothing with the tuple but concatenate it. Whether a
+model does is tried out: the first call with several features is made a second time with the joined ones, on copies of its
+caches. Where all that comes out is the same, later calls are given the joined ones from the start.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from parvts_fx.runtime.caches import find_caches, is_cache
+from parvts_fx.runtime.call import current_call
+from parvts_fx.torch_private import tree_leaves
+
+Call = Callable[[Mapping[str, Any]], Any]
+
+
+@dataclasses.dataclass
+class Trial:
+    """A call's keyword arguments with joined features, on caches of its own."""
+
+    given: dict[str, Any]
+
+
+class JoinedFeatures:
+    """Of one model: whether it does nothing with the features of several pictures but join them, once that is known."""
+
+    def __init__(self) -> None:
+        self._same: bool | None = None
+
+    def joined(self, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What the model is to be given: features are joined if that is known to make no difference."""
+        return (_joined(kwargs) or kwargs) if self._same else kwargs
+
+    def trial(self, kwargs: Mapping[str, Any]) -> Trial | None:
+        """To be made in front of a call that may be tried out; None if it need not or cannot be."""
+        if self._same is not None or (joined := _joined(kwargs)) is None:
+            return None
+        try:
+            return Trial({name: copy.deepcopy(held) if is_cache(held) else held for name, held in joined.items()})
+        except Exception:  # a cache that cannot be copied: nothing is lost
+            self._same = False
+            return None
+
+    def try_out(self, trial: Trial, call: Call, output: Any, kwargs: Mapping[str, Any]) -> None:
+        """Make the call with joined features, and see whether it comes to the same as it did without (``output``)."""
+        try:
+            again = call(trial.given)
+            self._same = _agree(_results(output, kwargs), _results(again, trial.given))
+        except Exception:  # the model needs them one by one
+            self._same = False
+
+
+def _joined(kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The arguments with the features of several pictures as one tensor; None if there are none. What is given stays."""
+    changed = {name: new for name, held in kwargs.items() if (new := _with_joined(held)) is not None}
+    return {**kwargs, **changed} if changed else None
+
+
+def _with_joined(held: Any) -> Any:
+    """A copy of nested dicts (outputs of modules among them) with joined features; None where nothing is to be joined."""
+    if not isinstance(held, Mapping) or is_cache(held):
+        return None
+    changed = {}
+    for name, entry in held.items():
+        new = _join(entry) if _are_features(entry) else _with_joined(entry)
+        if new is not None:
+            changed[name] = new
+    if not changed:
+        return None
+    made: Any = copy.copy(held)
+    for name, entry in changed.items():
+        made[name] = entry
+    return made
+
+
+def _join(features: Any) -> Any:
+    """As many features in one tensor; None where it is not known of all alike what they were computed from."""
+    origins = [current_call().origin_of(held) for held in features]
+    if any(origin != origins[0] for origin in origins):
+        return None
+    joined = torch.cat(list(features))
+    if origins[0] is not None:
+        current_call().origins.note(joined, origins[0])
+    return type(features)([joined])
+
+
+def _are_features(held: Any) -> bool:
+    """Tensors [features, ..., width] of several pictures, alike but for their number of features."""
+    if type(held) not in (tuple, list) or len(held) < 2 or not all(isinstance(entry, torch.Tensor) for entry in held):
+        return False
+    first = held[0]
+    return first.is_floating_point() and first.dim() > 1 and all(
+        (entry.dtype, entry.device, entry.shape[1:]) == (first.dtype, first.device, first.shape[1:]) for entry in held)
+
+
+def _results(output: Any, kwargs: Mapping[str, Any]) -> Iterator[torch.Tensor]:
+    """All numbers that a call returns or leaves in its caches."""
+    leaves = [held for held in tree_leaves(output) if not is_cache(held)]
+    for cache in find_caches(output, (), dict(kwargs)):
+        leaves += tree_leaves([vars(layer) for layer in getattr(cache, "layers", ())])
+    return (held for held in leaves if isinstance(held, torch.Tensor) and held.is_floating_point())
+
+
+def _agree(one: Iterator[torch.Tensor], other: Iterator[torch.Tensor]) -> bool:
+    """Whether numbers are the same but for rounding."""
+    pairs = list(zip(one, other, strict=True))
+    return bool(pairs) and all(
+        ours.shape == theirs.shape and torch.allclose(
+            ours, theirs, rtol=0, atol=torch.finfo(ours.dtype).eps ** 0.5 * float(ours.abs().max().clamp(min=1e-12)))
+        for ours, theirs in pairs if ours.numel())
