@@ -12,6 +12,8 @@ from torch.fx import GraphModule
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import parvts_fx
+from parvts_fx.options import parse_options
+from parvts_fx.runtime.compiled_call import watched_call
 from parvts_fx.runtime.joined_features import JoinedFeatures
 from parvts_fx.torch_private import sizes_in_strings
 from tests import llava
@@ -110,6 +112,22 @@ def test_only_what_joins_features_is_given_joined_ones(model: Callable, same: bo
     assert len(later) == (1 if same else 2) and torch.equal(torch.cat(later), torch.cat(PICTURES))
     assert given["outputs"]["image"].pooler_output is PICTURES, "what the caller holds stays"
     assert joined.trial(given) is None, "once is enough"
+
+
+@pytest.mark.parametrize("options, calls", [
+    ({}, [2, 1]), ({"mode": "reduce-overhead"}, [2, 2]), ({"triton.cudagraphs": True}, [2, 2])], ids=str)
+def test_nothing_is_tried_out_where_a_second_call_would_overwrite_the_first(options: dict, calls: list[int]) -> None:
+    """How many tensors later calls are given."""
+    seen = []
+
+    def call(outputs: Any) -> torch.Tensor:
+        seen.append(len(outputs["image"]))
+        return torch.cat(outputs["image"])
+
+    run = watched_call(call, parse_options(options), torch.nn.Identity())
+    for _ in range(2):
+        assert run(outputs={"image": PICTURES}).equal(torch.cat(PICTURES))
+    assert [seen[0], seen[-1]] == calls and len(seen) == (2 if options else 3)
 
 
 @pytest.mark.parametrize("held", [

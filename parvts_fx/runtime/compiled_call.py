@@ -32,6 +32,9 @@ _SETTINGS: tuple[dict[str, bool], ...] = (
     {"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": False},
     {"capture_scalar_outputs": False, "capture_dynamic_output_shape_ops": False},
 )
+_OVERWRITING = ("reduce-overhead", "max-autotune")
+"""Modes with CUDA graphs, in which a second call would overwrite what the first has returned."""
+
 _RECOMPILE_LIMIT = 128  # Dynamo itself stops at 256 per code object, whatever the limit
 
 
@@ -54,6 +57,7 @@ def watched_call(
     tell = _teller(options)
     returned: TensorTable[bool] = TensorTable()
     features = JoinedFeatures()
+    tries = not once and options.mode not in _OVERWRITING and not options.lowering_options.get("triton.cudagraphs")
 
     def again(args: Sequence[Any], given: Mapping[str, Any]) -> Any:
         with paused(), frames.capturing(), begin_call() as told:
@@ -63,7 +67,7 @@ def watched_call(
 
     @functools.wraps(call)
     def run(*args: Any, **kwargs: Any) -> Any:
-        trial = None if once else features.trial(kwargs)
+        trial = features.trial(kwargs) if tries else None
         kwargs = dict(features.joined(kwargs))
         prompts, has_pictures, is_step = _read(args, kwargs, returned)
         while True:
