@@ -25,14 +25,16 @@ SPECIFICATIONS = {
     "GPT-J": Specification(layers=3, length=13, rows=ROWS, attention="masked", parallel=True, norm="layer"),
 }
 # Nor are there other sizes of 11, 10 and 9, which are the rows that are left with 3, 2 and 1 visual tokens.
+_ONE = dict(keep_tokens=2, merge=None)
 CHOICES: dict[str, dict[str, Any]] = {
-    "before layer 0": dict(keep_tokens=2, migration_depth=0),
-    "attention, 1": dict(keep_tokens=2, migration_depth=1),
-    "attention, 2": dict(keep_tokens=2, migration_depth=2),
-    "attention, all": dict(keep_tokens=2, migration_depth=3),
-    "weight, 2": dict(keep_tokens=2, migration_depth=2, fusion=0.4),
-    "weight, all": dict(keep_tokens=2, migration_depth=3, fusion=0.4),
-    "joint, 2": dict(keep_tokens=2, migration_depth=2, paths="joint"),
+    "before layer 0": dict(_ONE, migration_depth=0),
+    "attention, 1": dict(_ONE, migration_depth=1),
+    "attention, 2": dict(_ONE, migration_depth=2),
+    "attention, all": dict(_ONE, migration_depth=3),
+    "weight, 2": dict(_ONE, migration_depth=2, fusion=0.4),
+    "weight, all": dict(_ONE, migration_depth=3, fusion=0.4),
+    "joint, 2": dict(_ONE, migration_depth=2, paths="joint"),
+    "merged, 2": dict(keep_tokens=2, migration_depth=2),
     "two stages": dict(stages=(Stage(keep=3, migrate=1), Stage(at=1, keep=1, migrate=1))),
     "two stages, apart": dict(stages=(Stage(keep=3, rule="norm"), Stage(at=1, keep=1, migrate=2, paths="joint"))),
     "two stages, read": dict(stages=(Stage(keep=3, migrate=1), Stage(at=1, keep=1, rule="last_row", migrate=2))),

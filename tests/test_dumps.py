@@ -40,7 +40,7 @@ def attention_flops(queries: int, keys: int, heads: int, head_dim: int) -> int:
 @pytest.mark.parametrize("skip_dead_rows", [True, False])
 def test_explain_against_a_closed_formula(model, prompt, skip_dead_rows):
     report = parvts_fx.explain(model, **prompt.inputs, options={
-        "keep_tokens": 4, "migration_depth": 1, "score": "norm", "skip_dead_rows": skip_dead_rows})
+        "keep_tokens": 4, "migration_depth": 1, "score": "norm", "merge": None, "skip_dead_rows": skip_dead_rows})
     prefill = report.prefill
     assert prefill.status == "rewritten"
     assert (prefill.batch, prefill.prompt_tokens, prefill.visual_tokens, prefill.subject_tokens) == (2, 25, 16, 4)

@@ -43,8 +43,8 @@ from tests.plain_reference import largest_error, reference
 from tests.reference import relative_error
 from tests.test_injected_bugs import BUGS
 
-ONE: dict[str, Any] = dict(keep_tokens=2, migration_depth=1)
-JOINT: dict[str, Any] = dict(keep_tokens=2, migration_depth=2, paths="joint")
+ONE: dict[str, Any] = dict(keep_tokens=2, migration_depth=1, merge=None)
+JOINT: dict[str, Any] = dict(keep_tokens=2, migration_depth=2, paths="joint", merge=None)
 TOLERANCE = 2e-5
 
 

@@ -55,9 +55,10 @@ class Rewritten:
         return flow.subgraph({self.merge} | nx.descendants(flow, self.merge))
 
     def pruned(self, stage: PlacedStage) -> Node:
-        """Where the stage's non-subject rows are gone: what takes the others out of the residual stream, or joins paths."""
+        """Where the stage's non-subject rows are gone: what takes the others out of the residual stream, or joins paths; with
+        merging, behind what these take over."""
         held = self.written.held
-        if stage.is_weighed:
+        if stage.is_weighed or stage.number in self.plan.mergings:
             return held[self.plan.end_of(stage)][live(stage.number + 1)]
         cut = self.plan.end_of(stage)
         (took,) = (node for node in held[cut][live(stage.number)].users if node.target in (torch.gather, torch.index_select))
