@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import traceback
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch.fx import GraphModule
 
 from parvts_fx.analysis.calls import attention_nodes
 from parvts_fx.backends.lowering import Compiled, lower
-from parvts_fx.errors import NotRewritten, ParvtsWarning, Refusal
+from parvts_fx.errors import NotRewritten, Refusal, tell_unrewritten
 from parvts_fx.options import Options, parse_options
 from parvts_fx.report import GraphReport
 from parvts_fx.rewriting import Rewriting, rewrite_graph
@@ -90,14 +89,14 @@ def _attempt(
     except Refusal as refusal:
         reason = str(refusal)
         if options.strict:
-            raise NotRewritten(f"parvts_fx: this multimodal prefill cannot be rewritten: {reason}") from refusal
+            raise NotRewritten.because(reason) from refusal
     except ValueError as error:
         if str(error).startswith("parvts_fx: option"):
             raise
         reason = _failure(error, options)
     except Exception as error:
         reason = _failure(error, options)
-    warnings.warn(f"parvts_fx: this multimodal prefill runs unrewritten: {reason}", ParvtsWarning, stacklevel=2)
+    tell_unrewritten(reason, stacklevel=2)
     return Rewriting(GraphReport("unrewritten", reason, len(module.graph.nodes)))
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
+
+_CANNOT = "parvts_fx: this multimodal prefill cannot be rewritten: "
 
 
 class Refusal(Exception):
@@ -25,6 +29,28 @@ class Refusal(Exception):
 class NotRewritten(RuntimeError):
     """``strict=True`` and a multimodal prefill could not be rewritten; the message names the reason."""
 
+    @classmethod
+    def because(cls, reason: str) -> NotRewritten:
+        return cls(_CANNOT + reason)
+
+    @property
+    def reason(self) -> str:
+        return str(self).removeprefix(_CANNOT)
+
 
 class ParvtsWarning(UserWarning):
     """A multimodal prefill runs unrewritten; the message names the reason."""
+
+
+def tell_unrewritten(reason: str, strict: bool = False, stacklevel: int = 3) -> None:
+    """Say that a multimodal prefill runs as it came, and why.
+
+    Args:
+        stacklevel: as the caller would give it to ``warnings.warn``.
+
+    Raises:
+        NotRewritten: with ``strict``, in place of the warning.
+    """
+    if strict:
+        raise NotRewritten.because(reason)
+    warnings.warn(f"parvts_fx: this multimodal prefill runs unrewritten: {reason}", ParvtsWarning, stacklevel=stacklevel + 1)

@@ -14,7 +14,7 @@ from parvts_fx.analysis.records import Attention
 from parvts_fx.analysis.samples import Samples, along, samples_of, samples_of_side
 from parvts_fx.analysis.tokens import AtMost, AxisLabels, Count
 from parvts_fx.analysis.values import leaves, value, with_leaves
-from parvts_fx.passes.clusters import biased
+from parvts_fx.passes.clusters import biased, counted
 from parvts_fx.passes.paths import Path
 from parvts_fx.passes.rows import TEXT, gather, live, non_subject
 
@@ -98,19 +98,10 @@ def _write_out(path: Path, attention: Attention, queries: str, keys: str, result
             else:
                 leaf = emitter.mapped(leaf)
             fresh.append(leaf)
-        if emitter.sizes and (is_softmax(node) or is_fused_attention(node)):
-            _bias(path, attention, node, queries, keys, fresh)
-        new[node] = editor.copy(node, *with_leaves(node, fresh))
+        counts = emitter.sizes and (is_softmax(node) or is_fused_attention(node))
+        read = counted(emitter, attention.output, node, fresh, queries, keys) if counts else with_leaves(node, fresh)
+        new[node] = editor.copy(node, *read)
     return new[result]
-
-
-def _bias(path: Path, attention: Attention, node: Node, queries: str, keys: str, fresh: list[Any]) -> None:
-    """Let what a softmax or a fused call within a written-out attention reads count keys that stand for several."""
-    source = node.all_input_nodes[0] if is_softmax(node) else fused_arguments(node)["attn_mask"]
-    place = next(index for index, leaf in enumerate(leaves(node)) if leaf is source)
-    samples = samples_of(path.emitter.decoder, source)
-    like = fresh[place] if is_softmax(node) else fused_arguments(node)["query"]
-    fresh[place] = biased(path.emitter, attention.output, queries, keys, fresh[place], value(source).dim(), samples, like)
 
 
 def _fused_operands(path: Path, attention: Attention, queries: str, keys: str) -> dict[str, Any]:

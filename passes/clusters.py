@@ -226,25 +226,27 @@ def biased(
     return emitter.biases[*key, logits]
 
 
-def counted(emitter: Emitter, call: Node, fresh: list[Any], keys: str) -> tuple[tuple, dict[str, Any]]:
-    """The arguments of an attention call by which the prompt's last rows alone ask, with log n for keys that stand for several.
+def counted(
+    emitter: Emitter, call: Node, node: Node, fresh: list[Any], queries: str | None, keys: str
+) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of a softmax or a fused call with log n for keys that stand for several.
 
     Args:
-        call: the softmax or the fused call of the decoder.
+        call: the attention call that it is part of, by its output.
+        node: the softmax or the fused call of the decoder.
         fresh: what its copy reads in place of its leaves.
+        queries: the name of the rows that ask; None for as many of the last rows as the call has queries.
     """
-    place = dict(zip(leaves(call), fresh))
-    asks = call.all_input_nodes[0] if is_softmax(call) else fused_arguments(call)["query"]
-    queries = value(asks).shape[-2]
-    if is_softmax(call):
-        logits = asks
-        held = biased(emitter, call, queries, keys, place[logits], value(logits).dim(), samples_of(emitter.decoder, logits),
-                      place[logits])
-        return with_leaves(call, [held if leaf is logits else new for leaf, new in zip(leaves(call), fresh)])
-    named = fused_arguments(call)
-    named = {name: place.get(held, held) if isinstance(held, Node) else held for name, held in named.items()}
+    place = dict(zip(leaves(node), fresh))
+    asks = node.all_input_nodes[0] if is_softmax(node) else fused_arguments(node)["query"]
+    rows = value(asks).shape[-2] if queries is None else queries
+    if is_softmax(node):
+        held = biased(
+            emitter, call, rows, keys, place[asks], value(asks).dim(), samples_of(emitter.decoder, asks), place[asks])
+        return with_leaves(node, [held if leaf is asks else new for leaf, new in zip(leaves(node), fresh)])
+    named = {name: place.get(held, held) if isinstance(held, Node) else held for name, held in fused_arguments(node).items()}
     named["attn_mask"] = biased(
-        emitter, call, queries, keys, named["attn_mask"], value(asks).dim(), samples_of(emitter.decoder, asks), named["query"])
+        emitter, call, rows, keys, named["attn_mask"], value(asks).dim(), samples_of(emitter.decoder, asks), named["query"])
     operands = tuple(named.pop(name) for name in ("query", "key", "value"))
     return operands, named
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar
 
 from torch.fx import Node
@@ -11,7 +12,7 @@ from parvts_fx.analysis.attention import is_value_operand
 from parvts_fx.analysis.calls import fused_arguments, is_fused_attention, is_softmax
 from parvts_fx.analysis.records import Attention
 from parvts_fx.analysis.tokens import TokenMap
-from parvts_fx.analysis.values import ancestors, changed_in_place, output_node
+from parvts_fx.analysis.values import ancestors, changed_in_place, output_node, value
 from parvts_fx.passes.plan import Merging, Plan, PlanError
 from parvts_fx.passes.prune_branch import rows_left
 from parvts_fx.pipeline import PassResult
@@ -34,21 +35,23 @@ class MergeClusters:
     def plan(self, plan: Plan) -> tuple[Plan, PassResult]:
         if len(plan.choices) < len(plan.stages):
             raise PlanError(f"parvts_fx: pass {self.name} needs the pass insert_partition in front of it")
-        caches, values = _caches(plan)
-        left = rows_left(plan)
-        mergings = {
-            stage.number: self._merging(plan, stage, values, left) for stage in plan.stages if stage.stage.merge is not None}
+        owners = {node: attention for layer in plan.layers for attention in layer.attentions for node in attention.nodes}
+        (caches, values), asking, left = _caches(plan, owners), _asked_by_last_rows(plan, owners), rows_left(plan)
+        mergings = {stage.number: self._merging(plan, stage, values, asking, left)
+                    for stage in plan.stages if stage.stage.merge is not None}
         notes = "; ".join(steps(merging) for merging in mergings.values())
         return dataclasses.replace(plan, mergings=mergings, caches=caches), PassResult(len(mergings), notes)
 
-    def _merging(self, plan: Plan, stage: PlacedStage, values: set[Node], left: dict[Node, int]) -> Merging:
+    def _merging(
+        self, plan: Plan, stage: PlacedStage, values: set[Node], asking: list[Node], left: dict[Node, int]
+    ) -> Merging:
         inside = stage.end < len(plan.layers)
         behind = [attention for layer in plan.layers[stage.end:] for attention in layer.attentions]
         biased = frozenset(attention.output for attention in behind if has_place_for_bias(attention, plan.decoder.tokens))
-        asking = frozenset(node for node in _asked_by_last_rows(plan) if left[node] > stage.number)
         return Merging(
             stage, plan.entering(stage), plan.link(stage.end) if inside else None,
-            frozenset(node for node in values if left[node] <= stage.number), biased, asking,
+            frozenset(node for node in values if left[node] <= stage.number), biased,
+            frozenset(node for node in asking if left[node] > stage.number),
             frozenset(attention.output for attention in behind) - biased)
 
 
@@ -73,37 +76,36 @@ def has_place_for_bias(attention: Attention, tokens: TokenMap) -> bool:
         if is_fused_attention(node):
             return True
         if is_softmax(node):
-            source = node.all_input_nodes[0]
-            axes = tokens.axes.get(source, {})
-            return sorted(axes) == [node.meta["example_value"].dim() - 2, node.meta["example_value"].dim() - 1] and all(
-                kind.is_plain for kind in axes.values())
+            return _has_tokens_last(node.all_input_nodes[0], tokens, 2)
     return False
 
 
-def _asked_by_last_rows(plan: Plan) -> list[Node]:
+def _has_tokens_last(node: Node, tokens: TokenMap, count: int) -> bool:
+    """Whether a tensor's last axes, so many and no other, run along the prompt and nothing else."""
+    axes, rank = tokens.axes.get(node, {}), value(node).dim()
+    return sorted(axes) == list(range(rank - count, rank)) and all(kind.is_plain for kind in axes.values())
+
+
+def _asked_by_last_rows(plan: Plan, owners: Mapping[Node, Attention]) -> list[Node]:
     """The softmax or fused call of every attention whose queries are the prompt's last rows alone, over tokens as keys."""
-    tokens, layers = plan.decoder.tokens, plan.decoder.layers
-    owners = {node for layer in layers for attention in layer.attentions for node in attention.nodes}
+    tokens = plan.decoder.tokens
 
     def asks(node: Node) -> bool:
         if is_fused_attention(node):
             named = fused_arguments(node)
-            rank = named["key"].meta["example_value"].dim()
+            rank = value(named["key"]).dim()
             return not tokens.axes.get(named["query"]) and list(tokens.axes.get(named["key"], ())) == [rank - 2]
-        if not is_softmax(node):
-            return False
-        logits = node.all_input_nodes[0]
-        axes = tokens.axes.get(logits, {})
-        return list(axes) == [logits.meta["example_value"].dim() - 1] and all(kind.is_plain for kind in axes.values())
+        return is_softmax(node) and _has_tokens_last(node.all_input_nodes[0], tokens, 1)
 
     return [node for node in plan.decoder.nodes if node not in owners and asks(node)]
 
 
-def _caches(plan: Plan) -> tuple[dict[Node, tuple[Node, ...]], set[Node]]:
+def _caches(
+    plan: Plan, owners: Mapping[Node, Attention]
+) -> tuple[dict[Node, tuple[Node, ...]], set[Node]]:
     """By output that holds values of layers: the operations between them and the output, in graph order. And the values:
     what leaves the graph so, and of which attention makes values alone."""
     decoder = plan.decoder
-    owners = {node: attention for layer in decoder.layers for attention in layer.attentions for node in attention.nodes}
     asked = ancestors(source for node in owners for source in node.all_input_nodes)
     caches: dict[Node, tuple[Node, ...]] = {}
     values: set[Node] = set()
@@ -132,7 +134,7 @@ def _in_front(output: Node, inside: set[Node], asked: set[Node]) -> tuple[set[No
     return between, sources
 
 
-def _becomes_values(node: Node, owners: dict[Node, Attention]) -> bool:
+def _becomes_values(node: Node, owners: Mapping[Node, Attention]) -> bool:
     """Whether attention reads what is made of a node, and as values alone."""
     seen, stack, found = {node}, [node], False
     while stack:

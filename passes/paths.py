@@ -133,7 +133,7 @@ class Path:
         like = next((s for s in node.all_input_nodes if emitter.decoder.tokens.axes.get(s)), None)
         fresh = [self._leaf(node, index, leaf, name, like) for index, leaf in enumerate(leaves(node))]
         if any(node in merging.asking for merging in emitter.plan.mergings.values()):
-            return emitter.editor.copy(node, *counted(emitter, node, fresh, self.rows_left(node)))
+            return emitter.editor.copy(node, *counted(emitter, node, node, fresh, None, self.rows_left(node)))
         return emitter.editor.copy(node, *with_leaves(node, fresh))
 
     def _leaf(self, node: Node, index: int, leaf: Any, name: str, like: Node | None) -> Any:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 BETA = 0.3
@@ -83,3 +87,47 @@ def pictures_of(visual: Tensor) -> Tensor:
         runs.append(number)
         before = now
     return torch.tensor(runs)
+
+
+@contextlib.contextmanager
+def counting(sizes: torch.Tensor, text: torch.Tensor) -> Iterator[None]:
+    """While active, the logits of every attention call over these rows as keys count those that stand for several.
+
+    Args:
+        sizes: [rows], how many tokens each stands for.
+        text: [rows] bool: which count them when they ask.
+    """
+    if not bool((sizes > 1).any()):
+        yield
+        return
+    fused, softmaxes = F.scaled_dot_product_attention, (F.softmax, torch.softmax)
+
+    def bias(queries: int) -> torch.Tensor:
+        return text[-queries:, None] * sizes.log()
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
+               dropout_p: float = 0.0, is_causal: bool = False, **named: Any) -> torch.Tensor:
+        asking, keys = query.shape[-2], key.shape[-2]
+        if keys != len(sizes):
+            return fused(query, key, value, attn_mask, dropout_p, is_causal, **named)
+        if attn_mask is None:
+            attn_mask = torch.ones(asking, keys, dtype=torch.bool)
+            attn_mask = attn_mask.tril() if is_causal else attn_mask
+        if attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros(attn_mask.shape).masked_fill(~attn_mask, torch.finfo(torch.float32).min)
+        return fused(query, key, value, (attn_mask + bias(asking)).to(query.dtype), dropout_p, **named)
+
+    def before(softmax: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def counted(logits: torch.Tensor, *args: Any, **named: Any) -> torch.Tensor:
+            if logits.dim() == 4 and logits.shape[-1] == len(sizes):
+                logits = logits + bias(logits.shape[-2]).to(logits.dtype)
+            return softmax(logits, *args, **named)
+
+        return counted
+
+    F.scaled_dot_product_attention = attend
+    F.softmax, torch.softmax = map(before, softmaxes)
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention, (F.softmax, torch.softmax) = fused, softmaxes

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from parvts_fx.errors import NotRewritten, ParvtsWarning
+from parvts_fx.errors import NotRewritten, tell_unrewritten
 from parvts_fx.options import Options
 from parvts_fx.runtime.caches import find_caches, is_cache, remember_dropped
 from parvts_fx.runtime.call import TensorTable, begin_call
@@ -81,7 +80,7 @@ def watched_call(
                 if not frames.relax():
                     raise
             except NotRewritten as error:
-                keep_record(model, told.record or CallRecord(False, _reason(error)), on_call)
+                keep_record(model, told.record or CallRecord(False, error.reason), on_call)
                 raise
         if trial is not None:
             features.try_out(trial, functools.partial(again, args), output, kwargs)
@@ -100,10 +99,6 @@ def watched_call(
         return output
 
     return run
-
-
-def _reason(error: NotRewritten) -> str:
-    return str(error).removeprefix("parvts_fx: this multimodal prefill cannot be rewritten: ")
 
 
 class _Frames:
@@ -197,10 +192,8 @@ def _teller(options: Options) -> Callable[[], None]:
     told: list[bool] = []
 
     def tell() -> None:
-        if options.strict:
-            raise NotRewritten(f"parvts_fx: this multimodal prefill cannot be rewritten: {UNSEEN}")
-        if not told:
-            warnings.warn(f"parvts_fx: this multimodal prefill runs unrewritten: {UNSEEN}", ParvtsWarning, stacklevel=3)
+        if options.strict or not told:
+            tell_unrewritten(UNSEEN, options.strict)
         told.append(True)
 
     return tell

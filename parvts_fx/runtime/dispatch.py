@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch.fx import GraphModule
 
 from parvts_fx.capture import copy_graph_module
-from parvts_fx.errors import NotRewritten, ParvtsWarning
+from parvts_fx.errors import tell_unrewritten
 from parvts_fx.options import Options
 from parvts_fx.rewriting import Rewriting
 from parvts_fx.runtime.caches import cache_outputs, note_short_caches
@@ -77,8 +76,8 @@ class Dispatch:
         size = visual.shape[1]
         if compiled is None or count is None:
             current_call().tell_record(CallRecord(False, reason, size, visual=visual))
-            if reason != KEPT_ALL and count not in self._refused:
-                self._tell(reason)
+            if reason != KEPT_ALL and (count is None or reason != self._refused.get(count)):
+                tell_unrewritten(reason, self._options.strict, stacklevel=2)
             return self._run_unrewritten(inputs)
         outputs = compiled(*given)
         current_call().tell_record(CallRecord(True, "", size, self._options.subject_count(count), visual))
@@ -147,11 +146,6 @@ class Dispatch:
         if done.module is None:
             self._refused[count] = done.report.reason
         return self._by_count[count], done.report.reason
-
-    def _tell(self, reason: str) -> None:
-        if self._options.strict:
-            raise NotRewritten(f"parvts_fx: this multimodal prefill cannot be rewritten: {reason}")
-        warnings.warn(f"parvts_fx: this multimodal prefill runs unrewritten: {reason}", ParvtsWarning, stacklevel=3)
 
     def _run_unrewritten(self, inputs: Sequence[object]) -> Any:
         """Compiled when first needed; Dynamo guards its sizes, which need not be those of the rewritten graph."""

@@ -9,7 +9,6 @@ caches. Where all that comes out is the same, later calls are given the joined o
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -22,13 +21,6 @@ from parvts_fx.torch_private import tree_leaves
 Call = Callable[[Mapping[str, Any]], Any]
 
 
-@dataclasses.dataclass
-class Trial:
-    """A call's keyword arguments with joined features, on caches of its own."""
-
-    given: dict[str, Any]
-
-
 class JoinedFeatures:
     """Of one model: whether it does nothing with the features of several pictures but join them, once that is known."""
 
@@ -39,21 +31,22 @@ class JoinedFeatures:
         """What the model is to be given: features are joined if that is known to make no difference."""
         return (_joined(kwargs) or kwargs) if self._same else kwargs
 
-    def trial(self, kwargs: Mapping[str, Any]) -> Trial | None:
-        """To be made in front of a call that may be tried out; None if it need not or cannot be."""
+    def trial(self, kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+        """A call's keyword arguments with joined features, on caches of their own. To be made in front of a call that may be
+        tried out; None if it need not or cannot be."""
         if self._same is not None or (joined := _joined(kwargs)) is None:
             return None
         try:
-            return Trial({name: copy.deepcopy(held) if is_cache(held) else held for name, held in joined.items()})
+            return {name: copy.deepcopy(held) if is_cache(held) else held for name, held in joined.items()}
         except Exception:  # a cache that cannot be copied: nothing is lost
             self._same = False
             return None
 
-    def try_out(self, trial: Trial, call: Call, output: Any, kwargs: Mapping[str, Any]) -> None:
+    def try_out(self, trial: Mapping[str, Any], call: Call, output: Any, kwargs: Mapping[str, Any]) -> None:
         """Make the call with joined features, and see whether it comes to the same as it did without (``output``)."""
         try:
-            again = call(trial.given)
-            self._same = _agree(_results(output, kwargs), _results(again, trial.given))
+            again = call(trial)
+            self._same = _agree(_results(output, kwargs), _results(again, trial))
         except Exception:  # the model needs them one by one
             self._same = False
 

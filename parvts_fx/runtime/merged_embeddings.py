@@ -9,7 +9,6 @@ its inputs.
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ from parvts_fx.analysis.records import Merge
 from parvts_fx.analysis.values import fake_mode_of, output_node, value
 from parvts_fx.capture import capture
 from parvts_fx.capture.unify_merges import UnifyMerges
-from parvts_fx.errors import ParvtsWarning
+from parvts_fx.errors import tell_unrewritten
 from parvts_fx.pipeline import Work
 from parvts_fx.runtime.call import Handed, current_call
 from parvts_fx.runtime.input_origins import noted_origins, noting_origins
@@ -186,6 +185,5 @@ def _masks_before(
 
 
 def _tell_unreceived() -> None:
-    warnings.warn(
-        "parvts_fx: this multimodal prefill runs unrewritten: the graph breaks behind the merge of visual features, "
-        "and no later graph with attention took the merged embeddings as they were", ParvtsWarning, stacklevel=2)
+    tell_unrewritten("the graph breaks behind the merge of visual features, and no later graph with attention took the merged "
+                     "embeddings as they were", stacklevel=2)

@@ -8,14 +8,13 @@ graph recognises the embeddings (:mod:`parvts_fx.runtime.merged_embeddings`).
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from parvts_fx.errors import NotRewritten, ParvtsWarning
+from parvts_fx.errors import tell_unrewritten
 from parvts_fx.options import Options
 from parvts_fx.runtime.call import begin_call
 from parvts_fx.runtime.merged_embeddings import hand_over, received, visual_rows
@@ -98,6 +97,4 @@ class WatchedGenerate:
         reason = ("generate merges visual features outside of any graph, and no compiled part of the model took the merged "
                   "embeddings as they were")
         keep_record(self._model, CallRecord(False, reason), self._on_call)
-        if self._options.strict:
-            raise NotRewritten(f"parvts_fx: this multimodal prefill cannot be rewritten: {reason}")
-        warnings.warn(f"parvts_fx: this multimodal prefill runs unrewritten: {reason}", ParvtsWarning, stacklevel=3)
+        tell_unrewritten(reason, self._options.strict)

@@ -16,12 +16,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import cache_utils
 
 from parvts_fx import Stage
-from tests.clusters_reference import Clusters, clusters_of, pictures_of
+from tests.clusters_reference import Clusters, clusters_of, counting, pictures_of
 from tests.models.registry import stands_for_features
 from tests.reference import CACHE, READINGS, Placed, chosen, placed, watched
 
@@ -239,7 +238,7 @@ class Oracle:
         kwargs = {name: own(name, held) for name, held in call.kwargs.items()}
         args = tuple(own(str(place), held) for place, held in enumerate(call.args))
         sizes = path.sizes if self.counts_keys else torch.ones_like(path.sizes)
-        with _counting(sizes, ~self.seen[rows]):
+        with counting(sizes, ~self.seen[rows]):
             output = _first(layer(hidden, *args, **kwargs))
         return output + self._added(index + 1, rows) if output.shape[self.axis] == len(rows) else output
 
@@ -249,14 +248,14 @@ class Oracle:
             return 0.0
         return (self.calls[index].hidden - self.calls[index - 1].output).index_select(self.axis, rows)
 
-    def _attends(self, index: int, cache: Any) -> bool:
-        held = cache.layers[index] if cache is not None and index < len(cache.layers) else None
-        return not (isinstance(held, cache_utils.LinearAttentionLayer) and not isinstance(held, cache_utils.DynamicLayer))
-
     def _own(self, index: int, rows: torch.Tensor) -> torch.Tensor | float:
         """The same where it happens in front of every layer but the first: then it counts as the layer's own."""
         each = [self._added(layer, rows) for layer in range(1, len(self.layers))]
         return self._added(index, rows) if all(isinstance(added, torch.Tensor) and added.any() for added in each) else 0.0
+
+    def _attends(self, index: int, cache: Any) -> bool:
+        held = cache.layers[index] if cache is not None and index < len(cache.layers) else None
+        return not (isinstance(held, cache_utils.LinearAttentionLayer) and not isinstance(held, cache_utils.DynamicLayer))
 
     def _finish(self, inputs: Mapping[str, Any], hidden: torch.Tensor) -> torch.Tensor:
         """The model's own forward from the last layer's output."""
@@ -335,50 +334,6 @@ def _mask(given: torch.Tensor | None, allowed: torch.Tensor) -> torch.Tensor:
     if given.dtype == torch.bool:
         return given & allowed
     return given.masked_fill(~allowed, torch.finfo(given.dtype).min)
-
-
-@contextlib.contextmanager
-def _counting(sizes: torch.Tensor, text: torch.Tensor) -> Iterator[None]:
-    """While active, the logits of every attention call over these rows as keys count those that stand for several.
-
-    Args:
-        sizes: [rows], how many tokens each stands for.
-        text: [rows] bool: which count them when they ask.
-    """
-    if not bool((sizes > 1).any()):
-        yield
-        return
-    fused, softmaxes = F.scaled_dot_product_attention, (F.softmax, torch.softmax)
-
-    def bias(queries: int) -> torch.Tensor:
-        return text[-queries:, None] * sizes.log()
-
-    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
-               dropout_p: float = 0.0, is_causal: bool = False, **named: Any) -> torch.Tensor:
-        asking, keys = query.shape[-2], key.shape[-2]
-        if keys != len(sizes):
-            return fused(query, key, value, attn_mask, dropout_p, is_causal, **named)
-        if attn_mask is None:
-            attn_mask = torch.ones(asking, keys, dtype=torch.bool)
-            attn_mask = attn_mask.tril() if is_causal else attn_mask
-        if attn_mask.dtype == torch.bool:
-            attn_mask = torch.zeros(attn_mask.shape).masked_fill(~attn_mask, torch.finfo(torch.float32).min)
-        return fused(query, key, value, (attn_mask + bias(asking)).to(query.dtype), dropout_p, **named)
-
-    def counting(softmax: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def counted(logits: torch.Tensor, *args: Any, **named: Any) -> torch.Tensor:
-            if logits.dim() == 4 and logits.shape[-1] == len(sizes):
-                logits = logits + bias(logits.shape[-2]).to(logits.dtype)
-            return softmax(logits, *args, **named)
-
-        return counted
-
-    F.scaled_dot_product_attention = attend
-    F.softmax, torch.softmax = map(counting, softmaxes)
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention, (F.softmax, torch.softmax) = fused, softmaxes
 
 
 def _cut(held: Any, rows: torch.Tensor, length: int) -> Any:

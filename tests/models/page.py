@@ -59,8 +59,9 @@ def write_page(found: dict[str, Finding]) -> None:
         "same way, and the second the quarter that the last row of the prompt attends to most in the layer in front: at the "
         "last layer that runs all rows and whose choice is clear (where that is the second one, the first stage drops at "
         "once); and *merged*, a quarter chosen at layer 1 and the others merged into them in front of layer 2, where the notes "
-        "say which steps of merging the model has a place for. *Rewritten in one stage*: not with the third. *Unrewritten* "
-        "means: runs as it is, with the same result as without this package (to 1e-6), and says why.", "",
+        "say which steps of merging the model has a place for. *Rewritten in one stage*: not with the third; *unmerged*: not "
+        "with the fourth. *Unrewritten* means: runs as it is, with the same result as without this package (to 1e-6), and says "
+        "why.", "",
         f"The columns {', '.join(SCHEDULES)} hold the largest error with that schedule.", "",
         f"| model | verdict | {' | '.join(SCHEDULES)} | what is peculiar | reason, notes |",
         "| --- | --- |" + " --- |" * len(SCHEDULES) + " --- | --- |",
