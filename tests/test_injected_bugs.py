@@ -524,7 +524,7 @@ BUGS: dict[str, tuple[Patch, Comparison]] = {
     "weights where other tokens stood": (wrap(RowSets, "places", places_counted_from_one), MEETING),
     # merging
     "no bias": (wrap(attend, "biased", without_bias), MERGED),
-    "no bias, written out": (wrap(attend, "biased", without_bias), MERGED_WRITTEN),
+    "no bias, written out": (wrap(clusters, "biased", without_bias), MERGED_WRITTEN),
     "bias for visual rows too": (wrap(clusters, "_bias", bias_for_all_rows), MERGED),
     "sizes without the kept token": (clustering(sizes=sizes_of_dropped), MERGED),
     "sizes start anew": (wrap(choose, "note_sizes", sizes_start_anew), MERGED_TWICE),
