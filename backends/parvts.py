@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch.fx import GraphModule
 
 from parvts_fx.analysis.calls import attention_nodes
 from parvts_fx.backends.lowering import Compiled, lower
 from parvts_fx.errors import NotRewritten, Refusal, tell_unrewritten
 from parvts_fx.options import Options, parse_options
+from parvts_fx.passes.single_sample import Parted
 from parvts_fx.report import GraphReport
-from parvts_fx.rewriting import Rewriting, rewrite_graph
+from parvts_fx.rewriting import Rewriting, part_graph, rewrite_graph
 from parvts_fx.runtime.caches import cache_outputs, watch_short_caches
 from parvts_fx.runtime.call import current_call
-from parvts_fx.runtime.dispatch import Dispatch
+from parvts_fx.runtime.dispatch import Dispatch, Making
 from parvts_fx.runtime.input_origins import noting_origins
 from parvts_fx.runtime.merged_embeddings import MergedInput, hand_on
 from parvts_fx.runtime.record import CallRecord
@@ -48,6 +52,9 @@ def parvts(
         def attempt(module: GraphModule, inputs: Sequence[object], handed: MergedInput | None) -> Rewriting:
             return _attempt(module, inputs, parsed, window_caches_follow, handed)
 
+        def divide(module: GraphModule, inputs: Sequence[object], handed: MergedInput | None) -> Parted:
+            return part_graph(module, inputs, parsed, window_caches_follow, handed)
+
         def lower_as_asked(module: GraphModule, inputs: Sequence[object]) -> Compiled:
             return lower(module, inputs, parsed)
 
@@ -56,7 +63,8 @@ def parvts(
             on_rewriting(module, example_inputs, done)
         if done.module is not None:
             lowered = lower_as_asked(done.module, example_inputs) if handed is None else None
-            return Dispatch(done, lowered, module, parsed, None if handed is None else handed.position, attempt, lower_as_asked)
+            making = Making(attempt, divide, lower_as_asked, functools.partial(_compile_sample, parsed, window_caches_follow))
+            return Dispatch(done, lowered, module, parsed, None if handed is None else handed.position, making)
         if done.merge is not None:
             return hand_on(module, done, lambda copy: lower_as_asked(copy, example_inputs), handed, example_inputs)
         caches = cache_outputs(module)
@@ -68,6 +76,13 @@ def parvts(
         return lowered
     except (ValueError, NotRewritten) as error:
         return _raise_at_call(error)
+
+
+def _compile_sample(options: Options, window_caches_follow: bool, module: GraphModule) -> Compiled:
+    """One sample's decoder: all that is merged into its embeddings is to be pruned, whatever it was."""
+    backend = functools.partial(
+        parvts, options=dataclasses.replace(options, prune="all"), window_caches_follow=window_caches_follow)
+    return torch.compile(module, backend=backend)
 
 
 def _telling_merge(lowered: Compiled, reason: str) -> Compiled:

@@ -26,6 +26,7 @@ from parvts_fx.options import Options, parse_options
 from parvts_fx.passes import Pass, Plan, PlanError, build_pipeline
 from parvts_fx.passes.describe import layer_reports, merging
 from parvts_fx.passes.dumps import Dump, log_hook
+from parvts_fx.passes.single_sample import Parted, part
 from parvts_fx.passes.verify import CHEAP_CHECKS, Check, verifier
 from parvts_fx.pipeline import Work, run_pipeline
 from parvts_fx.report import GraphReport
@@ -114,8 +115,7 @@ def rewrite_graph(
         report = GraphReport("untouched", "visual features are merged here, for a decoder in another graph", **facts)
         return Rewriting(
             report, merge=merge, visual_mask=visual_mask(work, merge), merged_mask=merged_mask(work, merge))
-    run_pipeline([WriteOutSizes(), InvertPermutations(), SpreadMaskedUpdates(merge.output, attention_nodes(work.graph)),
-                  VersionWrites(merge.output)], job)
+    _canonicalise(job, merge)
     decoder = find_decoder(work, window_caches_follow, merge, given)
     if decoder is None:
         return Rewriting(GraphReport("untouched", _UNSEEN, **facts))
@@ -126,6 +126,33 @@ def rewrite_graph(
         decoder = dataclasses.replace(decoder, merge=merge)
     done = _write(job, decoder, options, passes, facts, dump)
     return done if done.module is None else dataclasses.replace(done, stream=stream)
+
+
+def _canonicalise(job: Work, merge: VisualMerge) -> None:
+    run_pipeline([WriteOutSizes(), InvertPermutations(), SpreadMaskedUpdates(merge.output, attention_nodes(job.module.graph)),
+                  VersionWrites(merge.output)], job)
+
+
+@no_collections()
+def part_graph(
+    module: GraphModule, example_inputs: Sequence[object], options: Options, window_caches_follow: bool = False,
+    handed: MergedInput | None = None,
+) -> Parted:
+    """The two parts of a graph that :func:`rewrite_graph` takes, for batches for which its result is not meant. Args as there.
+
+    Raises:
+        Refusal: it cannot be parted.
+    """
+    work = capture(module, example_inputs)
+    job = Work(work)
+    merge = prompt_merge(job, attention_nodes(work.graph), example_inputs, options, handed)
+    if merge is None:
+        raise Refusal(_UNSEEN)
+    _canonicalise(job, merge)
+    decoder = find_decoder(work, window_caches_follow, merge, (*example_inputs, handed.visual) if handed else example_inputs)
+    if decoder is None:
+        raise Refusal(_UNSEEN)
+    return part(work, decoder)
 
 
 def _write(

@@ -317,3 +317,9 @@ def vector_instructions_probe() -> Callable[[], Any]:
 def registered_backend(name: str) -> Callable[..., Any]:
     """A backend that is registered with torch.compile, or that a package's entry point names."""
     return _get("torch._dynamo", "lookup_backend")(name)
+
+
+def may_vary(tensor: torch.Tensor, axis: int) -> None:
+    """Let Dynamo give a name to the size of an axis from the first compile on; without this it does so from the second on."""
+    with contextlib.suppress(TorchMoved):
+        _get("torch._dynamo", "maybe_mark_dynamic")(tensor, axis)

@@ -66,8 +66,13 @@ class VisualMerge:
         """Visual tokens per sample; None or unbacked where they depend on data."""
         if self.count is not None or not self.features:
             return self.count
-        batch, _, hidden = value(self.output).shape
-        return concrete(sum(value(node).numel() // hidden for node in self.features) // batch)
+        return concrete(self.visual_features // value(self.output).shape[0])
+
+    @property
+    def visual_features(self) -> int | torch.SymInt:
+        """Visual tokens of all samples, as the features' sizes tell."""
+        hidden = value(self.output).shape[2]
+        return concrete(sum(value(node).numel() // hidden for node in self.features))
 
 
 @dataclasses.dataclass(frozen=True)

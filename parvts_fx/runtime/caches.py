@@ -8,6 +8,7 @@ attributes, so this happens behind the call that :func:`parvts_fx.compile` has a
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -104,6 +105,10 @@ def _warn_of_positions(inputs: Sequence[object], conversation: Conversation, cou
         warnings.warn(text, ParvtsWarning, stacklevel=3)
 
 
+PROMPT_ROWS = "prompt_rows"
+"""Where a cache keeps which of its rows are a sample's own (:mod:`parvts_fx.runtime.cached_rows`)."""
+
+
 def is_cache(held: object) -> bool:
     """Whether an object answers the questions of transformers' Cache that matter here."""
     return all(hasattr(held, name) for name in ("layers", "get_seq_length", "get_query_offset", "get_mask_sizes"))
@@ -163,7 +168,23 @@ def _counting(cache_class: Any) -> Any:
 
         def reset(self) -> None:
             super().reset()
-            self.dropped_tokens = 0
+            self.dropped_tokens, self.prompt_rows = 0, None
+
+        def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+            super().reorder_cache(beam_idx)
+            self._choose_samples(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+
+        def batch_repeat_interleave(self, repeats: int) -> None:
+            super().batch_repeat_interleave(repeats)
+            self._choose_samples(lambda rows: rows.repeat_interleave(repeats, 0))
+
+        def batch_select_indices(self, indices: torch.Tensor) -> None:
+            super().batch_select_indices(indices)
+            self._choose_samples(lambda rows: rows[indices])
+
+        def _choose_samples(self, choice: Callable[[torch.Tensor], torch.Tensor]) -> None:
+            if (held := getattr(self, PROMPT_ROWS, None)) is not None:
+                self.prompt_rows = dataclasses.replace(held, rows=choice(held.rows))
 
     Counting.__name__ = Counting.__qualname__ = cache_class.__name__
     Counting.__module__ = cache_class.__module__

@@ -105,6 +105,12 @@ class Call:
         self.dropped: list[int] = []
         """Tokens per sample that each rewritten prefill dropped."""
 
+        self.by_sample = False
+        """Whether samples may be pruned one by one: somebody tells later calls which cached rows are whose."""
+
+        self.rows: torch.Tensor | None = None
+        """[batch, rows] bool: which of the rows that a batch's caches hold are a sample's own, where samples were."""
+
         self.has_merged = False
         """Whether a graph has merged visual features into embeddings, rewritten or not."""
 

@@ -11,6 +11,7 @@ import torch
 
 from parvts_fx.errors import NotRewritten, tell_unrewritten
 from parvts_fx.options import Options
+from parvts_fx.runtime.cached_rows import note_rows, with_cached_columns
 from parvts_fx.runtime.caches import find_caches, is_cache, remember_dropped
 from parvts_fx.runtime.call import TensorTable, begin_call
 from parvts_fx.runtime.joined_features import JoinedFeatures
@@ -56,6 +57,7 @@ def watched_call(
     tell = _teller(options)
     returned: TensorTable[bool] = TensorTable()
     features = JoinedFeatures()
+    by_sample = True
     tries = not once and options.mode not in _OVERWRITING and not options.lowering_options.get("triton.cudagraphs")
 
     def again(args: Sequence[Any], given: Mapping[str, Any]) -> Any:
@@ -66,16 +68,22 @@ def watched_call(
 
     @functools.wraps(call)
     def run(*args: Any, **kwargs: Any) -> Any:
+        nonlocal by_sample
         trial = features.trial(kwargs) if tries else None
         kwargs = dict(features.joined(kwargs))
         prompts, has_pictures, is_step = _read(args, kwargs, returned)
+        args, kwargs = with_cached_columns(model.forward, args, kwargs)
         while True:
             try:
                 with paused(), frames.capturing(), begin_call() as told:
                     if has_pictures:
                         told.told_by_ids = functools.partial(_rows_of_none_of, model, prompts)
+                    told.by_sample = by_sample
                     output = call(*args, **kwargs)
-                break
+                    caches = find_caches(output, args, kwargs)
+                    if told.rows is None or caches or not told.shortened:
+                        break
+                    by_sample, told.record = False, None  # a cache that nobody can tell which rows are whose
             except (TorchDynamoException, GuardOnDataDependentSymNode):
                 if not frames.relax():
                     raise
@@ -84,8 +92,10 @@ def watched_call(
                 raise
         if trial is not None:
             features.try_out(trial, functools.partial(again, args), output, kwargs)
-        for cache in find_caches(output, args, kwargs) if told.dropped else []:
+        for cache in caches if told.dropped else []:
             remember_dropped(cache, told.dropped[-1])
+            if told.rows is not None and told.record is not None:
+                note_rows(cache, told.rows, told.record.prompt_tokens)
         for held in tree_leaves(output):
             if isinstance(held, torch.Tensor) and held.dim() > 2:
                 returned.note(held, True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,12 +11,14 @@ import torch
 from torch.fx import GraphModule
 
 from parvts_fx.capture import copy_graph_module
-from parvts_fx.errors import tell_unrewritten
+from parvts_fx.errors import NotRewritten, Refusal, tell_unrewritten
 from parvts_fx.options import Options
+from parvts_fx.passes.single_sample import Parted
 from parvts_fx.rewriting import Rewriting
+from parvts_fx.runtime.by_sample import BySample
 from parvts_fx.runtime.caches import cache_outputs, note_short_caches
 from parvts_fx.runtime.call import current_call
-from parvts_fx.runtime.guards import Prompt, same_count, uneven
+from parvts_fx.runtime.guards import PADDING, Prompt, same_count, uneven
 from parvts_fx.runtime.merged_embeddings import MergedInput, visual_rows
 from parvts_fx.runtime.record import KEPT_ALL, CallRecord
 
@@ -26,21 +29,37 @@ _MOST_COUNTS = 8
 """For how many different numbers of visual tokens one graph is compiled, where no size tells the number."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Making:
+    """What makes compiled forms of a graph, for whatever prompts come."""
+
+    rewrite: Callable[[GraphModule, Sequence[object], MergedInput | None], Rewriting]
+    part: Callable[[GraphModule, Sequence[object], MergedInput | None], Parted]
+    """Into what stands in front of the decoder, and the decoder for one sample."""
+
+    lower: Lower
+    """Compiles a graph as it is."""
+
+    prune: Callable[[GraphModule], Compiled]
+    """Compiles a graph as a prompt of its own."""
+
+
 class Dispatch:
     """Runs the rewritten graph where it may be used for the prompt at hand, and the unrewritten one elsewhere.
+
+    A batch for which it may not be used because its samples differ, or have padding behind visual tokens, runs sample by sample,
+    where somebody tells later calls which of the cached rows are a sample's own: parvts_fx.compile does.
 
     Args:
         done: the rewriting for the example inputs.
         lowered: its compiled form; None to compile it when it is first called.
         original: the graph as it came.
         position: which input holds embeddings that an earlier graph merged, if any does.
-        again: rewrites the original for other inputs, with another number of visual tokens.
-        lower: compiles a graph as it is.
     """
 
     def __init__(
         self, done: Rewriting, lowered: Compiled | None, original: GraphModule, options: Options, position: int | None,
-        again: Callable[[GraphModule, Sequence[object], MergedInput | None], Rewriting], lower: Lower,
+        making: Making,
     ):
         if done.module is None or done.merge is None or done.visual_mask is None:
             raise ValueError("parvts_fx: there is nothing to dispatch to: the graph has not been rewritten")
@@ -49,8 +68,10 @@ class Dispatch:
         self._options = options
         self._position = position
         self._caches = cache_outputs(original, done.module)
-        self._again = again
-        self._lower = lower
+        self._making = making
+        self._by_sample: BySample | str | None = None
+        """None until a batch needs it; the reason where there is none."""
+
         self._further: Compiled | None = None
         self._unrewritten: Compiled | None = None
         self._by_count: dict[int | None, Compiled | None] = {}
@@ -60,7 +81,7 @@ class Dispatch:
         self._refused: dict[int, str] = {}
         """Why, for each of those; it was told when it was found out."""
         if lowered is None:
-            lowered = torch.compile(done.module, backend=_LowerOnly(lower))
+            lowered = torch.compile(done.module, backend=_LowerOnly(making.lower))
         self._by_count[None if done.precondition else done.merge.count] = lowered
 
     def __call__(self, *inputs: Any) -> Any:
@@ -74,6 +95,10 @@ class Dispatch:
         count = same_count(visual) if precondition is None else precondition.visual_tokens(inputs)
         compiled, reason = self._choose(inputs, given, visual, count)
         size = visual.shape[1]
+        if compiled is None and self._is_for_each(reason, visual, inputs):
+            outputs, reason = self._run_by_sample(inputs, given, visual)
+            if not reason:
+                return outputs
         if compiled is None or count is None:
             current_call().tell_record(CallRecord(False, reason, size, visual=visual))
             if reason != KEPT_ALL and (count is None or reason != self._refused.get(count)):
@@ -100,6 +125,40 @@ class Dispatch:
             return self._compile_for(count, inputs, given[-1])
         return self._by_count[number], self._refused.get(count, "")
 
+    def _is_for_each(self, reason: str, visual: torch.Tensor, inputs: Sequence[object]) -> bool:
+        """Whether a prompt that does not fit may run sample by sample. Not where it has another number of features than of places
+        for them: that is for the model to say."""
+        if not current_call().by_sample or reason not in (PADDING, uneven(visual)):
+            return False
+        precondition = self._done.precondition
+        counts = visual.sum(1).tolist()
+        return any(map(self._dropped, counts)) and (precondition is None or precondition.features(inputs) == sum(counts))
+
+    def _run_by_sample(
+        self, inputs: tuple[Any, ...], given: tuple[Any, ...], visual: torch.Tensor
+    ) -> tuple[Any, str]:
+        """What the graph returns, or why it cannot be had."""
+        try:
+            if self._by_sample is None:
+                handed = None if self._position is None else MergedInput(self._position, given[-1])
+                parted = self._making.part(self._original, inputs, handed)
+                self._by_sample = BySample(
+                    parted, lambda graph: torch.compile(graph, backend=_LowerOnly(self._making.lower)), self._making.prune)
+            if isinstance(self._by_sample, str):
+                return None, self._by_sample
+            ran = self._by_sample(given, visual)
+        except NotRewritten:
+            raise
+        except Exception as error:  # whatever it is, the batch can run as it came
+            why = str(error) if isinstance(error, Refusal) else f"{type(error).__name__}: {error}"
+            self._by_sample = f"{uneven(visual)}, and they cannot run one by one: {why}"
+            return None, self._by_sample
+        current_call().tell_record(ran.record)
+        current_call().tell_pruning(visual.shape[1] - ran.rows.shape[1])
+        current_call().rows = ran.rows
+        note_short_caches(ran.outputs, self._caches)
+        return ran.outputs, ""
+
     def _for_handed(self, inputs: tuple[Any, ...]) -> Compiled | None:
         """For a graph that was compiled for a prompt into which nothing had been merged before, and now something has."""
         if self._position is not None or self._done.stream is None:
@@ -109,9 +168,9 @@ class Dispatch:
             return None
         visual_rows(inputs[self._done.stream])  # taken, whatever becomes of it
         if self._further is None:
-            done = self._again(self._original, inputs, MergedInput(self._done.stream, visual))
+            done = self._making.rewrite(self._original, inputs, MergedInput(self._done.stream, visual))
             self._further = functools.partial(self._run_alone, done.report.reason) if done.module is None else Dispatch(
-                done, None, self._original, self._options, self._done.stream, self._again, self._lower)
+                done, None, self._original, self._options, self._done.stream, self._making)
         return self._further
 
     def _run_alone(self, reason: str, *inputs: object) -> Any:
@@ -141,8 +200,8 @@ class Dispatch:
             return None, (f"the number of visual tokens depends on data here, and {_MOST_COUNTS} different numbers have "
                           "been compiled already (generate and sizes that the graph knows have no such limit)")
         handed = None if self._position is None else MergedInput(self._position, handed_mask)
-        done = self._again(self._original, inputs, handed)
-        self._by_count[count] = done.module and torch.compile(done.module, backend=_LowerOnly(self._lower))
+        done = self._making.rewrite(self._original, inputs, handed)
+        self._by_count[count] = done.module and torch.compile(done.module, backend=_LowerOnly(self._making.lower))
         if done.module is None:
             self._refused[count] = done.report.reason
         return self._by_count[count], done.report.reason
@@ -150,7 +209,7 @@ class Dispatch:
     def _run_unrewritten(self, inputs: Sequence[object]) -> Any:
         """Compiled when first needed; Dynamo guards its sizes, which need not be those of the rewritten graph."""
         if self._unrewritten is None:
-            self._unrewritten = torch.compile(self._original, backend=_LowerOnly(self._lower))
+            self._unrewritten = torch.compile(self._original, backend=_LowerOnly(self._making.lower))
         return self._unrewritten(*inputs)
 
 

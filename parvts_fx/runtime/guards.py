@@ -71,7 +71,7 @@ def guards_for(
     def labelled(prompt: Prompt) -> str | None:
         return "labels are given, and a loss needs the logits of every position" if _has_labels() else None
 
-    return alike, padded, weighed, labelled
+    return labelled, alike, padded, weighed
 
 
 class Precondition:
@@ -83,6 +83,10 @@ class Precondition:
         self._visual = visual
         self.visual_tokens: Callable[[Sequence[object]], int] = size_reader(module, merge.visual_tokens)
         """Visual tokens per sample, read from the sizes of actual inputs."""
+
+        features = merge.visual_features
+        self.features: Callable[[Sequence[object]], int] = size_reader(module, features)
+        """Visual features of all samples, read likewise."""
 
     def __call__(self, *inputs: object) -> bool:
         return self.holds(self._visual(*inputs), inputs)

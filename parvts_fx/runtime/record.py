@@ -23,8 +23,8 @@ class CallRecord:
     prompt_tokens: int | None = None
     """Rows of each sample, padding included; None where no graph has told."""
 
-    subject_tokens: int | None = None
-    """Visual tokens that each sample is left with; None where nothing was pruned."""
+    subject_tokens: int | tuple[int, ...] | None = None
+    """Visual tokens that each sample is left with, one number for each where they differ; None where nothing was pruned."""
 
     visual: torch.Tensor | None = dataclasses.field(default=None, repr=False, compare=False)
     """[batch, prompt_tokens] bool: where visual tokens stand; None where no graph has told."""
@@ -42,8 +42,10 @@ class CallRecord:
     @property
     def kept_tokens(self) -> tuple[int, ...]:
         """Visual tokens of each sample that are left in the end."""
-        counts = self.visual_tokens
-        return counts if self.subject_tokens is None else tuple(min(count, self.subject_tokens) for count in counts)
+        counts, left = self.visual_tokens, self.subject_tokens
+        if left is None or isinstance(left, tuple):
+            return counts if left is None else left
+        return tuple(min(count, left) for count in counts)
 
 
 OnCall = Callable[[CallRecord], object]

@@ -1,0 +1,134 @@
+"""Runs a batch sample by sample: one whose samples have other numbers of visual tokens, or padding behind them.
+
+Each sample's rows, without those that no row sees, are a prompt of their own for one compiled form of the decoder
+(:mod:`parvts_fx.passes.single_sample`), so that a sample's result cannot depend on the others. What comes of them is put side by
+side: the rows of each stand at the end, and in front of shorter ones are zeros that later calls must not see
+(:mod:`parvts_fx.runtime.cached_rows`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.fx import GraphModule
+
+from parvts_fx.passes.single_sample import Parted, Result, Side
+from parvts_fx.runtime.call import begin_call
+from parvts_fx.runtime.record import CallRecord
+from parvts_fx.torch_private import may_vary
+
+Compiled = Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ran:
+    """What has become of a batch."""
+
+    outputs: Any
+    """As the graph returns them."""
+
+    rows: torch.Tensor
+    """[batch, rows] bool: which of the rows that caches hold are a sample's own."""
+
+    record: CallRecord
+
+
+class BySample:
+    """The two parts of a graph, compiled.
+
+    Args:
+        lower: compiles a graph as it is.
+        prune: compiles a graph as a prompt, which is rewritten.
+    """
+
+    def __init__(self, parted: Parted, lower: Callable[[GraphModule], Compiled], prune: Callable[[GraphModule], Compiled]):
+        self._parted = parted
+        self._front = lower(parted.front)
+        self._whole = lower(parted.decoder)
+        self._pruned = prune(parted.decoder)
+
+    def __call__(self, inputs: Sequence[Any], visual: torch.Tensor) -> Ran:
+        """
+        Args:
+            visual: [batch, seq] bool.
+        """
+        parted, batch = self._parted, visual.shape[0]
+        made = self._front(*inputs)
+        merged, sides = made[0], made[1:1 + len(parted.sides)]
+        samples = [self._run(merged, sides, visual, sample, batch) for sample in range(batch)]
+        left = [sample.rows for sample in samples]
+        rows = torch.arange(max(left), device=visual.device) >= max(left) - torch.tensor(left, device=visual.device)[:, None]
+        outputs = [
+            _joined([sample.outputs[held.place] for sample in samples], held.samples)
+            if isinstance(held, Result) and held.is_decoders else made[held.place] if isinstance(held, Result) else held
+            for held in parted.results]
+        pruned = [sample.record.pruned for sample in samples]
+        reason = next((sample.record.reason for sample in samples if sample.record.reason), "")
+        record = CallRecord(any(pruned), "" if any(pruned) else reason, visual.shape[1],
+                            tuple(sample.kept for sample in samples) if any(pruned) else None, visual)
+        return Ran(outputs[0] if parted.returns_one else outputs, rows, record)
+
+    def _run(
+        self, merged: torch.Tensor, sides: Sequence[torch.Tensor], visual: torch.Tensor, sample: int, batch: int
+    ) -> _Sample:
+        mine = [_of_sample(side, held, sample, batch) for side, held in zip(self._parted.sides, sides)]
+        seen = torch.ones_like(visual[sample])
+        for place, mask in self._parted.masks:
+            forbidden = mask.forbidden(mine[place]).movedim(mask.key_axis, -1)
+            seen = seen & ~forbidden.reshape(-1, forbidden.shape[-1]).all(0)
+        rows = seen.nonzero()[:, 0]
+        own = visual[sample:sample + 1, rows]
+        embeddings = merged[sample:sample + 1, rows]
+        count = int(own.sum())
+        given = [embeddings, own, embeddings[own]]
+        for held, axis in ((given[0], 1), (given[1], 1), (given[2], 0)):
+            may_vary(held, axis)
+        for side, held in zip(self._parted.sides, mine):
+            for axis in side.axes:
+                held = held.index_select(axis, rows)
+            for axis in side.axes:
+                may_vary(held, axis)
+            given.append(held)
+        with begin_call() as told:
+            outputs = (self._pruned if count else self._whole)(*given)
+            record = told.record or CallRecord(False, "")
+            told.record = None
+        dropped = told.dropped[-1] if told.dropped else 0
+        return _Sample(outputs, len(rows) - dropped, count - dropped, record)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sample:
+    outputs: Sequence[torch.Tensor]
+    rows: int
+    """That its caches hold."""
+
+    kept: int
+    """Visual ones among them."""
+
+    record: CallRecord
+
+
+def _of_sample(side: Side, held: torch.Tensor, sample: int, batch: int) -> torch.Tensor:
+    """One sample's part of a tensor that the decoder reads."""
+    return held if side.samples is None else held.narrow(side.samples.axis, sample, 1)
+
+
+def _joined(parts: Sequence[torch.Tensor], axis: int | None) -> torch.Tensor:
+    """One result of all samples. Where their sizes differ, zeros stand in front of the shorter ones."""
+    if axis is None:
+        (part,) = parts
+        return part
+    shape = [max(sizes) for sizes in zip(*(part.shape for part in parts))]
+    return torch.cat([
+        part if list(part.shape) == shape else F.pad(part, tuple(_filling(part.shape, shape))) for part in parts], axis)
+
+
+def _filling(sizes: Sequence[int], shape: Sequence[int]) -> Iterator[int]:
+    """How much is put in front of and behind each axis, from the last one on."""
+    for own, wanted in zip(reversed(sizes), reversed(shape)):
+        yield from (wanted - own, 0)

@@ -1,0 +1,255 @@
+"""The decoder of a captured batch for one sample at a time, and without padding.
+
+A rewritten graph has as many visual tokens in every sample, and rows that stand where the prompt's mask expects them. A batch
+whose samples differ, or have padding behind pictures, has neither. So the graph is parted where the decoder begins: what stands
+in front of it runs for the whole batch, and the decoder's own operations become a graph of their own for any one sample's rows,
+which is compiled as a prompt of its own. Its sizes are the prompt's length and nothing else; the analysis knows of each
+number and each axis what it has to do with that length and with the batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from parvts_fx.analysis.masks import Mask, masks_of
+from parvts_fx.analysis.records import Decoder
+from parvts_fx.analysis.samples import Samples, samples_of
+from parvts_fx.analysis.tokens import AtMost, AxisLabels, Count
+from parvts_fx.analysis.values import (
+    changed_in_place,
+    hint,
+    is_symbolic_int,
+    is_tensor,
+    leaves,
+    output_node,
+    symbols,
+    value,
+    with_leaves,
+)
+from parvts_fx.errors import Refusal
+from parvts_fx.torch_private import expression
+
+FEATURES = "image_features"
+"""What the decoder's graph calls the rows that are merged into its embeddings: a name that tells what they are."""
+
+_ENTERS, _LEAVES = "_enter_autocast", "_exit_autocast"
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """A tensor that the decoder reads, and where one sample's rows lie in it."""
+
+    node: Node
+    samples: Samples | None
+    """None for what all samples share."""
+
+    axes: tuple[int, ...]
+    """Those along which the prompt's rows lie."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One of the graph's results."""
+
+    place: int
+    """Among those of the part that makes it."""
+
+    samples: int | None = None
+    """For a result of the decoder's: the axis of its samples; None for a batch of one."""
+
+    is_decoders: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Parted:
+    """A captured graph in two parts."""
+
+    front: GraphModule
+    """Of the graph's inputs: merged embeddings [batch, seq, hidden], the tensors of ``sides``, and results."""
+
+    decoder: GraphModule
+    """Of merged embeddings [1, rows, hidden], visual [1, rows] bool, features [visual tokens, hidden] and one sample's ``sides``:
+    its results."""
+
+    sides: tuple[Side, ...]
+    masks: tuple[tuple[int, Mask], ...]
+    """Which sides are masks of attention, and how they are read."""
+
+    results: tuple[Any, ...]
+    """Of the graph, in order: a :class:`Result`, or what is no node."""
+
+    returns_one: bool
+    """Whether the graph returned its only result by itself."""
+
+
+def part(module: GraphModule, decoder: Decoder) -> Parted:
+    """
+    Raises:
+        Refusal: the decoder cannot be written for one sample by itself.
+    """
+    writer = _Writer(module, decoder)
+    for node in decoder.nodes:
+        if node is not decoder.merge.output:
+            writer.write(node)
+    returned = output_node(module.graph).args[0]
+    results = list(returned) if isinstance(returned, (tuple, list)) else [returned]
+    own = [node for node in dict.fromkeys(results) if isinstance(node, Node) and node in writer.inside]
+    others = [node for node in dict.fromkeys(results) if isinstance(node, Node) and node not in writer.inside]
+    sides = tuple(writer.sides)
+    masks = next((found for layer in decoder.layers for attention in layer.attentions if (found := masks_of(attention))), [])
+    known = [(place, mask) for mask in masks for place, side in enumerate(sides) if side.node is mask.node]
+    front = _front(module, decoder, [decoder.merge.output, *(side.node for side in sides), *others])
+    placed = [
+        node if not isinstance(node, Node) else writer.result(node, own.index(node)) if node in writer.inside else
+        Result(1 + len(sides) + others.index(node)) for node in results]
+    return Parted(front, writer.finish(own), sides, tuple(known), tuple(placed), not isinstance(returned, (tuple, list)))
+
+
+class _Writer:
+    """Writes the decoder's operations for one sample."""
+
+    def __init__(self, module: GraphModule, decoder: Decoder):
+        self.module, self.decoder = module, decoder
+        self.inside = set(decoder.nodes)
+        self.graph = Graph(tracer_cls=getattr(module.graph, "_tracer_cls", None))
+        embeddings, visual, features = map(self.graph.placeholder, ("merged_embeddings", "visual_tokens", FEATURES))
+        self.length = self.graph.call_method("size", (embeddings, 1))
+        # the embeddings hold these features already: this says where, and how many they are
+        everywhere = self.graph.call_method("unsqueeze", (visual, -1))
+        merged = self.graph.call_method("masked_scatter", (embeddings, everywhere, features))
+        self.new: dict[Node, Any] = {decoder.merge.output: merged}
+        self.sides: dict[Side, Node] = {}
+        self._first = self.length
+        self._numbers: dict[tuple[int, int], Any] = {}
+        self._of_attention = {
+            node: attention.bindings.get(node, {}) for layer in decoder.layers for attention in layer.attentions
+            for node in attention.nodes}
+        self._refuse_regions()
+
+    def _refuse_regions(self) -> None:
+        """What is entered outside of the decoder and left behind some of its operations would be gone there."""
+        depth = 0
+        for node in self.module.graph.nodes:
+            name = getattr(node.target, "__name__", "")
+            depth += (name == _ENTERS) - (name == _LEAVES)
+            if depth and node in self.inside:
+                raise Refusal("an operation of the decoder stands within a region of another precision", node)
+
+    def write(self, node: Node) -> None:
+        target = changed_in_place(node)
+        if target is not None and target not in self.inside:
+            raise Refusal("the decoder writes into one of its inputs", node)
+        given = [self._leaf(node, index, leaf) for index, leaf in enumerate(leaves(node))]
+        args, kwargs = with_leaves(node, given)
+        self.new[node] = self.graph.create_node(node.op, node.target, args, kwargs, name=node.name)
+
+    def _leaf(self, node: Node, index: int, leaf: Any) -> Any:
+        if isinstance(leaf, Node) and leaf in self.inside:
+            return self.new[leaf]
+        tokens, samples = self.decoder.tokens, self.decoder.samples
+        of_tokens = self._of_attention.get(node, {}).get(index) or tokens.bindings.get(node, {}).get(index)
+        of_samples = None if samples is None else samples.bindings.get(node, {}).get(index)
+        if isinstance(leaf, Node) and is_tensor(leaf):
+            return self._side(leaf, of_tokens, of_samples)
+        if of_tokens is not None and not isinstance(of_tokens, (Count, AtMost)) or (
+                of_samples is not None and not isinstance(of_samples, Count)):
+            raise Refusal("a number that depends on the prompt's length or the batch cannot be told for one sample", node)
+        if isinstance(of_tokens, AtMost):
+            return self.graph.call_function(torch.sym_min, (self._constant(node, leaf), self.length))
+        if of_tokens is None and of_samples is None:
+            return self._constant(node, leaf)
+        return self._number(node, leaf, of_tokens, of_samples)
+
+    def _side(self, leaf: Node, of_tokens: object, of_samples: object) -> Node:
+        axes = tuple(axis for axis, _ in of_tokens.axes) if isinstance(of_tokens, AxisLabels) else ()
+        samples = None
+        if isinstance(of_samples, AxisLabels):
+            ((axis, _),) = of_samples.axes
+            samples = Samples(axis)
+        side = Side(leaf, samples, axes)
+        if side not in self.sides:
+            with self.graph.inserting_before(self._first):
+                self.sides[side] = self.graph.placeholder(f"side_{len(self.sides)}")
+        return self.sides[side]
+
+    def _number(self, node: Node, leaf: Any, of_tokens: Count | None, of_samples: Count | None) -> Any:
+        """A number that counts rows, samples, or the rows of all samples, for one sample of ``length`` rows."""
+        if of_tokens is None:
+            assert of_samples is not None, "one of them is known"
+            return of_samples.of(1)
+        multiple = of_tokens.multiple
+        if of_samples is not None:
+            batch = hint(value(self.decoder.merge.output).shape[0])
+            if of_tokens.offset or multiple % batch:
+                raise Refusal("a number counts the rows of all samples in a way that is not understood", node)
+            multiple //= batch
+        key = multiple, of_tokens.offset
+        if key not in self._numbers:
+            number = self.length if multiple == 1 else self.graph.call_function(operator.mul, (self.length, multiple))
+            self._numbers[key] = (
+                self.graph.call_function(operator.add, (number, of_tokens.offset)) if of_tokens.offset else number)
+        return self._numbers[key]
+
+    def _constant(self, node: Node, leaf: Any) -> Any:
+        """What is the same for any sample."""
+        held = value(leaf) if isinstance(leaf, Node) else leaf
+        if not isinstance(leaf, Node):
+            return leaf
+        if leaf.op == "get_attr":
+            return self.graph.get_attr(leaf.target)
+        if isinstance(held, (int, float, bool, str, torch.dtype, torch.device)) and not isinstance(held, torch.SymInt):
+            return held
+        if is_symbolic_int(leaf) and not symbols(held):
+            return hint(held)
+        raise Refusal("the decoder reads something that is neither a tensor nor a number that is known", node)
+
+    def result(self, node: Node, place: int) -> Result:
+        """
+        Raises:
+            Refusal: its samples or its rows cannot be told apart.
+        """
+        if not is_tensor(node):
+            raise Refusal("the graph returns a value of the decoder's that is no tensor", node)
+        if any(not kind.is_plain for kind in self.decoder.tokens.axes.get(node, {}).values()):
+            raise Refusal("a result counts its tokens in a way that is not understood", node)
+        samples = samples_of(self.decoder, node)
+        if samples is not None and samples.each != 1:
+            raise Refusal("a result holds several entries for each sample", node)
+        return Result(place, None if samples is None else samples.axis, True)
+
+    def finish(self, results: Sequence[Node]) -> GraphModule:
+        self.graph.output(tuple(self.new[node] for node in results))
+        return GraphModule(self.module, self.graph)
+
+
+def _front(module: GraphModule, decoder: Decoder, results: Sequence[Node]) -> GraphModule:
+    """The graph as far as the decoder's inputs. Sizes of the decoder's own tensors are those of the merged embeddings.
+
+    Raises:
+        Refusal: something in front of the decoder cannot be computed without it.
+    """
+    graph, copies, inside = Graph(tracer_cls=getattr(module.graph, "_tracer_cls", None)), dict[Node, Node](), set(decoder.nodes)
+    merged = decoder.merge.output
+    sizes = value(merged).shape[:2]
+    for node in module.graph.nodes:
+        held = value(node)
+        if node in inside and isinstance(held, torch.SymInt) and merged in copies:
+            axis = next((axis for axis, size in enumerate(sizes) if isinstance(size, torch.SymInt)
+                         and expression(size) == expression(held)), None)
+            if axis is not None:
+                copies[node] = graph.call_method("size", (copies[merged], axis))
+                continue
+        if node.op != "output" and (node not in inside or node is merged or is_symbolic_int(node)) and all(
+                source in copies for source in node.all_input_nodes):
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    missing = next((node for node in results if node not in copies), None)
+    if missing is not None:
+        raise Refusal("what stands in front of the decoder cannot be computed without it", missing)
+    graph.output(tuple(copies[node] for node in results))
+    return GraphModule(module, graph)
