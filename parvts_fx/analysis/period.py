@@ -178,6 +178,10 @@ def _find_starts(blocks: Sequence[Block], count: int) -> tuple[list[int], str]:
             found = _ending_alike(view, period)
             if found is not None:
                 return found, f"{period} blocks of the residual stream, the last one alike in all layers"
+    for period in range(2, len(whole) // 2 + 1):
+        found = _beginning_alike(whole, period)
+        if found is not None:
+            return found, f"{period} blocks of the residual stream, the first one alike in all layers"
     found = _behind_those_like_the_last(whole)
     if found is not None:
         return found, "each ends with a block of the same matrices"
@@ -264,6 +268,18 @@ def _ending_alike(blocks: Sequence[Block], period: int) -> list[int] | None:
         return _starts(chunks) if found else None
     others = [block for chunk in chunks for block in chunk[:-1]]
     return _starts(chunks) if shared and not any(shared <= block.weights for block in others) else None
+
+
+def _beginning_alike(blocks: Sequence[Block], period: int) -> list[int] | None:
+    """Layers whose first blocks (attention's) have the same matrices, which no other block has."""
+    chunks = _chunks(blocks, period)
+    if chunks is None:
+        return None
+    first = {(chunk[0].weights, chunk[0].matrices) for chunk in chunks}
+    weights = chunks[0][0].weights
+    others = [block for chunk in chunks for block in chunk[1:]]
+    alike = len(first) == 1 and weights and not any(weights & block.weights for block in others)
+    return _starts(chunks) if alike else None
 
 
 def _repeating(blocks: Sequence[Block], period: int) -> list[int] | None:

@@ -174,22 +174,23 @@ def _rows_of_none_of(
     """[batch, seq] bool: rows of merged embeddings [batch, seq, hidden] that are not the input embeddings of the ids.
 
     None if there is no such row, or if they cannot be told apart: then no row with content is an id's own, or all others
-    are alike (placeholders that are yet to be filled).
+    are alike (placeholders that are yet to be filled). Of several rows of integers the ids are those that most rows fit.
     """
     if embeddings.dim() != 3 or not embeddings.is_floating_point():
         return None
     table: Any = getattr(model, "get_input_embeddings", lambda: None)()
     size = getattr(getattr(table, "weight", None), "shape", (0,))[0]
-    for ids in prompts:
-        if size and ids.shape == embeddings.shape[:2]:
+    candidates = []
+    for ids in prompts if size else ():
+        if ids.shape == embeddings.shape[:2]:
             known = table(ids.clamp(0, size - 1))
-            same = (known == embeddings).all(-1) if known.shape == embeddings.shape else torch.zeros(())
-            if not same.logical_and(embeddings.any(-1)).any() or same.all():
-                continue
-            others = embeddings[~same]
-            if len(others) == 1 or not (others == others[0]).all():
-                return ~same
-    return None
+            candidates.append((known == embeddings).all(-1) if known.shape == embeddings.shape else torch.zeros(ids.shape).bool())
+    candidates = [same for same in candidates if same.logical_and(embeddings.any(-1)).any()]
+    if not candidates:
+        return None
+    same = max(candidates, key=lambda same: int(same.sum()))  # positions may be ids of a few rows by chance
+    others = embeddings[~same]
+    return None if len(others) == 0 or len(others) > 1 and bool((others == others[0]).all()) else ~same
 
 
 UNSEEN = ("no captured graph merges visual features into a decoder's embeddings: they enter by cross-attention or an "
