@@ -61,9 +61,10 @@ def parvts(
         done = attempt(module, example_inputs, handed)
         if on_rewriting is not None:
             on_rewriting(module, example_inputs, done)
-        if done.module is not None:
-            lowered = lower_as_asked(done.module, example_inputs) if handed is None else None
-            making = Making(attempt, divide, lower_as_asked, functools.partial(_compile_sample, parsed, window_caches_follow))
+        if done.module is not None or done.visual_mask is not None and done.report.status == "unrewritten":
+            lowered = None if done.module is None or handed is not None else lower_as_asked(done.module, example_inputs)
+            prune = functools.partial(_compile_sample, parsed, window_caches_follow, on_rewriting)
+            making = Making(attempt, divide, lower_as_asked, prune, sizes_vary=on_rewriting is None)  # reports are of numbers
             return Dispatch(done, lowered, module, parsed, None if handed is None else handed.position, making)
         if done.merge is not None:
             return hand_on(module, done, lambda copy: lower_as_asked(copy, example_inputs), handed, example_inputs)
@@ -78,11 +79,13 @@ def parvts(
         return _raise_at_call(error)
 
 
-def _compile_sample(options: Options, window_caches_follow: bool, module: GraphModule) -> Compiled:
+def _compile_sample(
+    options: Options, window_caches_follow: bool, on_rewriting: Callable[..., None] | None, module: GraphModule
+) -> Compiled:
     """One sample's decoder: all that is merged into its embeddings is to be pruned, whatever it was."""
-    backend = functools.partial(
-        parvts, options=dataclasses.replace(options, prune="all"), window_caches_follow=window_caches_follow)
-    return torch.compile(module, backend=backend)
+    backend = functools.partial(parvts, options=dataclasses.replace(options, prune="all"),
+                                window_caches_follow=window_caches_follow, on_rewriting=on_rewriting)
+    return torch.compile(module, backend=backend, dynamic=None if on_rewriting is None else False)
 
 
 def _telling_merge(lowered: Compiled, reason: str) -> Compiled:

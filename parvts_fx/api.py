@@ -154,6 +154,8 @@ def explain(model: torch.nn.Module, /, *args: Any, options: Mapping[str, Any] | 
         if done.module is not None:
             before, after = count_flops(capture(module, example_inputs)), count_flops(done.module)
             report = dataclasses.replace(report, flops_before=before, flops_after=after)
+            if (reason := done.reason_against(example_inputs)) is not None:  # its samples are reported one by one
+                report = GraphReport("unrewritten", reason, report.nodes, merges=report.merges)
         reports.append(report)
 
     traced = dataclasses.replace(parsed, lowering="eager", mode=None, lowering_options={})

@@ -30,7 +30,7 @@ from parvts_fx.passes.single_sample import Parted, part
 from parvts_fx.passes.verify import CHEAP_CHECKS, Check, verifier
 from parvts_fx.pipeline import Work, run_pipeline
 from parvts_fx.report import GraphReport
-from parvts_fx.runtime.guards import Guard, Precondition, guards_for, merged_mask, same_count, uneven, visual_mask
+from parvts_fx.runtime.guards import Guard, Precondition, Prompt, guards_for, merged_mask, same_count, uneven, visual_mask
 from parvts_fx.runtime.merged_embeddings import MergedInput, can_hand_on
 from parvts_fx.runtime.padding import padding_check
 from parvts_fx.runtime.prompt_merges import has_visuals, prompt_merge, refuse_unseen_merges, report_merges, stream_input
@@ -43,7 +43,11 @@ _UNSEEN = "no visual features are merged into embeddings"
 
 @dataclasses.dataclass(frozen=True)
 class Rewriting:
-    """A graph's rewritten form, what must hold of its inputs, and what was done. ``module`` is None if untouched."""
+    """A graph's rewritten form, what must hold of its inputs, and what was done. ``module`` is None if untouched.
+
+    It is None as well, with ``visual_mask`` and the status "unrewritten", for a batch whose samples differ: other prompts of
+    the graph may still be rewritten.
+    """
 
     report: GraphReport
     module: GraphModule | None = None
@@ -62,6 +66,18 @@ class Rewriting:
 
     guards: tuple[Guard, ...] = ()
     """Asked in order at each call; the first reason is why the prefill runs unrewritten."""
+
+    handed: bool = False
+    """Whether the rewritten graph takes the mask of visual tokens as one input more."""
+
+
+    def reason_against(self, inputs: Sequence[Any]) -> str | None:
+        """Why the rewritten graph may not run for a prompt; None where it may."""
+        if self.visual_mask is None or self.merge is None or self.handed:
+            return None
+        visual = self.visual_mask(*inputs)
+        prompt = Prompt(inputs, visual, same_count(visual))
+        return next((reason for guard in self.guards if (reason := guard(prompt)) is not None), None)
 
 
 @contextlib.contextmanager
@@ -122,10 +138,15 @@ def rewrite_graph(
     facts["analysis_milliseconds"] = 1e3 * (time.perf_counter() - start)
     _refuse_gradients(example_inputs, module)
     if merge.visual_tokens is None or hint(merge.visual_tokens) is None:  # rewrite for the prompt at hand
-        merge = dataclasses.replace(merge, count=_count(work, merge, given))
+        visual = _visual(work, merge, given)
+        if same_count(visual) is None:
+            return _for_no_batch(uneven(visual), work, merge, stream, facts)
+        merge = dataclasses.replace(merge, count=same_count(visual))
         decoder = dataclasses.replace(decoder, merge=merge)
+    if hint(merge.visual_tokens) == 0:
+        return _for_no_batch("there are fewer visual tokens than samples", work, merge, stream, facts)
     done = _write(job, decoder, options, passes, facts, dump)
-    return done if done.module is None else dataclasses.replace(done, stream=stream)
+    return done if done.module is None else dataclasses.replace(done, stream=stream, handed=handed is not None)
 
 
 def _canonicalise(job: Work, merge: VisualMerge) -> None:
@@ -169,8 +190,6 @@ def _write(
     }
     if options.keeps_all or hint(visuals) == subjects and isinstance(visuals, int):
         return Rewriting(GraphReport("untouched", "all visual tokens are kept", **facts))
-    if hint(visuals) == 0:
-        raise Refusal("there are fewer visual tokens than samples", merge.output)
     stages, mask = dropping(stages, visuals), visual_mask(work, merge)
     precondition = Precondition(work, merge, mask) if merge.count is None else None
     padding = padding_check(work, decoder, any(reads_text(stage.stage.rule) for stage in stages))
@@ -188,19 +207,26 @@ def _write(
     return Rewriting(report, work, precondition, merge, mask, guards=guards)
 
 
-def _count(module: GraphModule, merge: VisualMerge, example_inputs: Sequence[object]) -> int:
-    """Visual tokens per sample of the prompt that is being compiled."""
+def _for_no_batch(
+    reason: str, work: GraphModule, merge: VisualMerge, stream: int | None, facts: Mapping[str, Any]
+) -> Rewriting:
+    """What is known of a graph that has been compiled for samples with different numbers of visual tokens."""
+    mask = visual_mask(work, merge)
+    precondition = Precondition(work, merge, mask) if merge.count is None and merge.visual_tokens is not None and (
+        hint(merge.visual_tokens) is not None) else None
+    return Rewriting(
+        GraphReport("unrewritten", reason, **facts), precondition=precondition, merge=merge, visual_mask=mask, stream=stream)
+
+
+def _visual(module: GraphModule, merge: VisualMerge, example_inputs: Sequence[object]) -> torch.Tensor:
+    """[batch, seq] bool: the visual tokens of the prompt that is being compiled."""
     reason = Refusal("the number of visual tokens depends on data", merge.output)
     if any(isinstance(given, FakeTensor) for given in example_inputs):
         raise reason
     try:
-        visual = visual_mask(module, merge)(*example_inputs)
-        count = same_count(visual)
+        return visual_mask(module, merge)(*example_inputs)
     except Exception as error:  # sizes that no input has, say
         raise reason from error
-    if count is None:
-        raise Refusal(uneven(visual), merge.output)
-    return count
 
 
 def _refuse_gradients(example_inputs: Sequence[object], module: GraphModule) -> None:
@@ -242,6 +268,8 @@ def rewrite(
         if parsed.strict:
             raise NotRewritten(str(refusal)) from refusal
         done = Rewriting(GraphReport("unrewritten", str(refusal), len(module.graph.nodes)))
+    if done.report.status == "unrewritten" and parsed.strict:
+        raise NotRewritten(done.report.reason)
     result = copy_graph_module(module) if done.module is None else done.module
     result.meta["parvts_fx"] = done.report
     result.meta["parvts_fx_precondition"] = done.precondition

@@ -19,7 +19,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from parvts_fx.analysis.masks import Mask, masks_of
 from parvts_fx.analysis.records import Decoder
-from parvts_fx.analysis.samples import Samples, samples_of
+from parvts_fx.analysis.samples import samples_of
 from parvts_fx.analysis.tokens import AtMost, AxisLabels, Count
 from parvts_fx.analysis.values import (
     changed_in_place,
@@ -46,8 +46,8 @@ class Side:
     """A tensor that the decoder reads, and where one sample's rows lie in it."""
 
     node: Node
-    samples: Samples | None
-    """None for what all samples share."""
+    samples: int | None
+    """The axis of the samples; None for what all samples share."""
 
     axes: tuple[int, ...]
     """Those along which the prompt's rows lie."""
@@ -170,8 +170,7 @@ class _Writer:
         axes = tuple(axis for axis, _ in of_tokens.axes) if isinstance(of_tokens, AxisLabels) else ()
         samples = None
         if isinstance(of_samples, AxisLabels):
-            ((axis, _),) = of_samples.axes
-            samples = Samples(axis)
+            ((samples, _),) = of_samples.axes
         side = Side(leaf, samples, axes)
         if side not in self.sides:
             with self.graph.inserting_before(self._first):

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule
 
-from parvts_fx.passes.single_sample import Parted, Result, Side
+from parvts_fx.passes.single_sample import Parted, Result
 from parvts_fx.runtime.call import begin_call
 from parvts_fx.runtime.record import CallRecord
 from parvts_fx.torch_private import may_vary
@@ -43,10 +43,12 @@ class BySample:
     Args:
         lower: compiles a graph as it is.
         prune: compiles a graph as a prompt, which is rewritten.
+        sizes_vary: whether that is for prompts of any size from the first one on.
     """
 
-    def __init__(self, parted: Parted, lower: Callable[[GraphModule], Compiled], prune: Callable[[GraphModule], Compiled]):
-        self._parted = parted
+    def __init__(self, parted: Parted, lower: Callable[[GraphModule], Compiled], prune: Callable[[GraphModule], Compiled],
+                 sizes_vary: bool = True):
+        self._parted, self._sizes_vary = parted, sizes_vary
         self._front = lower(parted.front)
         self._whole = lower(parted.decoder)
         self._pruned = prune(parted.decoder)
@@ -59,46 +61,50 @@ class BySample:
         parted, batch = self._parted, visual.shape[0]
         made = self._front(*inputs)
         merged, sides = made[0], made[1:1 + len(parted.sides)]
-        samples = [self._run(merged, sides, visual, sample, batch) for sample in range(batch)]
+        samples = [self._run(merged, sides, visual, sample) for sample in range(batch)]
         left = [sample.rows for sample in samples]
         rows = torch.arange(max(left), device=visual.device) >= max(left) - torch.tensor(left, device=visual.device)[:, None]
         outputs = [
             _joined([sample.outputs[held.place] for sample in samples], held.samples)
             if isinstance(held, Result) and held.is_decoders else made[held.place] if isinstance(held, Result) else held
             for held in parted.results]
-        pruned = [sample.record.pruned for sample in samples]
-        reason = next((sample.record.reason for sample in samples if sample.record.reason), "")
-        record = CallRecord(any(pruned), "" if any(pruned) else reason, visual.shape[1],
-                            tuple(sample.kept for sample in samples) if any(pruned) else None, visual)
+        pruned = any(sample.record.pruned for sample in samples)
+        reason = "" if pruned else next((sample.record.reason for sample in samples if sample.record.reason), "")
+        kept = tuple(sample.kept for sample in samples) if pruned else None
+        record = CallRecord(pruned, reason, visual.shape[1], kept, visual)
         return Ran(outputs[0] if parted.returns_one else outputs, rows, record)
 
     def _run(
-        self, merged: torch.Tensor, sides: Sequence[torch.Tensor], visual: torch.Tensor, sample: int, batch: int
+        self, merged: torch.Tensor, sides: Sequence[torch.Tensor], visual: torch.Tensor, sample: int
     ) -> _Sample:
-        mine = [_of_sample(side, held, sample, batch) for side, held in zip(self._parted.sides, sides)]
+        given, rows, count = self._given(merged, sides, visual, sample)
+        with begin_call() as told:
+            outputs = (self._pruned if count else self._whole)(*given)
+            record, told.record = told.record or CallRecord(False), None
+        dropped = told.dropped[-1] if told.dropped else 0
+        return _Sample(outputs, rows - dropped, count - dropped, record)
+
+    def _given(
+        self, merged: torch.Tensor, sides: Sequence[torch.Tensor], visual: torch.Tensor, sample: int
+    ) -> tuple[list[torch.Tensor], int, int]:
+        """What the decoder is given for one sample, and how many rows and visual tokens it has."""
+        mine = [held if side.samples is None else held.narrow(side.samples, sample, 1)
+                for side, held in zip(self._parted.sides, sides)]
         seen = torch.ones_like(visual[sample])
         for place, mask in self._parted.masks:
             forbidden = mask.forbidden(mine[place]).movedim(mask.key_axis, -1)
             seen = seen & ~forbidden.reshape(-1, forbidden.shape[-1]).all(0)
         rows = seen.nonzero()[:, 0]
-        own = visual[sample:sample + 1, rows]
-        embeddings = merged[sample:sample + 1, rows]
-        count = int(own.sum())
-        given = [embeddings, own, embeddings[own]]
-        for held, axis in ((given[0], 1), (given[1], 1), (given[2], 0)):
-            may_vary(held, axis)
+        own, embeddings = visual[sample:sample + 1, rows], merged[sample:sample + 1, rows]
+        given, varying = [embeddings, own, embeddings[own]], [(1,), (1,), (0,), *(side.axes for side in self._parted.sides)]
         for side, held in zip(self._parted.sides, mine):
             for axis in side.axes:
                 held = held.index_select(axis, rows)
-            for axis in side.axes:
-                may_vary(held, axis)
             given.append(held)
-        with begin_call() as told:
-            outputs = (self._pruned if count else self._whole)(*given)
-            record = told.record or CallRecord(False, "")
-            told.record = None
-        dropped = told.dropped[-1] if told.dropped else 0
-        return _Sample(outputs, len(rows) - dropped, count - dropped, record)
+        for held, axes in zip(given, varying):
+            for axis in axes if self._sizes_vary else ():
+                may_vary(held, axis)
+        return given, len(rows), int(own.sum())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,11 +117,6 @@ class _Sample:
     """Visual ones among them."""
 
     record: CallRecord
-
-
-def _of_sample(side: Side, held: torch.Tensor, sample: int, batch: int) -> torch.Tensor:
-    """One sample's part of a tensor that the decoder reads."""
-    return held if side.samples is None else held.narrow(side.samples.axis, sample, 1)
 
 
 def _joined(parts: Sequence[torch.Tensor], axis: int | None) -> torch.Tensor:

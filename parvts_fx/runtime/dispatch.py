@@ -43,6 +43,9 @@ class Making:
     prune: Callable[[GraphModule], Compiled]
     """Compiles a graph as a prompt of its own."""
 
+    sizes_vary: bool = True
+    """Whether that is meant for prompts of any size from the first one on."""
+
 
 class Dispatch:
     """Runs the rewritten graph where it may be used for the prompt at hand, and the unrewritten one elsewhere.
@@ -51,7 +54,7 @@ class Dispatch:
     where somebody tells later calls which of the cached rows are a sample's own: parvts_fx.compile does.
 
     Args:
-        done: the rewriting for the example inputs.
+        done: the rewriting for the example inputs; without a module where they were a batch of samples that differ.
         lowered: its compiled form; None to compile it when it is first called.
         original: the graph as it came.
         position: which input holds embeddings that an earlier graph merged, if any does.
@@ -61,13 +64,13 @@ class Dispatch:
         self, done: Rewriting, lowered: Compiled | None, original: GraphModule, options: Options, position: int | None,
         making: Making,
     ):
-        if done.module is None or done.merge is None or done.visual_mask is None:
+        if done.merge is None or done.visual_mask is None:
             raise ValueError("parvts_fx: there is nothing to dispatch to: the graph has not been rewritten")
         self._done, self._merge, self._visual_mask = done, done.merge, done.visual_mask
         self._original = copy_graph_module(original)
         self._options = options
         self._position = position
-        self._caches = cache_outputs(original, done.module)
+        self._caches = cache_outputs(original, done.module)  # all that may be one, as long as there is no other form
         self._making = making
         self._by_sample: BySample | str | None = None
         """None until a batch needs it; the reason where there is none."""
@@ -80,9 +83,14 @@ class Dispatch:
 
         self._refused: dict[int, str] = {}
         """Why, for each of those; it was told when it was found out."""
-        if lowered is None:
-            lowered = torch.compile(done.module, backend=_LowerOnly(making.lower))
-        self._by_count[None if done.precondition else done.merge.count] = lowered
+        if done.module is not None:
+            self._hold(done, lowered)
+
+    def _hold(self, done: Rewriting, lowered: Compiled | None = None) -> None:
+        """Have a compiled form of the rewriting."""
+        assert done.module is not None and done.merge is not None, "it has been rewritten"
+        self._by_count[None if done.precondition else done.merge.count] = lowered or torch.compile(
+            done.module, backend=_LowerOnly(self._making.lower))
 
     def __call__(self, *inputs: Any) -> Any:
         if (more := self._for_handed(inputs)) is not None:
@@ -116,6 +124,8 @@ class Dispatch:
         """The compiled form for the prompt at hand, or None and why there is none."""
         if count is not None and self._dropped(count) == 0:
             return None, KEPT_ALL
+        if count and not self._by_count and self._done.module is None:
+            self._begin(count, inputs, given[-1])
         prompt = Prompt(given, visual, count)
         reason = next((reason for guard in self._done.guards if (reason := guard(prompt)) is not None), None)
         if reason is not None or count is None:
@@ -143,7 +153,8 @@ class Dispatch:
                 handed = None if self._position is None else MergedInput(self._position, given[-1])
                 parted = self._making.part(self._original, inputs, handed)
                 self._by_sample = BySample(
-                    parted, lambda graph: torch.compile(graph, backend=_LowerOnly(self._making.lower)), self._making.prune)
+                    parted, lambda graph: torch.compile(graph, backend=_LowerOnly(self._making.lower)), self._making.prune,
+                    self._making.sizes_vary)
             if isinstance(self._by_sample, str):
                 return None, self._by_sample
             ran = self._by_sample(given, visual)
@@ -199,12 +210,25 @@ class Dispatch:
         if len(self._by_count) >= _MOST_COUNTS:
             return None, (f"the number of visual tokens depends on data here, and {_MOST_COUNTS} different numbers have "
                           "been compiled already (generate and sizes that the graph knows have no such limit)")
-        handed = None if self._position is None else MergedInput(self._position, handed_mask)
-        done = self._making.rewrite(self._original, inputs, handed)
-        self._by_count[count] = done.module and torch.compile(done.module, backend=_LowerOnly(self._making.lower))
+        done = self._rewrite(inputs, handed_mask)
         if done.module is None:
-            self._refused[count] = done.report.reason
+            self._by_count[count], self._refused[count] = None, done.report.reason
+        else:
+            self._hold(done)
         return self._by_count[count], done.report.reason
+
+    def _begin(self, count: int, inputs: Sequence[object], handed_mask: torch.Tensor) -> None:
+        """The first prompt of equal samples for a graph that was compiled for others."""
+        done = self._rewrite(inputs, handed_mask)
+        if done.module is None:
+            self._by_count[count], self._refused[count] = None, done.report.reason
+        else:
+            self._done, self._caches = done, cache_outputs(self._original, done.module)
+            self._hold(done)
+
+    def _rewrite(self, inputs: Sequence[object], handed_mask: torch.Tensor) -> Rewriting:
+        handed = None if self._position is None else MergedInput(self._position, handed_mask)
+        return self._making.rewrite(self._original, inputs, handed)
 
     def _run_unrewritten(self, inputs: Sequence[object]) -> Any:
         """Compiled when first needed; Dynamo guards its sizes, which need not be those of the rewritten graph."""
