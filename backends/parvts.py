@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,7 +63,8 @@ def parvts(
         if on_rewriting is not None:
             on_rewriting(module, example_inputs, done)
         if done.module is not None or done.visual_mask is not None and done.report.status == "unrewritten":
-            lowered = None if done.module is None or handed is not None else lower_as_asked(done.module, example_inputs)
+            fits = done.module is not None and handed is None and done.reason_against(example_inputs) is None
+            lowered = lower_as_asked(done.module, example_inputs) if done.module is not None and fits else None
             prune = functools.partial(_compile_sample, parsed, window_caches_follow, on_rewriting)
             making = Making(attempt, divide, lower_as_asked, prune, sizes_vary=on_rewriting is None)  # reports are of numbers
             return Dispatch(done, lowered, module, parsed, None if handed is None else handed.position, making)
@@ -79,13 +81,30 @@ def parvts(
         return _raise_at_call(error)
 
 
+_SAMPLES: weakref.WeakValueDictionary[Hashable, Any] = weakref.WeakValueDictionary()
+"""Compiled decoders of one sample, by the options and what the graph says."""
+
+
 def _compile_sample(
     options: Options, window_caches_follow: bool, on_rewriting: Callable[..., None] | None, module: GraphModule
 ) -> Compiled:
-    """One sample's decoder: all that is merged into its embeddings is to be pruned, whatever it was."""
-    backend = functools.partial(parvts, options=dataclasses.replace(options, prune="all"),
-                                window_caches_follow=window_caches_follow, on_rewriting=on_rewriting)
-    return torch.compile(module, backend=backend, dynamic=None if on_rewriting is None else False)
+    """One sample's decoder: all that is merged into its embeddings is to be pruned, whatever it was.
+
+    Graphs that were captured for batches of different sizes have the same one, as a rule, which is compiled once.
+    """
+    def backend(graph: GraphModule, example_inputs: Sequence[object]) -> Compiled:
+        return parvts(graph, example_inputs, options=dataclasses.replace(options, prune="all"),  # keeps the options' id, too
+                      window_caches_follow=window_caches_follow, on_rewriting=on_rewriting)
+
+    dynamic = None if on_rewriting is None else False
+    if any(node.op in ("get_attr", "call_module") for node in module.graph.nodes):
+        return torch.compile(module, backend=backend, dynamic=dynamic)
+    written = tuple((node.op, node.target, str(node.args), str(node.kwargs)) for node in module.graph.nodes)
+    key = id(options), dynamic, written
+    compiled = _SAMPLES.get(key)
+    if compiled is None:
+        compiled = _SAMPLES[key] = torch.compile(module, backend=backend, dynamic=dynamic)
+    return compiled
 
 
 def _telling_merge(lowered: Compiled, reason: str) -> Compiled:

@@ -75,6 +75,7 @@ class Rewriting:
         """Why the rewritten graph may not run for a prompt; None where it may."""
         if self.visual_mask is None or self.merge is None or self.handed:
             return None
+        inputs = [hint(held) if isinstance(held, torch.SymInt) else held for held in inputs]  # no guards on these sizes
         visual = self.visual_mask(*inputs)
         prompt = Prompt(inputs, visual, same_count(visual))
         return next((reason for guard in self.guards if (reason := guard(prompt)) is not None), None)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,20 +20,23 @@ from torch.fx import Graph, GraphModule, Node
 from parvts_fx.analysis.masks import Mask, masks_of
 from parvts_fx.analysis.records import Decoder
 from parvts_fx.analysis.samples import samples_of
-from parvts_fx.analysis.tokens import AtMost, AxisLabels, Count
+from parvts_fx.analysis.tokens import AtMost, AxisLabels, Count, Filling
 from parvts_fx.analysis.values import (
+    ancestors,
     changed_in_place,
     hint,
+    hint_shape,
     is_symbolic_int,
     is_tensor,
     leaves,
     output_node,
+    reads_sizes_alone,
     symbols,
     value,
     with_leaves,
 )
 from parvts_fx.errors import Refusal
-from parvts_fx.torch_private import expression
+from parvts_fx.torch_private import expression, is_functorch_wrapped_tensor
 
 FEATURES = "image_features"
 """What the decoder's graph calls the rows that are merged into its embeddings: a name that tells what they are."""
@@ -84,6 +87,10 @@ class Parted:
     results: tuple[Any, ...]
     """Of the graph, in order: a :class:`Result`, or what is no node."""
 
+    picks_rows: bool
+    """Whether what stands in front of the decoder may take single rows of the prompt out of what the decoder reads: its last
+    ones, say, which are padding in some samples."""
+
     returns_one: bool
     """Whether the graph returned its only result by itself."""
 
@@ -108,7 +115,23 @@ def part(module: GraphModule, decoder: Decoder) -> Parted:
     placed = [
         node if not isinstance(node, Node) else writer.result(node, own.index(node)) if node in writer.inside else
         Result(1 + len(sides) + others.index(node)) for node in results]
-    return Parted(front, writer.finish(own), sides, tuple(known), tuple(placed), not isinstance(returned, (tuple, list)))
+    return Parted(
+        front, writer.finish(own), sides, tuple(known), tuple(placed), _picks_rows(decoder, [side.node for side in sides]),
+        not isinstance(returned, (tuple, list)))
+
+
+def _picks_rows(decoder: Decoder, sides: Sequence[Node]) -> bool:
+    """Whether anything that the sides are computed from has fewer axes as long as the prompt than what it is taken from."""
+    length = hint(decoder.tokens.size)
+
+    def axes(node: Node) -> int:
+        return hint_shape(value(node)).count(length)
+
+    def tensors(nodes: Iterable[Node]) -> list[Node]:
+        return [node for node in nodes if is_tensor(node) and not is_functorch_wrapped_tensor(value(node))]
+
+    return any(axes(node) < max(map(axes, sources)) for node in tensors(ancestors(sides) - set(decoder.nodes))
+               if (sources := tensors(node.all_input_nodes)) and not reads_sizes_alone(node))
 
 
 class _Writer:
@@ -157,6 +180,8 @@ class _Writer:
         of_samples = None if samples is None else samples.bindings.get(node, {}).get(index)
         if isinstance(leaf, Node) and is_tensor(leaf):
             return self._side(leaf, of_tokens, of_samples)
+        if isinstance(of_tokens, Filling) and of_samples is None and isinstance(leaf, int) and isinstance(tokens.size, int):
+            return self.graph.call_function(operator.sub, (leaf + tokens.size, self.length))  # up to the same blocks
         if of_tokens is not None and not isinstance(of_tokens, (Count, AtMost)) or (
                 of_samples is not None and not isinstance(of_samples, Count)):
             raise Refusal("a number that depends on the prompt's length or the batch cannot be told for one sample", node)

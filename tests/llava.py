@@ -51,6 +51,19 @@ class Prompt:
         return {**self.inputs, "position_ids": positions}
 
 
+    def row(self, index: int) -> Prompt:
+        """One sample by itself, without padding."""
+        mask = self.inputs["attention_mask"][index].bool()
+        given = {name: self.inputs[name][index:index + 1, mask] for name in ("input_ids", "attention_mask")}
+        visual = given["input_ids"] == IMAGE_TOKEN
+        if visual.any():
+            pictures = self.inputs["pixel_values"]
+            each = int(self.visual.sum()) // len(pictures)
+            first = int(self.visual[:index].sum()) // each
+            given["pixel_values"] = pictures[first:first + int(visual.sum()) // each]
+        return Prompt(given, visual)
+
+
 def prompt(model: transformers.PreTrainedModel, rows: Sequence[Sequence[int | str]], seed: int = 1) -> Prompt:
     """A batch of prompts, left-padded to the longest.
 

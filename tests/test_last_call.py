@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import parvts_fx
+from parvts_fx.errors import Refusal
+from parvts_fx.runtime.by_sample import BySample
 from parvts_fx.runtime.record import KEPT_ALL, NO_VISUALS
 from tests import llava
 from tests.models.builders import BUILDERS
@@ -43,17 +45,25 @@ def test_a_pruned_prompt(model: Any) -> None:
     assert (record.prompt_tokens, record.visual_tokens, record.kept_tokens) == (given.visual.shape[1], counts, (3, 3))
 
 
-def test_an_uneven_batch(model: Any) -> None:
-    """The reason names the rows' counts, and is the warning's."""
-    even, uneven = llava.prompt(model, EVEN), llava.prompt(model, UNEVEN)
+def test_an_uneven_batch(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row's own numbers; where it cannot be pruned the reason names the rows' counts, and is the warning's."""
+    uneven = llava.prompt(model, UNEVEN)
     parvts_fx.compile(model, **OPTIONS)
-    called(model, even.inputs)
+    called(model, uneven.inputs)
+    record, counts = parvts_fx.last_call(model), tuple(uneven.visual.sum(1).tolist())
+    assert record.pruned and record.visual_tokens == counts and record.kept_tokens == (3, 0)
+    monkeypatch.setattr(BySample, "__call__", refused)
     with pytest.warns(parvts_fx.ParvtsWarning) as caught, torch.no_grad():
         model(**uneven.inputs)
-    record, counts = parvts_fx.last_call(model), tuple(uneven.visual.sum(1).tolist())
+    record = parvts_fx.last_call(model)
     assert not record.pruned and record.graph == "unrewritten"
-    assert f"different numbers of visual tokens: {counts[0]}, {counts[1]}" in record.reason
+    assert f"different numbers of visual tokens: {counts[0]}, {counts[1]}; and its samples cannot run one by one: so" in (
+        record.reason)
     assert any(record.reason in str(warning.message) for warning in caught)
+
+
+def refused(*_: Any) -> None:
+    raise Refusal("so it is")
 
 
 def test_reasons(model: Any) -> None:
@@ -71,11 +81,12 @@ def test_reasons(model: Any) -> None:
     assert parvts_fx.last_call(model).visual_tokens == parvts_fx.last_call(model).kept_tokens == ()
 
 
-def test_strict_leaves_a_record(model: Any) -> None:
+def test_strict_leaves_a_record(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     even, uneven = llava.prompt(model, EVEN), llava.prompt(model, UNEVEN)
     told: list[parvts_fx.CallRecord] = []
     parvts_fx.compile(model, on_call=told.append, strict=True, **OPTIONS)
     called(model, even.inputs)
+    monkeypatch.setattr(BySample, "__call__", refused)
     with pytest.raises(parvts_fx.NotRewritten):
         called(model, uneven.inputs)
     assert [record.pruned for record in told] == [True, False] and parvts_fx.last_call(model) is told[1]

@@ -161,3 +161,15 @@ def test_messages_hold_the_size() -> None:
     with sizes_in_strings:
         assert [described(torch.ones(count, 7))[1] for count in (3, 5, 9)] == [
             f"{count} rows of    7" for count in (3, 5, 9)]
+
+
+def test_features_that_a_call_returns_come_back_as_they_were() -> None:
+    joined, given = JoinedFeatures(), {"outputs": {"image": PICTURES}}
+
+    def call(kwargs: Any) -> Any:
+        return {"logits": torch.cat(kwargs["outputs"]["image"]), "image_hidden_states": kwargs["outputs"]["image"]}
+
+    joined.try_out(joined.trial(given), call, call(given), given)
+    later = joined.joined(given)
+    output = joined.parted(call(later), given, later)
+    assert later is not given and output["image_hidden_states"] is PICTURES and output["logits"].shape == (8, 4)

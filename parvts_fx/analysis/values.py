@@ -96,6 +96,15 @@ def is_indexing(node: Node) -> bool:
     return is_index(node) or node.op == "call_function" and node.target is operator.setitem
 
 
+_SHAPE_ONLY = (torch.ones_like, torch.zeros_like, torch.full_like, torch.empty_like, getattr)
+_SHAPE_ONLY_METHODS = ("size", "new_ones", "new_zeros", "new_full", "new_empty", "dim")
+
+
+def reads_sizes_alone(node: Node) -> bool:
+    """Whether no content of the tensors that a node reads enters its result."""
+    return has_target(node, _SHAPE_ONLY, _SHAPE_ONLY_METHODS)
+
+
 def is_equality(node: Node) -> bool:
     return has_target(node, (operator.eq, torch.eq, torch.ops.aten.eq.Scalar), ("eq", "__eq__"))
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule
 
+from parvts_fx.errors import Refusal
 from parvts_fx.passes.single_sample import Parted, Result
 from parvts_fx.runtime.call import begin_call
 from parvts_fx.runtime.record import CallRecord
@@ -94,6 +95,9 @@ class BySample:
         for place, mask in self._parted.masks:
             forbidden = mask.forbidden(mine[place]).movedim(mask.key_axis, -1)
             seen = seen & ~forbidden.reshape(-1, forbidden.shape[-1]).all(0)
+        if self._parted.picks_rows and not seen[-1]:
+            raise Refusal("padding stands behind a sample's text, and the model takes single positions out of the prompt (its "
+                          "last one, say: pad on the left)")
         rows = seen.nonzero()[:, 0]
         own, embeddings = visual[sample:sample + 1, rows], merged[sample:sample + 1, rows]
         given, varying = [embeddings, own, embeddings[own]], [(1,), (1,), (0,), *(side.axes for side in self._parted.sides)]

@@ -62,6 +62,7 @@ def watched_call(
 
     def again(args: Sequence[Any], given: Mapping[str, Any]) -> Any:
         with paused(), frames.capturing(), begin_call() as told:
+            told.by_sample = by_sample
             output = call(*args, **given)
             told.record = None
         return output
@@ -70,7 +71,8 @@ def watched_call(
     def run(*args: Any, **kwargs: Any) -> Any:
         nonlocal by_sample
         trial = features.trial(kwargs) if tries else None
-        kwargs = dict(features.joined(kwargs))
+        given, kwargs = kwargs, features.joined(kwargs)
+        joined = kwargs
         prompts, has_pictures, is_step = _read(args, kwargs, returned)
         args, kwargs = with_cached_columns(model.forward, args, kwargs)
         while True:
@@ -106,7 +108,7 @@ def watched_call(
             keep_record(model, record, on_call)
         if not told.has_merged and has_pictures:
             tell()
-        return output
+        return features.parted(output, given, joined)
 
     return run
 

@@ -28,6 +28,10 @@ Lower = Callable[[GraphModule, Sequence[object]], Compiled]
 _MOST_COUNTS = 8
 """For how many different numbers of visual tokens one graph is compiled, where no size tells the number."""
 
+_REMEDY = "parvts_fx.compile(model) prunes such batches, sample by sample"
+_FAILS = "its samples cannot run one by one"
+_OTHER_CACHE = "it would run sample by sample with a cache of transformers' Cache class, or with none"
+
 
 @dataclasses.dataclass(frozen=True)
 class Making:
@@ -103,8 +107,8 @@ class Dispatch:
         count = same_count(visual) if precondition is None else precondition.visual_tokens(inputs)
         compiled, reason = self._choose(inputs, given, visual, count)
         size = visual.shape[1]
-        if compiled is None and self._is_for_each(reason, visual, inputs):
-            outputs, reason = self._run_by_sample(inputs, given, visual)
+        if compiled is None and self._may_part(reason, visual, inputs):
+            outputs, reason = self._run_by_sample(reason, inputs, given, visual)
             if not reason:
                 return outputs
         if compiled is None or count is None:
@@ -122,10 +126,13 @@ class Dispatch:
         self, inputs: Sequence[object], given: Sequence[Any], visual: torch.Tensor, count: int | None
     ) -> tuple[Compiled | None, str]:
         """The compiled form for the prompt at hand, or None and why there is none."""
-        if count is not None and self._dropped(count) == 0:
+        if count is not None and not any(map(self._dropped, visual.sum(1).tolist())):
             return None, KEPT_ALL
-        if count and not self._by_count and self._done.module is None:
-            self._begin(count, inputs, given[-1])
+        even = same_count(visual)
+        if self._done.module is None and even is None:
+            return None, uneven(visual)
+        if self._done.module is None and not self._by_count and even is not None:
+            self._begin(even, inputs, given[-1])
         prompt = Prompt(given, visual, count)
         reason = next((reason for guard in self._done.guards if (reason := guard(prompt)) is not None), None)
         if reason is not None or count is None:
@@ -135,19 +142,20 @@ class Dispatch:
             return self._compile_for(count, inputs, given[-1])
         return self._by_count[number], self._refused.get(count, "")
 
-    def _is_for_each(self, reason: str, visual: torch.Tensor, inputs: Sequence[object]) -> bool:
-        """Whether a prompt that does not fit may run sample by sample. Not where it has another number of features than of places
-        for them: that is for the model to say."""
-        if not current_call().by_sample or reason not in (PADDING, uneven(visual)):
-            return False
-        precondition = self._done.precondition
-        counts = visual.sum(1).tolist()
-        return any(map(self._dropped, counts)) and (precondition is None or precondition.features(inputs) == sum(counts))
+    def _may_part(self, reason: str, visual: torch.Tensor, inputs: Sequence[object]) -> bool:
+        """Whether a prompt does not fit because its samples differ, or for their padding. Not where it has another number of
+        features than of places for them: that is for the model to say."""
+        counts, precondition = visual.sum(1).tolist(), self._done.precondition
+        return reason in (PADDING, uneven(visual)) and any(map(self._dropped, counts)) and (
+            precondition is None or precondition.features(inputs) == sum(counts))
 
     def _run_by_sample(
-        self, inputs: tuple[Any, ...], given: tuple[Any, ...], visual: torch.Tensor
+        self, reason: str, inputs: tuple[Any, ...], given: tuple[Any, ...], visual: torch.Tensor
     ) -> tuple[Any, str]:
         """What the graph returns, or why it cannot be had."""
+        call = current_call()
+        if not call.by_sample:
+            return None, f"{reason} ({_OTHER_CACHE if call.is_watched else _REMEDY})"
         try:
             if self._by_sample is None:
                 handed = None if self._position is None else MergedInput(self._position, given[-1])
@@ -155,18 +163,19 @@ class Dispatch:
                 self._by_sample = BySample(
                     parted, lambda graph: torch.compile(graph, backend=_LowerOnly(self._making.lower)), self._making.prune,
                     self._making.sizes_vary)
-            if isinstance(self._by_sample, str):
-                return None, self._by_sample
-            ran = self._by_sample(given, visual)
+            ran = self._by_sample(given, visual) if isinstance(self._by_sample, BySample) else None
         except NotRewritten:
             raise
         except Exception as error:  # whatever it is, the batch can run as it came
             why = str(error) if isinstance(error, Refusal) else f"{type(error).__name__}: {error}"
-            self._by_sample = f"{uneven(visual)}, and they cannot run one by one: {why}"
-            return None, self._by_sample
-        current_call().tell_record(ran.record)
-        current_call().tell_pruning(visual.shape[1] - ran.rows.shape[1])
-        current_call().rows = ran.rows
+            if isinstance(error, Refusal) and isinstance(self._by_sample, BySample):  # because of this prompt
+                return None, f"{reason}; and {_FAILS}: {why}"
+            self._by_sample, ran = f"{_FAILS}: {why}", None
+        if ran is None:
+            return None, f"{reason}; and {self._by_sample}"
+        call.tell_record(ran.record)
+        call.tell_pruning(visual.shape[1] - ran.rows.shape[1])
+        call.rows = ran.rows
         note_short_caches(ran.outputs, self._caches)
         return ran.outputs, ""
 

@@ -9,7 +9,7 @@ caches. Where all that comes out is the same, later calls are given the joined o
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -30,6 +30,17 @@ class JoinedFeatures:
     def joined(self, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
         """What the model is to be given: features are joined if that is known to make no difference."""
         return (_joined(kwargs) or kwargs) if self._same else kwargs
+
+    @staticmethod
+    def parted(output: Any, given: Mapping[str, Any], joined: Mapping[str, Any]) -> Any:
+        """What a call with joined features returns, with the ones it would have been given where it returns them."""
+        if given is joined or not isinstance(output, MutableMapping):
+            return output
+        as_given = dict(_pairs(given, joined))
+        for name, held in output.items():
+            if type(held) in (tuple, list) and len(held) == 1 and id(held[0]) in as_given:
+                output[name] = as_given[id(held[0])]
+        return output
 
     def trial(self, kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
         """A call's keyword arguments with joined features, on caches of their own. To be made in front of a call that may be
@@ -74,6 +85,15 @@ def _with_joined(held: Any) -> Any:
     return made
 
 
+def _pairs(given: Any, joined: Any) -> Iterator[tuple[int, Any]]:
+    """The identity of each joined tensor, and the features that it was made of."""
+    if isinstance(given, Mapping) and isinstance(joined, Mapping) and given is not joined and not is_cache(given):
+        for name, held in given.items():
+            yield from _pairs(held, joined[name])
+    elif given is not joined and type(given) in (tuple, list) and isinstance(joined, (tuple, list)) and len(joined) == 1:
+        yield id(joined[0]), given
+
+
 def _join(features: Any) -> Any:
     """As many features in one tensor; None where it is not known of all alike what they were computed from."""
     origins = [current_call().origin_of(held) for held in features]
@@ -95,8 +115,9 @@ def _are_features(held: Any) -> bool:
 
 
 def _results(output: Any, kwargs: Mapping[str, Any]) -> Iterator[torch.Tensor]:
-    """All numbers that a call returns or leaves in its caches."""
-    leaves = [held for held in tree_leaves(output) if not is_cache(held)]
+    """All numbers that a call returns or leaves in its caches, but for what it was given."""
+    own = {id(held) for held in tree_leaves(dict(kwargs))}
+    leaves = [held for held in tree_leaves(output) if not is_cache(held) and id(held) not in own]
     for cache in find_caches(output, (), dict(kwargs)):
         leaves += tree_leaves([vars(layer) for layer in getattr(cache, "layers", ())])
     return (held for held in leaves if isinstance(held, torch.Tensor) and held.is_floating_point())

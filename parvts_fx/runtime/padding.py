@@ -16,13 +16,10 @@ from torch.fx import Graph, GraphModule, Node
 
 from parvts_fx.analysis.masks import Mask, masks_of
 from parvts_fx.analysis.records import Decoder
-from parvts_fx.analysis.values import ancestors, has_target, is_tensor, needed_for, output_node, value
+from parvts_fx.analysis.values import ancestors, is_tensor, needed_for, output_node, reads_sizes_alone, value
 from parvts_fx.errors import Refusal
 from parvts_fx.runtime.guards import size_reader
 from parvts_fx.torch_private import is_functorch_wrapped_tensor
-
-_SHAPE_ONLY = (torch.ones_like, torch.zeros_like, torch.full_like, torch.empty_like)
-_SHAPE_ONLY_METHODS = ("size", "new_ones", "new_zeros", "new_full", "new_empty", "dim")
 
 
 def padding_check(module: GraphModule, decoder: Decoder, reads_text: bool = False) -> Callable[..., bool] | None:
@@ -104,7 +101,7 @@ def _needed(module: GraphModule, masks: Sequence[Node]) -> tuple[set[Node], list
         if node in needed:
             continue
         needed.add(node)
-        shape_only = has_target(node, _SHAPE_ONLY, _SHAPE_ONLY_METHODS) or has_target(node, (getattr,))
+        shape_only = reads_sizes_alone(node)
         for source in node.all_input_nodes:
             tensors = [given for given in source.all_input_nodes if is_tensor(given)]
             feature = source in featured and source.op not in ("placeholder", "get_attr")

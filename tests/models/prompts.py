@@ -1,4 +1,4 @@
-"""Other prompts for a builder's model: a longer one, and a batch of two with left padding."""
+"""Other prompts for a builder's model: a longer one, a batch of two with left padding, and one of samples that differ."""
 
 from __future__ import annotations
 
@@ -51,3 +51,19 @@ def batch(inputs: Mapping[str, torch.Tensor], shorter: int = 3) -> Inputs:
         return torch.cat([held, other])
 
     return {name: join(held, others[name]) for name, held in inputs.items() if held.dim() or ids is held}
+
+
+def mixed(inputs: Mapping[str, torch.Tensor], shorter: int = 3) -> tuple[Inputs, list[Inputs]]:
+    """A batch of the prompt, the second one with padding on its left, and text without a picture; and each by itself."""
+    ids, two = inputs["input_ids"], batch(inputs, shorter)
+    words = torch.randint(4, 90, ids.shape, generator=torch.Generator().manual_seed(9))
+
+    def text(name: str, held: torch.Tensor) -> torch.Tensor:
+        return words if name == "input_ids" else torch.ones_like(held) if name == "attention_mask" else torch.zeros_like(held)
+
+    def third(name: str, held: torch.Tensor) -> list[torch.Tensor]:
+        return [text(name, held)] if held.dim() > 1 and is_per_token(held, ids) else []
+
+    joined = {name: torch.cat([two[name], *third(name, inputs[name])]) for name in two}
+    alone = {name: text(name, inputs[name]) for name in ("input_ids", "attention_mask")}
+    return joined, [dict(inputs), second(inputs, shorter), alone]
