@@ -135,6 +135,7 @@ class Emitter:
         self.mixed: dict[int, Node] = {}
         """By stage: what its subject rows take over at the drop."""
 
+        self._taken_over: set[int] = set()
         self._masks: dict[tuple, Node] = {}
         self.attentions = {
             node: attention for layer in self.decoder.layers for attention in layer.attentions for node in attention.nodes}
@@ -185,10 +186,11 @@ class Emitter:
             elif node in needed:
                 self._write(node)
             for choice in choices.get(node, ()):
+                self._merge(node, choice.stage.number)  # it reads what the stages in front of it have left
                 choose(self, choice)
                 if choice.stage.number in self.twins:
                     share_prefix(self.twins[choice.stage.number])
-            self._merge(node)
+            self._merge(node, self.plan.final)
         axes, inside = self.decoder.tokens.axes, self.inside
         return Written(
             self.plan, {node: dict(held) for node, held in self.main.held.items()},
@@ -213,14 +215,17 @@ class Emitter:
             if node is twin.twin.end:
                 join(twin)
 
-    def _merge(self, node: Node) -> None:
-        """What stages do that merge, once both what they have chosen and the residual stream are known."""
-        for merging in self.plan.mergings.values():
-            behind = self.plan.choices[merging.stage.number].behind
-            if node is max(merging.source, behind) and merging.drop is not None:
+    def _merge(self, node: Node, before: int) -> None:
+        """What the first stages do that merge, once both what they have chosen and the residual stream are known."""
+        for number, merging in self.plan.mergings.items():
+            behind = self.plan.choices[number].behind
+            if merging.drop is None or number >= before:
+                continue
+            if node is max(merging.source, behind) and number not in self.mixed:
                 mix(self, merging)
-            if merging.drop is not None and node is max(merging.drop, behind):
+            if node is max(merging.drop, behind) and number not in self._taken_over:
                 take_over(self, merging)
+                self._taken_over.add(number)
 
     def any(self, node: Node) -> Any:
         """A node as it was captured, on all rows."""
