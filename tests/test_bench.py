@@ -14,7 +14,7 @@ from rich.console import Console
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import compare, gpu, merging_cost, schedules
+from bench import compare, gpu, merging_cost, schedules, uneven_batches
 from bench.configurations import SMALL
 from bench.demo import build_model
 from bench.floor import Floor, decoder_weights
@@ -288,3 +288,15 @@ def test_what_merging_costs(tmp_path: Path) -> None:
     whole, dropped, merged = (row["flops"] for row in found["prefills"])
     assert dropped < merged < whole
     assert [sheet.headings[1] for sheet in merging_cost.sheets(found)] == ["time", "causal, nothing counted"]
+
+
+def test_uneven_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uneven_batches, "EVEN", ((2, 3),) * 2)
+    monkeypatch.setattr(uneven_batches, "UNEVEN", ((2, 2), (2, 4)))
+    file = tmp_path / "uneven.json"
+    found = uneven_batches.main(["--layers", "4", "--width", "128", "--text", "8", "--repeats", "1", "--lowering", "eager",
+                                 "--keep-ratio", "0.5", "--out", str(file)])
+    assert json.loads(file.read_text())["kept"] == [2, 4] == list(found["kept"])
+    assert [(row["method"], row["batch"]) for row in found["rows"]] == [
+        (method, batch) for method in ("inductor", "parvts") for batch in ("even", "uneven")]
+    assert "times the even one" in uneven_batches.sheet(found).title

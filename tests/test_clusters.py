@@ -34,6 +34,8 @@ SCHEDULES = {
         Stage(keep=9, migrate=1, merge="clusters"), Stage(at=2, keep=3, rule="text_rows", merge="clusters")),
     "the second stage drops": (Stage(keep=9, migrate=1, merge="clusters"), Stage(at=2, keep=3)),
     "the second stage merges": (Stage(keep=9, migrate=1), Stage(at=2, keep=3, merge="clusters")),
+    "the second stage chooses where the first one ends, by the states": (
+        Stage(keep=9, migrate=2, merge="clusters"), Stage(at=2, keep=3, rule="norm")),
     "then constant weights": (Stage(keep=9, merge="clusters"), Stage(at=1, keep=3, migrate=2, fusion=0.3)),
 }
 

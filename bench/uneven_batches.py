@@ -1,0 +1,134 @@
+"""What a batch of prompts with pictures of different sizes costs: ``python -m bench.uneven_batches``.
+
+A Qwen2.5-VL with a decoder of real width and a small vision tower answers four prompts with their first token, by ``generate``:
+once with four pictures of one size, once with pictures of four sizes and as many tokens in all. torch.compile with Inductor pads
+the second batch; parvts prunes it sample by sample. Results go into ``bench/results/uneven_batches.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+
+import parvts_fx
+from bench import figures
+from bench.measuring import in_turns, machine, many_compiles, seconds, spread
+from bench.tables import Sheet, progress, quieten
+
+IMAGE, VIDEO, START, END, PAD = 997, 998, 995, 996, 0
+EVEN = ((19, 24),) * 4
+UNEVEN = ((12, 12), (18, 18), (24, 24), (26, 30))
+"""Height and width of the pictures in visual tokens: 1,824 in each batch."""
+
+Inputs = dict[str, torch.Tensor]
+
+
+def build_model(layers: int, width: int) -> Any:
+    """Random weights; the tower is so small that the decoder's time is what is measured."""
+    config = transformers.Qwen2_5_VLConfig(
+        text_config=dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
+                         num_attention_heads=width // 64, num_key_value_heads=width // 128, vocab_size=1000,
+                         max_position_embeddings=8192, pad_token_id=PAD,
+                         rope_parameters=dict(rope_type="default", mrope_section=[8, 12, 12], rope_theta=1e6)),
+        vision_config=dict(depth=1, hidden_size=64, intermediate_size=64, num_heads=2, out_hidden_size=width, patch_size=4,
+                           fullatt_block_indexes=[0], window_size=56),
+        image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END)
+    torch.manual_seed(0)
+    model = transformers.Qwen2_5_VLForConditionalGeneration(config).eval().requires_grad_(False)
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def prompts(sizes: Sequence[tuple[int, int]], text: int) -> Inputs:
+    """Text around a picture of each size, padded on the left."""
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for height, width in sizes:
+        words = torch.randint(5, 900, (text,), generator=generator)
+        rows.append(torch.cat([words[:text // 2], torch.tensor([START]), torch.full((height * width,), IMAGE),
+                               torch.tensor([END]), words[text // 2:]]))
+    longest = max(map(len, rows))
+    ids = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0), value=PAD) for row in rows])
+    mask = torch.stack([torch.arange(longest) >= longest - len(row) for row in rows]).long()
+    patches = 4 * sum(height * width for height, width in sizes)
+    return {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": (ids == IMAGE).int(),
+            "pixel_values": torch.randn(patches, 3 * 2 * 4 * 4, generator=generator),
+            "image_grid_thw": torch.tensor([[1, 2 * height, 2 * width] for height, width in sizes])}
+
+
+def first_token(model: Any, given: Inputs) -> torch.Tensor:
+    return model.generate(**given, max_new_tokens=1, do_sample=False)
+
+
+def compiled(given: argparse.Namespace, prune: bool) -> Any:
+    model = build_model(given.layers, given.width)
+    if prune:
+        return parvts_fx.compile(model, lowering=given.lowering, strict=True, keep_ratio=given.keep_ratio)
+    model.compile(backend=given.lowering)
+    return model
+
+
+def sheet(found: dict[str, Any]) -> Sheet:
+    times = {(row["method"], row["batch"]): row["seconds"]["median"] for row in found["rows"]}
+    even, uneven = times["parvts", "even"], times["parvts", "uneven"]
+    rows = [[row["method"], row["batch"], f"{1e3 * row['seconds']['median']:.0f} ms ({1e3 * row['seconds']['min']:.0f} to "
+             f"{1e3 * row['seconds']['max']:.0f})", f"{times['inductor', row['batch']] / row['seconds']['median']:.2f}x"]
+            for row in found["rows"]]
+    return Sheet(f"First token of four prompts; the uneven batch costs {uneven / even:.2f} times the even one",
+                 ["", "batch", "time", "ratio"], rows)
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.uneven_batches", description=__doc__.splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for name, default, help in (("layers", 12, "decoder layers"), ("width", 1024, "the decoder's width"),
+                                ("text", 48, "words of each prompt"), ("repeats", 9, "measured calls of each")):
+        parser.add_argument(f"--{name}", type=int, default=default, help=help)
+    parser.add_argument("--keep-ratio", type=float, default=1 / 9, help="share of the visual tokens that stays")
+    parser.add_argument("--lowering", choices=("inductor", "eager"), default="inductor", help="eager: nothing is compiled")
+    parser.add_argument("--out", default=str(figures.RESULTS / "uneven_batches.json"), help="JSON file")
+    return parser.parse_args(arguments)
+
+
+@torch.no_grad()
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measure, show, write; returns what the JSON holds."""
+    given = parse_arguments(arguments)
+    quieten()
+    console = Console()
+    batches = {"even": prompts(EVEN, given.text), "uneven": prompts(UNEVEN, given.text)}
+    with many_compiles(), progress(console) as display:
+        task = display.add_task("measuring", total=4 + given.repeats + 2)
+        advance: Callable[[], None] = functools.partial(display.advance, task)
+        calls, named = [], []
+        for method, prune in (("inductor", False), ("parvts", True)):
+            model = compiled(given, prune)
+            for name, batch in batches.items():
+                for _ in range(2):  # features of several pictures are tried out in the first call
+                    first_token(model, batch)
+                advance()
+                calls.append(functools.partial(seconds, functools.partial(first_token, model, batch), torch.device("cpu")))
+                named.append((method, name))
+            if prune:
+                record = parvts_fx.last_call(model)
+                assert record is not None and record.pruned, record
+        taken = in_turns(calls, given.repeats, 2, advance)
+    rows = [{"method": method, "batch": name, "seconds": spread(times)} for (method, name), times in zip(named, taken)]
+    settings = {name: held for name, held in vars(given).items() if name != "out"}
+    found = {"machine": machine(torch.device("cpu")), "settings": settings, "pictures": {"even": EVEN, "uneven": UNEVEN},
+             "kept": record.kept_tokens, "rows": rows}
+    with open(given.out, "w") as file:
+        file.write(json.dumps(found, indent=1) + "\n")
+    console.print(sheet(found))
+    return found
+
+
+if __name__ == "__main__":
+    main()
