@@ -248,7 +248,7 @@ def test_a_cache_that_nobody_can_tell_which_rows_are_whose(model: Any) -> None:
     plain, told = called(model, prompt.inputs), []
     wrapped = parvts_fx.compile(WithTuples(model), lowering="eager", on_call=told.append, **OPTIONS)
     for _ in range(2):
-        same_as_eager(wrapped, prompt, plain, "with a cache of transformers' Cache class")
+        same_as_eager(wrapped, prompt, plain, "with a growing cache of transformers' Cache class")
     assert [record.pruned for record in told] == [False, False]
     assert called(wrapped, prompt.inputs, use_cache=True).hidden_states[0][0].shape[2] == prompt.visual.shape[1]
 

@@ -160,6 +160,8 @@ def _counting(cache_class: Any) -> Any:
         def get_seq_length(self, layer_idx: int = 0) -> int:
             """Tokens seen so far, the dropped ones included; 0 for a cache that has been emptied."""
             length = super().get_seq_length(layer_idx)
+            if isinstance(length, torch.Tensor):  # a static cache's, which graphs may read
+                return length + self.dropped_tokens * (length > 0)
             return length + self.dropped_tokens if length else length
 
         def get_query_offset(self, layer_idx: int = 0) -> int:

@@ -16,6 +16,7 @@ from parvts_fx.runtime.caches import find_caches, is_cache, remember_dropped
 from parvts_fx.runtime.call import TensorTable, begin_call
 from parvts_fx.runtime.joined_features import JoinedFeatures
 from parvts_fx.runtime.record import NO_VISUALS, CallRecord, OnCall, keep_record
+from parvts_fx.runtime.static_caches import lend_growing_cache
 from parvts_fx.runtime.watched_generate import paused
 from parvts_fx.torch_private import (
     GuardOnDataDependentSymNode,
@@ -75,12 +76,14 @@ def watched_call(
         joined = kwargs
         prompts, has_pictures, is_step = _read(args, kwargs, returned)
         args, kwargs = with_cached_columns(model.forward, args, kwargs)
+        lent = lend_growing_cache(kwargs) if has_pictures else None
+        kwargs = kwargs if lent is None else lent.kwargs
         while True:
             try:
                 with paused(), frames.capturing(), begin_call() as told:
                     if has_pictures:
                         told.told_by_ids = functools.partial(_rows_of_none_of, model, prompts)
-                    told.by_sample = by_sample
+                    told.by_sample = by_sample and lent is None  # decode steps on static caches have masks by position
                     output = call(*args, **kwargs)
                     caches = find_caches(output, args, kwargs)
                     if told.rows is None or caches or not told.shortened:
@@ -94,6 +97,8 @@ def watched_call(
                 raise
         if trial is not None:
             features.try_out(trial, functools.partial(again, args), output, kwargs)
+        if lent is not None:
+            output, caches = lent.give_back(output), [lent.static]
         for cache in caches if told.dropped else []:
             remember_dropped(cache, told.dropped[-1])
             if told.rows is not None and told.record is not None:

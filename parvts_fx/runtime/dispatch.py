@@ -30,7 +30,7 @@ _MOST_COUNTS = 8
 
 _REMEDY = "parvts_fx.compile(model) prunes such batches, sample by sample"
 _FAILS = "its samples cannot run one by one"
-_OTHER_CACHE = "it would run sample by sample with a cache of transformers' Cache class, or with none"
+_OTHER_CACHE = "it would run sample by sample with a growing cache of transformers' Cache class, or with none"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,57 @@
+"""Prompts on an empty cache of a fixed size: pruned on one that grows, whose rows are then put into it.
+
+A graph writes into a static cache's buffers at places that it counts itself, as many as the prompt has. So the prompt is run on a
+:class:`transformers.DynamicCache` for the duration of the call, and the static one, the caller's own object, takes over the rows
+that are left by its own ``update``: decode steps find them where they look, and may be compiled with CUDA graphs as ever.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+import torch
+
+from parvts_fx.runtime.cached_rows import MASK
+from parvts_fx.runtime.caches import is_cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Lent:
+    """A call with a growing cache in place of a static one."""
+
+    kwargs: Mapping[str, Any]
+    static: Any
+    growing: Any
+
+    def give_back(self, output: Any) -> Any:
+        """Fill the static cache, and put it in the output in place of the other."""
+        for index, layer in enumerate(self.growing.layers):
+            self.static.update(layer.keys, layer.values, index)
+        if isinstance(output, MutableMapping):
+            for name in [name for name, held in output.items() if held is self.growing]:
+                output[name] = self.static
+            return output
+        return tuple(self.static if held is self.growing else held for held in output) if isinstance(output, tuple) else output
+
+
+def lend_growing_cache(kwargs: Mapping[str, Any]) -> Lent | None:
+    """The arguments of a call with a growing cache; None where none of them is an empty static one without windows."""
+    found = [(name, held) for name, held in kwargs.items() if is_cache(held) and hasattr(held, "is_compileable")]
+    if len(found) != 1 or not found[0][1].is_compileable:
+        return None
+    from transformers.cache_utils import DynamicCache, StaticLayer  # whoever made the cache has imported it
+
+    (name, static), = found
+    if not static.layers or any(type(layer) is not StaticLayer for layer in static.layers) or int(static.get_seq_length()):
+        return None
+    growing = DynamicCache()
+    return Lent({**kwargs, name: growing, **({MASK: _of_prompt(kwargs[MASK])} if MASK in kwargs else {})}, static, growing)
+
+
+def _of_prompt(mask: Any) -> Any:
+    """A mask [batch, heads, prompt, size of the cache] for the prompt's own keys; any other as it is."""
+    if isinstance(mask, Mapping):
+        return {name: _of_prompt(held) for name, held in mask.items()}
+    return mask[..., :mask.shape[-2]] if isinstance(mask, torch.Tensor) and mask.dim() == 4 else mask

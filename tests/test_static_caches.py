@@ -1,0 +1,89 @@
+"""Caches of a fixed size: pruned as on one that grows."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from transformers import StaticCache
+
+import parvts_fx
+from tests import llava
+from tests.comparing import TOLERANCE, expected
+from tests.models.builders import BUILDERS
+from tests.reference import relative_error
+
+ROWS = [[3, "image", 5], [2, "image", 2]]
+OPTIONS = dict(keep_tokens=3, migration_depth=1)
+
+
+@pytest.fixture
+def model() -> Any:
+    return llava.build(layers=3)
+
+
+def generated(model: Any, inputs: dict[str, Any], **more: Any) -> torch.Tensor:
+    return model.generate(**inputs, max_new_tokens=6, do_sample=False, **more)
+
+
+@pytest.mark.supports("Caches", "static caches, by generate or by hand: tokens as with a growing cache")
+def test_generating(model: Any) -> None:
+    prompt = llava.prompt(model, ROWS)
+    parvts_fx.compile(model, lowering="eager", strict=True, **OPTIONS)
+    growing = generated(model, prompt.inputs)
+    static = model.generate(
+        **prompt.inputs, max_new_tokens=6, do_sample=False, cache_implementation="static", return_dict_in_generate=True)
+    assert torch.equal(static.sequences, growing)
+    assert parvts_fx.last_call(model).pruned
+    cache, rows = static.past_key_values, prompt.visual.shape[1] - 16 + 3
+    assert isinstance(cache, StaticCache) and cache.layers[0].keys.shape[2] > rows + 5
+    assert int(cache.get_query_offset()) == rows + 5 and int(cache.get_seq_length()) == prompt.visual.shape[1] + 5
+
+
+def test_a_prompt_and_steps_by_hand(model: Any) -> None:
+    """The caller's object, its rows against the reference; used again behind a reset."""
+    prompt = llava.prompt(model, ROWS)
+    wanted = expected(model, prompt, prompt.with_positions, **OPTIONS)
+    positions = prompt.with_positions["position_ids"][:, -1:] + 1
+    step = {"input_ids": torch.full((2, 1), 13), "position_ids": positions,
+            "attention_mask": torch.cat([prompt.inputs["attention_mask"], torch.ones(2, 1).long()], 1)}
+    parvts_fx.compile(model, lowering="eager", strict=True, **OPTIONS)
+    with torch.no_grad():
+        growing = model(**prompt.with_positions).past_key_values
+        plain = model(**step, past_key_values=growing).logits
+        cache = StaticCache(config=model.config.text_config, max_cache_len=64)
+        for _ in range(2):
+            output = model(**prompt.with_positions, past_key_values=cache)
+            assert output.past_key_values is cache
+            for row, one in enumerate(wanted):
+                assert relative_error(output.logits[row], one.logits) <= TOLERANCE
+                for index, layer in enumerate(cache.layers):
+                    count = len(one.rows)
+                    assert relative_error(layer.keys[row:row + 1, :, :count], one.keys[index]) <= TOLERANCE
+                    assert relative_error(layer.values[row:row + 1, :, :count], one.values[index]) <= TOLERANCE
+                    assert not layer.keys[:, :, count:].any()
+            assert relative_error(model(**step, past_key_values=cache).logits, plain) <= TOLERANCE
+            cache.reset()
+
+
+def test_what_runs_whole_fills_it_as_well(model: Any) -> None:
+    prompt, uneven = llava.prompt(model, ROWS), llava.prompt(model, [[2, "image", 3], [4]])
+    plain = [generated(model, given.inputs) for given in (prompt, uneven)]
+    parvts_fx.compile(model, lowering="eager", keep_ratio=1)
+    assert torch.equal(generated(model, prompt.inputs, cache_implementation="static"), plain[0])
+    parvts_fx.compile(model, lowering="eager", **OPTIONS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", parvts_fx.ParvtsWarning)
+        assert torch.equal(generated(model, uneven.inputs, cache_implementation="static"), plain[1])
+    assert not parvts_fx.last_call(model).pruned and "growing cache" in parvts_fx.last_call(model).reason
+
+
+def test_windows_stay_unrewritten() -> None:
+    built = BUILDERS["gemma3"]()
+    plain = built.model.generate(**built.inputs, max_new_tokens=3, do_sample=False)
+    parvts_fx.compile(built.model, lowering="eager", **OPTIONS)
+    with pytest.warns(parvts_fx.ParvtsWarning):
+        static = built.model.generate(**built.inputs, max_new_tokens=3, do_sample=False, cache_implementation="static")
+    assert torch.equal(static, plain) and not parvts_fx.last_call(built.model).pruned
