@@ -369,3 +369,23 @@ def test_rules_that_read_text_refuse_padding_there(model, prompt):
         compile_with_parvts(model, strict=False, score="question")
         assert_same_logits(model(**inputs, use_cache=False), plain)
     assert len(reasons(caught)) == 1 and "the scoring rule reads text there" in reasons(caught)[0]
+
+
+@pytest.mark.supports("Left unrewritten", "prompts that generate hands over in chunks")
+@pytest.mark.parametrize("compiled", [
+    lambda model: model.compile(backend="parvts", options={"lowering": "eager", "migration_depth": 1}),
+    lambda model: parvts_fx.compile(model, lowering="eager", migration_depth=1)], ids=["string", "compile"])
+def test_chunks(compiled):
+    """One that holds the whole picture, and text in the next; a prompt of one chunk is pruned."""
+    model = llava.build()
+    if not hasattr(type(model), "_supports_mm_encoder_outputs"):
+        pytest.skip("this version's generate does not hand pictures over in chunks")
+    prompt = llava.prompt(model, [[2, "image", 20]])
+    given = dict(max_new_tokens=4, do_sample=False)
+    wanted = model.generate(**prompt.inputs, **given, prefill_chunk_size=24)
+    compiled(model)
+    with pytest.warns(parvts_fx.ParvtsWarning, match="in chunks"):
+        tokens = model.generate(**prompt.inputs, **given, prefill_chunk_size=24)
+    assert torch.equal(tokens, wanted)
+    one = model.generate(**prompt.inputs, **given, prefill_chunk_size=64, return_dict_in_generate=True)
+    assert one.past_key_values.layers[0].keys.shape[2] < 22 + 16

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import Any
 
 import sympy
@@ -71,7 +72,10 @@ def guards_for(
     def labelled(prompt: Prompt) -> str | None:
         return "labels are given, and a loss needs the logits of every position" if _has_labels() else None
 
-    return labelled, alike, padded, weighed
+    def chunked(prompt: Prompt) -> str | None:
+        return "generate hands the prompt over in chunks, and a choice would know one of them alone" if _is_chunk() else None
+
+    return labelled, chunked, alike, padded, weighed
 
 
 class Precondition:
@@ -176,17 +180,27 @@ def _sizes(node: Node) -> list[tuple[int | None, object]]:
     return [(None, example)]
 
 
+def _callers() -> Iterator[FrameType]:
+    """The frames that a graph is called from, inside out: of what surrounds it, all that some of them say."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
 def _has_labels() -> bool:
     """Whether a forward() that is running was called with labels.
 
-    Where the graph breaks behind the decoder, the loss is not in the graph, and no guard of it sees the labels: the
-    callers' frames are all that tells.
+    Where the graph breaks behind the decoder, the loss is not in the graph, and no guard of it sees the labels.
     """
-    frame: Any = sys._getframe(1)
-    while frame is not None:
-        if "forward" in frame.f_code.co_name and "labels" in frame.f_code.co_varnames:
-            held = frame.f_locals
-            if isinstance(held.get("self"), torch.nn.Module) and isinstance(held.get("labels"), torch.Tensor):
-                return True
-        frame = frame.f_back
-    return False
+    return any(
+        isinstance(frame.f_locals.get("self"), torch.nn.Module) and isinstance(frame.f_locals.get("labels"), torch.Tensor)
+        for frame in _callers() if "forward" in frame.f_code.co_name and "labels" in frame.f_code.co_varnames)
+
+
+def _is_chunk() -> bool:
+    """Whether a generate() that is running hands its prompt over in several pieces."""
+    return any(
+        getattr(frame.f_locals.get("generation_config"), "prefill_chunk_size", None) is not None
+        and len(frame.f_locals.get("input_chunks", ())) > 1
+        for frame in _callers() if "input_chunks" in frame.f_code.co_varnames)
