@@ -144,7 +144,7 @@ def rewrite_graph(
             return _for_no_batch(uneven(visual), work, merge, stream, facts)
         merge = dataclasses.replace(merge, count=same_count(visual))
         decoder = dataclasses.replace(decoder, merge=merge)
-    if hint(merge.visual_tokens) == 0:
+    if hint(decoder.visual_tokens) == 0:
         return _for_no_batch("there are fewer visual tokens than samples", work, merge, stream, facts)
     done = _write(job, decoder, options, passes, facts, dump)
     return done if done.module is None else dataclasses.replace(done, stream=stream, handed=handed is not None)

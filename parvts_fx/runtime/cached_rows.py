@@ -43,10 +43,10 @@ def with_cached_columns(
     Raises:
         ValueError: the mask that was given is not [batch, positions].
     """
-    held = next((held for cache in find_caches(args, kwargs) if (held := (cache, getattr(cache, PROMPT_ROWS, None)))[1]), None)
-    if held is None or not held[0].get_seq_length():
+    cache = next((cache for cache in find_caches(args, kwargs) if getattr(cache, PROMPT_ROWS, None) is not None), None)
+    if cache is None or not cache.get_seq_length():
         return args, kwargs
-    cache, prompt = held
+    prompt: PromptRows = getattr(cache, PROMPT_ROWS)
     signature = inspect.signature(forward)
     given = signature.bind_partial(*args, **kwargs)
     named = given.arguments if MASK in signature.parameters else dict(kwargs)

@@ -157,7 +157,7 @@ def _counting(cache_class: Any) -> Any:
     class Counting(cache_class):
         counts_dropped_tokens = True
 
-        def get_seq_length(self, layer_idx: int = 0) -> int:
+        def get_seq_length(self, layer_idx: int = 0) -> Any:
             """Tokens seen so far, the dropped ones included; 0 for a cache that has been emptied."""
             length = super().get_seq_length(layer_idx)
             if isinstance(length, torch.Tensor):  # a static cache's, which graphs may read

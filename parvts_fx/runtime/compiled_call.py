@@ -13,7 +13,7 @@ from parvts_fx.errors import NotRewritten, tell_unrewritten
 from parvts_fx.options import Options
 from parvts_fx.runtime.cached_rows import note_rows, with_cached_columns
 from parvts_fx.runtime.caches import find_caches, is_cache, remember_dropped
-from parvts_fx.runtime.call import TensorTable, begin_call
+from parvts_fx.runtime.call import Call, TensorTable, begin_call
 from parvts_fx.runtime.joined_features import JoinedFeatures
 from parvts_fx.runtime.record import NO_VISUALS, CallRecord, OnCall, keep_record
 from parvts_fx.runtime.static_caches import lend_growing_cache
@@ -54,68 +54,98 @@ def watched_call(
     Raises (the result):
         NotRewritten: with ``strict=True``, for a call with visual inputs that no captured graph merges.
     """
-    frames = _Frames()
-    tell = _teller(options)
-    returned: TensorTable[bool] = TensorTable()
-    features = JoinedFeatures()
-    by_sample = True
-    tries = not once and options.mode not in _OVERWRITING and not options.lowering_options.get("triton.cudagraphs")
-
-    def again(args: Sequence[Any], given: Mapping[str, Any]) -> Any:
-        with paused(), frames.capturing(), begin_call() as told:
-            told.by_sample = by_sample
-            output = call(*args, **given)
-            told.record = None
-        return output
+    watched = _Watched(call, options, model, on_call, once)
 
     @functools.wraps(call)
     def run(*args: Any, **kwargs: Any) -> Any:
-        nonlocal by_sample
-        trial = features.trial(kwargs) if tries else None
-        given, kwargs = kwargs, features.joined(kwargs)
-        joined = kwargs
-        prompts, has_pictures, is_step = _read(args, kwargs, returned)
-        args, kwargs = with_cached_columns(model.forward, args, kwargs)
+        return watched(args, kwargs)
+
+    return run
+
+
+class _Watched:
+    """One model's compiled call, and what is known of its calls so far."""
+
+    def __init__(
+        self, call: Callable[..., Any], options: Options, model: torch.nn.Module, on_call: OnCall | None, once: bool
+    ) -> None:
+        self._call, self._model, self._on_call = call, model, on_call
+        self._frames = _Frames()
+        self._tell = _teller(options)
+        self._returned: TensorTable[bool] = TensorTable()
+        self._features = JoinedFeatures()
+        self._by_sample = True
+        self._tries = not once and options.mode not in _OVERWRITING and not options.lowering_options.get("triton.cudagraphs")
+
+    def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        prompts, has_pictures, is_step = _read(args, kwargs, self._returned)
+        args, kwargs = with_cached_columns(self._model.forward, args, kwargs)
         lent = lend_growing_cache(kwargs) if has_pictures else None
-        kwargs = kwargs if lent is None else lent.kwargs
-        while True:
-            try:
-                with paused(), frames.capturing(), begin_call() as told:
-                    if has_pictures:
-                        told.told_by_ids = functools.partial(_rows_of_none_of, model, prompts)
-                    told.by_sample = by_sample and lent is None  # decode steps on static caches have masks by position
-                    output = call(*args, **kwargs)
-                    caches = find_caches(output, args, kwargs)
-                    if told.rows is None or caches or not told.shortened:
-                        break
-                    by_sample, told.record = False, None  # a cache that nobody can tell which rows are whose
-            except (TorchDynamoException, GuardOnDataDependentSymNode):
-                if not frames.relax():
-                    raise
-            except NotRewritten as error:
-                keep_record(model, told.record or CallRecord(False, error.reason), on_call)
-                raise
+        given = kwargs if lent is None else lent.kwargs
+        trial = self._features.trial(given) if self._tries else None
+        joined = self._features.joined(given)
+        output, caches, told = self._run(args, joined, prompts if has_pictures else [], by_sample=lent is None)
         if trial is not None:
-            features.try_out(trial, functools.partial(again, args), output, kwargs)
+            self._features.try_out(trial, functools.partial(self._again, args, lent is None), output, joined)
         if lent is not None:
             output, caches = lent.give_back(output), [lent.static]
-        for cache in caches if told.dropped else []:
+        self._note(output, caches, told)
+        self._record(told, has_pictures, is_step)
+        return self._features.parted(output, given, joined)
+
+    def _run(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], prompts: Sequence[torch.Tensor], by_sample: bool
+    ) -> tuple[Any, list[Any], Call]:
+        """What the call returns, the caches that it leaves, and what its graphs have told.
+
+        Args:
+            prompts: what may be the ids, if they come with pictures.
+            by_sample: False where later calls have masks by position: decode steps on static caches.
+        """
+        while True:
+            try:
+                with paused(), self._frames.capturing(), begin_call() as told:
+                    if prompts:
+                        told.told_by_ids = functools.partial(_rows_of_none_of, self._model, prompts)
+                    told.by_sample = by_sample and self._by_sample
+                    output = self._call(*args, **kwargs)
+                    caches = find_caches(output, args, kwargs)
+                    if told.rows is None or caches or not told.shortened:
+                        return output, caches, told
+                    self._by_sample, told.record = False, None  # a cache that nobody can tell which rows are whose
+            except (TorchDynamoException, GuardOnDataDependentSymNode):
+                if not self._frames.relax():
+                    raise
+            except NotRewritten as error:
+                keep_record(self._model, told.record or CallRecord(False, error.reason), self._on_call)
+                raise
+
+    def _again(self, args: Sequence[Any], by_sample: bool, kwargs: Mapping[str, Any]) -> Any:
+        """A call that is a trial."""
+        with paused(), self._frames.capturing(), begin_call() as told:
+            told.by_sample = by_sample and self._by_sample
+            output = self._call(*args, **kwargs)
+            told.record = None
+        return output
+
+    def _note(self, output: Any, caches: Sequence[Any], told: Call) -> None:
+        """What later calls need to know of caches, and which numbers have been returned."""
+        for cache in caches if told.dropped else ():
             remember_dropped(cache, told.dropped[-1])
-            if told.rows is not None and told.record is not None:
+            if told.rows is not None and told.record is not None and told.record.prompt_tokens is not None:
                 note_rows(cache, told.rows, told.record.prompt_tokens)
         for held in tree_leaves(output):
             if isinstance(held, torch.Tensor) and held.dim() > 2:
-                returned.note(held, True)
+                self._returned.note(held, True)
+
+    def _record(self, told: Call, has_pictures: bool, is_step: bool) -> None:
         record = told.record
         if record is None and not told.has_merged and (has_pictures or not is_step):
             record = CallRecord(False, UNSEEN if has_pictures else NO_VISUALS)
         if record is not None:
-            keep_record(model, record, on_call)
+            keep_record(self._model, record, self._on_call)
         if not told.has_merged and has_pictures:
-            tell()
-        return features.parted(output, given, joined)
-
-    return run
+            self._tell()
 
 
 class _Frames:
