@@ -23,7 +23,8 @@ from torch import Tensor
 
 import parvts_fx
 from parvts_fx import scores
-from parvts_fx.runtime import caches, call, compiled_call, dispatch, guards, merged_embeddings
+from parvts_fx.runtime import by_sample, caches, call, compiled_call, dispatch, guards, merged_embeddings
+from parvts_fx.runtime.by_sample import BySample
 from parvts_fx.runtime.call import UNWATCHED, Call
 from parvts_fx.runtime.dispatch import Dispatch
 from parvts_fx.runtime.guards import Precondition
@@ -333,7 +334,50 @@ def every_output(original: Callable, module: Any, *rest: Any) -> frozenset[int]:
     return frozenset(range(len(caches._results(module))))
 
 
+def samples_that_differ() -> float:
+    """A prompt of two rows and a step behind it, against each row by itself."""
+    model = llava.build(layers=2, patches=2)
+    given = llava.prompt(model, [[3, "image", 4], [2, "image", 1, "image", 2], [4]])
+    parvts_fx.compile(model, lowering="eager", **{**CHOICE, "keep_tokens": 2})
+    together = torch.cat(_prompt_and_step(model, given), 1)
+    return max(
+        relative_error(together[row:row + 1, -own.shape[1]:], own)
+        for row in range(3) for own in [torch.cat(_prompt_and_step(model, given.row(row)), 1)])
+
+
+def _prompt_and_step(model: Any, given: llava.Prompt) -> list[Tensor]:
+    first = model(**given.with_positions)
+    mask = given.inputs["attention_mask"]
+    step = model(
+        input_ids=torch.full((len(mask), 1), 13), past_key_values=first.past_key_values,
+        attention_mask=torch.cat([mask, torch.ones_like(mask[:, :1])], 1),
+        position_ids=given.with_positions["position_ids"].amax(1, keepdim=True) + 1)
+    return [first.logits, step.logits]
+
+
+def of_the_first_sample(original: Callable, self: BySample, merged: Any, sides: Any, visual: Tensor, sample: int) -> Any:
+    """Masks and positions of another sample, which is as long."""
+    changed = [held if side.samples is None else held.narrow(side.samples, 0, 1).expand_as(held)
+               for side, held in zip(self._parted.sides, sides)]
+    return original(self, merged, changed, visual, sample)
+
+
+def embeddings_of_the_first(original: Callable, self: BySample, merged: Tensor, *rest: Any) -> Any:
+    return original(self, merged[:1].expand_as(merged), *rest)
+
+
 BUGS: dict[str, tuple[Patch, Callable[[], float]]] = {
+    "samples: columns of the prompt for cached rows": (
+        put(compiled_call, "with_cached_columns", lambda _, args, kwargs: (args, kwargs)), samples_that_differ),
+    "samples: what fills shorter ones is seen": (
+        wrap(compiled_call, "note_rows", lambda original, cache, rows, positions: original(
+            cache, torch.ones_like(rows), positions)), samples_that_differ),
+    "samples: shorter ones stand in front": (
+        put(by_sample, "_filling", lambda sizes, shape: [
+            entry for own, wanted in zip(reversed(sizes), reversed(shape)) for entry in (0, wanted - own)]),
+        samples_that_differ),
+    "samples: the first one's embeddings": (wrap(BySample, "_given", embeddings_of_the_first), samples_that_differ),
+    "samples: the first one's masks and positions": (wrap(BySample, "_given", of_the_first_sample), samples_that_differ),
     "guard always true": (put(Precondition, "holds", lambda *_: True), uneven_rows),
     "guard reads another size": (
         wrap(guards, "size_reader", lambda original, module, size: original(module, module_rows(module))), even_rows),
