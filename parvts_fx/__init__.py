@@ -3,7 +3,7 @@
 ``torch.compile(model, backend="parvts")`` works without importing this package. Importing it changes nothing in torch.
 """
 
-from parvts_fx.api import compile, explain, uncompile
+from parvts_fx.api import compile, explain, override, uncompile
 from parvts_fx.errors import NotRewritten, ParvtsWarning, Refusal
 from parvts_fx.options import Options
 from parvts_fx.rewriting import rewrite
@@ -13,6 +13,6 @@ from parvts_fx.stages import Stage
 
 __all__ = [
     "CallRecord", "NotRewritten", "Options", "ParvtsWarning", "Refusal", "Stage", "compile", "explain", "last_call",
-    "register_rule", "rewrite", "uncompile",
+    "override", "register_rule", "rewrite", "uncompile",
 ]
 __version__ = "0.1.0"

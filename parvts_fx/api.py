@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -16,10 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from parvts_fx.analysis.values import fake_mode_of, value
 from parvts_fx.backends.parvts import parvts
 from parvts_fx.capture import WithPrefix, capture
-from parvts_fx.options import parse_options
+from parvts_fx.options import SHORT_FORM, Options, parse_options
 from parvts_fx.report import GraphReport, Report
 from parvts_fx.rewriting import Rewriting
 from parvts_fx.runtime.compiled_call import watched_call
+from parvts_fx.runtime.overrides import Forms, overriding
 from parvts_fx.runtime.record import OnCall
 from parvts_fx.runtime.watched_generate import WatchedGenerate
 from parvts_fx.torch_private import surround_compiled_call, uncompiled_call
@@ -60,13 +62,58 @@ def compile(model: Model, *, on_call: OnCall | None = None, **options: Any) -> M
     parsed = parse_options(options, mode)
     modules: list[Any] = [model, *_generating_parts(model)]
     for module in modules:
-        module.compile(backend=functools.partial(parvts, options=parsed, window_caches_follow=True), **arguments)
-        surround_compiled_call(module, functools.partial(
-            watched_call, options=parsed, model=module, on_call=on_call if module is model else None))
+        own = on_call if module is model else None
+        module.compile(backend=_backend(parsed), **arguments)
+        surround_compiled_call(module, functools.partial(_with_forms, model, module, parsed, own, arguments))
         if _generating_parts(module) and callable(getattr(type(module), "generate", None)):
-            module.generate = WatchedGenerate(module, parsed, on_call if module is model else None)
+            module.generate = WatchedGenerate(module, parsed, own)
     vars(model)[_COPIER] = _Copier(model, again)
     return model
+
+
+def _backend(options: Options) -> Callable[..., Any]:
+    return functools.partial(parvts, options=options, window_caches_follow=True)
+
+
+def _with_forms(
+    model: torch.nn.Module, module: torch.nn.Module, options: Options, on_call: OnCall | None, arguments: Mapping[str, Any],
+    call: Callable[..., Any],
+) -> Callable[..., Any]:
+    """A module's compiled call, which follows what is overridden for the model."""
+    return Forms(model, watched_call(call, options, module, on_call), functools.partial(_form, module, on_call, arguments))
+
+
+def _form(module: torch.nn.Module, on_call: OnCall | None, arguments: Mapping[str, Any], options: Options) -> Callable[..., Any]:
+    """A compiled call of a module beside the one that it holds."""
+    compiled = torch.compile(uncompiled_call(module), backend=_backend(options), **arguments)
+    return watched_call(compiled, options, module, on_call)
+
+
+@contextlib.contextmanager
+def override(model: Model, **options: Any) -> Iterator[Model]:
+    """Other options for the calls of a compiled model inside of a ``with`` statement: of one request, say.
+
+    What was compiled for each choice is kept side by side, so that coming back to one compiles nothing. Contexts may be nested,
+    and other threads see nothing of them. Options that say how much is kept, and by what, take the place of those that do in the
+    options that the model was compiled with (``keep_tokens`` that of ``keep_ratio``, ``stages`` that of all of its short form).
+
+    Args:
+        model: compiled with :func:`compile`.
+        options: the fields of :class:`parvts_fx.Options`.
+
+    Raises:
+        TypeError: what is given is no module.
+        ValueError: it has not been compiled, or bad options.
+    """
+    _check_module(model, "override")
+    copier = vars(model).get(_COPIER)
+    if not isinstance(copier, _Copier):
+        raise ValueError("parvts_fx.override: the model has not been compiled with parvts_fx.compile(model). Compile it first.")
+    fixed = [name for name in options if name in (*_COMPILE_ARGUMENTS, "on_call")]
+    if fixed:
+        raise ValueError(f"parvts_fx.override: {fixed[0]} belongs to the whole model: give it to parvts_fx.compile.")
+    with overriding(model, parse_options(copier.merged(options))):
+        yield model
 
 
 def uncompile(model: Model) -> Model:
@@ -93,7 +140,7 @@ class _Copier:
     A model that is pickled comes back uncompiled, as from torch.compile: options may hold what no file can.
     """
 
-    def __init__(self, model: torch.nn.Module, again: Callable[[torch.nn.Module], torch.nn.Module]):
+    def __init__(self, model: torch.nn.Module, again: functools.partial[Any]):
         self._model, self._again = model, again
 
     def __call__(self, memo: dict[int, Any]) -> torch.nn.Module:
@@ -106,6 +153,14 @@ class _Copier:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _without_copier, ()
+
+    def merged(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options that the model was compiled with, and others that take their place."""
+        gone = {"stages"} if any(name in options for name in SHORT_FORM) else set()
+        gone |= set(SHORT_FORM) if "stages" in options else {"keep_ratio", "keep_tokens"} if (
+            {"keep_ratio", "keep_tokens"} & options.keys()) else set()
+        own = {name: held for name, held in self._again.keywords.items() if name not in (*_COMPILE_ARGUMENTS, "on_call", *gone)}
+        return {**own, **options}
 
 
 def _without_copier() -> None:
@@ -137,7 +192,7 @@ def explain(model: torch.nn.Module, /, *args: Any, options: Mapping[str, Any] | 
     Args:
         model: as for :func:`compile`; whatever it is compiled with stays in place.
         args, inputs: what to call it with, as in ``model(*args, **inputs)``.
-        options: the backend's options.
+        options: the backend's options; None for those that the model was compiled with by :func:`compile`, or else the defaults.
 
     Returns:
         A record of every graph, with FLOPs before and after, and of everything that is merged into the prompt: its modality,
@@ -146,7 +201,8 @@ def explain(model: torch.nn.Module, /, *args: Any, options: Mapping[str, Any] | 
     Raises:
         ValueError: bad options.
     """
-    parsed = parse_options(options)
+    copier = vars(model).get(_COPIER) if isinstance(model, torch.nn.Module) else None
+    parsed = parse_options(copier.merged({}) if options is None and isinstance(copier, _Copier) else options)
     reports: list[GraphReport] = []
 
     def collect(module: GraphModule, example_inputs: Sequence[object], done: Rewriting) -> None:

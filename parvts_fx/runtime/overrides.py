@@ -1,0 +1,53 @@
+"""Other options for what is called within a context, side by side with those that a model was compiled with."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from parvts_fx.options import Options
+
+_OVERRIDES: contextvars.ContextVar[tuple[tuple[torch.nn.Module, Options], ...]] = contextvars.ContextVar(
+    "parvts_fx_overrides", default=())
+
+
+@contextlib.contextmanager
+def overriding(model: torch.nn.Module, options: Options) -> Iterator[None]:
+    """For what this thread calls inside."""
+    token = _OVERRIDES.set((*_OVERRIDES.get(), (model, options)))
+    try:
+        yield
+    finally:
+        _OVERRIDES.reset(token)
+
+
+class Forms:
+    """A module's compiled call, in a form for each choice of options that it has been called with.
+
+    Args:
+        owner: the model that was compiled; a part of it follows.
+        call: the form for the options that it was compiled with.
+        make: compiles one for others.
+    """
+
+    def __init__(self, owner: torch.nn.Module, call: Callable[..., Any], make: Callable[[Options], Callable[..., Any]]):
+        self._owner, self._call, self._make = owner, call, make
+        self._others: list[tuple[Options, Callable[..., Any]]] = []
+        self._lock = threading.Lock()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        options = next((options for model, options in reversed(_OVERRIDES.get()) if model is self._owner), None)
+        return (self._call if options is None else self._form(options))(*args, **kwargs)
+
+    def _form(self, options: Options) -> Callable[..., Any]:
+        with self._lock:
+            found = next((call for held, call in self._others if held == options), None)
+            if found is None:
+                found = self._make(options)
+                self._others.append((options, found))
+            return found
