@@ -1,0 +1,163 @@
+"""Many calls of all kinds in one process: ``python -m bench.soak``.
+
+Prompts with pictures of several sizes, with several pictures and with none are put together into batches at random and
+answered by ``generate``, from several threads. Every row's tokens and first logits must be those that the prompt has by itself,
+and behind the first calls neither compiled forms nor memory may grow. Exits with 1 if one of that does not hold. Results go into
+``bench/results/soak.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import gc
+import json
+import random
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+from torch.fx import GraphModule
+
+import parvts_fx
+from bench import figures
+from bench.measuring import machine, many_compiles
+from bench.tables import Sheet, progress, quieten
+from bench.uneven_batches import END, IMAGE, PAD, START, build_model
+
+SIZES = ((2, 2), (2, 4), (4, 4), (4, 6), (6, 6), (2, 8))
+TOLERANCE = 2e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One row: its ids, and its pictures by height and width in visual tokens."""
+
+    ids: torch.Tensor
+    sizes: tuple[tuple[int, int], ...]
+    patches: torch.Tensor
+
+
+class Forms:
+    """A lowering that counts what it is given, and runs it as it is or through Inductor."""
+
+    def __init__(self, name: str):
+        self.name, self.count = name, 0
+
+    def __call__(self, module: GraphModule, example_inputs: Sequence[object]) -> Callable[..., Any]:
+        self.count += 1
+        return module.forward if self.name == "eager" else torch._inductor.compile(module, example_inputs)
+
+
+def pool(count: int, seed: int) -> list[Prompt]:
+    """Prompts with one picture to three, every fourth with none."""
+    generator, numbers = torch.Generator().manual_seed(seed), random.Random(seed)
+    made = []
+    for index in range(count):
+        sizes = tuple(numbers.choice(SIZES) for _ in range(numbers.randint(1, 3) if index % 4 else 0))
+        parts = [torch.randint(5, 900, (numbers.randint(2, 9),), generator=generator)]
+        for height, width in sizes:
+            parts += [torch.tensor([START]), torch.full((height * width,), IMAGE), torch.tensor([END])]
+            parts.append(torch.randint(5, 900, (numbers.randint(1, 5),), generator=generator))
+        patches = torch.randn(4 * sum(height * width for height, width in sizes), 96, generator=generator)
+        made.append(Prompt(torch.cat(parts), sizes, patches))
+    return made
+
+
+def batch(prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
+    """What generate is given, padded on the left."""
+    longest = max(len(prompt.ids) for prompt in prompts)
+    ids = torch.stack([torch.nn.functional.pad(prompt.ids, (longest - len(prompt.ids), 0), value=PAD) for prompt in prompts])
+    mask = torch.stack([torch.arange(longest) >= longest - len(prompt.ids) for prompt in prompts]).long()
+    given = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": (ids == IMAGE).int()}
+    sizes = [size for prompt in prompts for size in prompt.sizes]
+    if sizes:
+        given["pixel_values"] = torch.cat([prompt.patches for prompt in prompts])
+        given["image_grid_thw"] = torch.tensor([[1, 2 * height, 2 * width] for height, width in sizes])
+    return given
+
+
+def answer(model: Any, prompts: Sequence[Prompt], tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """[batch, tokens] int64 and the first token's logits [batch, vocabulary]."""
+    given = batch(prompts)
+    done = model.generate(**given, max_new_tokens=tokens, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    return done.sequences[:, given["input_ids"].shape[1]:], done.logits[0]
+
+
+def is_right(model: Any, prompts: Sequence[Prompt], alone: dict[int, tuple[torch.Tensor, torch.Tensor]], tokens: int) -> bool:
+    ids, logits = answer(model, prompts, tokens)
+    wanted = [alone[id(prompt)] for prompt in prompts]
+    errors = [float((ours - own).abs().max() / own.abs().max()) for ours, (_, own) in zip(logits, wanted)]
+    return max(errors) <= TOLERANCE and all(torch.equal(ours, own) for ours, (own, _) in zip(ids, wanted))
+
+
+def soak(given: argparse.Namespace, advance: Callable[[], None]) -> dict[str, Any]:
+    forms, numbers, lock = Forms(given.lowering), random.Random(given.seed), threading.Lock()
+    model = parvts_fx.compile(build_model(3, 128), lowering=forms, strict=True, keep_ratio=0.25, migration_depth=1)
+    prompts = pool(given.prompts, given.seed)
+    alone = {}
+    for prompt in prompts:
+        ids, logits = answer(model, [prompt], given.tokens)
+        alone[id(prompt)] = ids[0], logits[0]
+    drawn = [[numbers.choice(prompts) for _ in range(numbers.randint(1, 6))] for _ in range(given.calls)]
+    seen: list[dict[str, Any]] = []
+
+    def one(chosen: list[Prompt]) -> bool:
+        right = is_right(model, chosen, alone, given.tokens)
+        with lock:
+            gc.collect()
+            seen.append({"right": right, "forms": forms.count, "mebibytes": psutil.Process().memory_info().rss / 2**20})
+            advance()
+        return right
+
+    first = drawn[:given.first]
+    for chosen in first:
+        one(chosen)
+    with concurrent.futures.ThreadPoolExecutor(given.threads) as threads:
+        list(threads.map(one, drawn[given.first:]))
+    return {"wrong": sum(not call["right"] for call in seen), "calls": len(seen),
+            **{name: [seen[given.first - 1][name], seen[-1][name]] for name in ("forms", "mebibytes")}}
+
+
+def sheet(found: dict[str, Any], first: int) -> Sheet:
+    rows = [["calls with a wrong row", f"{found['wrong']} of {found['calls']}"],
+            [f"compiled forms behind {first} calls, and in the end", " and ".join(map(str, found["forms"]))],
+            ["memory, MiB", " and ".join(f"{held:.0f}" for held in found["mebibytes"])]]
+    return Sheet("Many calls of all kinds", ["", ""], rows)
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.soak", description=__doc__.splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for name, default, help in (("calls", 300, "in all"), ("first", 30, "calls in which anything may be compiled"),
+                                ("prompts", 24, "different ones"), ("threads", 3, "that call the model behind the first ones"),
+                                ("tokens", 3, "of each answer"), ("seed", 0, "of prompts and batches")):
+        parser.add_argument(f"--{name}", type=int, default=default, help=help)
+    parser.add_argument("--lowering", choices=("inductor", "eager"), default="eager", help="of the graphs")
+    parser.add_argument("--out", default=str(figures.RESULTS / "soak.json"), help="JSON file")
+    return parser.parse_args(arguments)
+
+
+@torch.no_grad()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Call, show, write; 0 if all is right and nothing grows."""
+    given = parse_arguments(arguments)
+    quieten()
+    console = Console()
+    with many_compiles(), progress(console) as display:
+        task = display.add_task("calling", total=given.calls)
+        found = soak(given, lambda: display.advance(task))
+    settings = {name: held for name, held in vars(given).items() if name != "out"}
+    with open(given.out, "w") as file:
+        file.write(json.dumps({"machine": machine(torch.device("cpu")), "settings": settings, **found}, indent=1) + "\n")
+    console.print(sheet(found, given.first))
+    grown = found["forms"][0] != found["forms"][1] or found["mebibytes"][1] > 1.1 * found["mebibytes"][0]
+    return int(bool(found["wrong"]) or grown)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
