@@ -233,6 +233,11 @@ class Options:
         return left
 
     @property
+    def overwrites(self) -> bool:
+        """Whether a further call may overwrite what an earlier one has returned: the memory of CUDA graphs is their own."""
+        return self.mode in ("reduce-overhead", "max-autotune") or bool(self.lowering_options.get("triton.cudagraphs"))
+
+    @property
     def keeps_all(self) -> bool:
         return all(isinstance(stage.keep, float) and stage.keep == 1 for stage in self.schedule)
 

@@ -45,11 +45,12 @@ class BySample:
         lower: compiles a graph as it is.
         prune: compiles a graph as a prompt, which is rewritten.
         sizes_vary: whether that is for prompts of any size from the first one on.
+        copies: whether a compiled form overwrites what it has returned before.
     """
 
     def __init__(self, parted: Parted, lower: Callable[[GraphModule], Compiled], prune: Callable[[GraphModule], Compiled],
-                 sizes_vary: bool = True):
-        self._parted, self._sizes_vary = parted, sizes_vary
+                 sizes_vary: bool = True, copies: bool = False):
+        self._parted, self._sizes_vary, self._copies = parted, sizes_vary, copies
         self._front = lower(parted.front)
         self._whole = lower(parted.decoder)
         self._pruned = prune(parted.decoder)
@@ -60,7 +61,7 @@ class BySample:
             visual: [batch, seq] bool.
         """
         parted, batch = self._parted, visual.shape[0]
-        made = self._front(*inputs)
+        made = self._kept(self._front(*inputs))
         merged, sides = made[0], made[1:1 + len(parted.sides)]
         samples = [self._run(merged, sides, visual, sample) for sample in range(batch)]
         left = [sample.rows for sample in samples]
@@ -80,10 +81,13 @@ class BySample:
     ) -> _Sample:
         given, rows, count = self._given(merged, sides, visual, sample)
         with begin_call() as told:
-            outputs = (self._pruned if count else self._whole)(*given)
+            outputs = self._kept((self._pruned if count else self._whole)(*given))
             record, told.record = told.record or CallRecord(False), None
         dropped = told.dropped[-1] if told.dropped else 0
         return _Sample(outputs, rows - dropped, count - dropped, record)
+
+    def _kept(self, results: Sequence[Any]) -> Sequence[Any]:
+        return [held.clone() if isinstance(held, torch.Tensor) else held for held in results] if self._copies else results
 
     def _given(
         self, merged: torch.Tensor, sides: Sequence[torch.Tensor], visual: torch.Tensor, sample: int

@@ -33,9 +33,6 @@ _SETTINGS: tuple[dict[str, bool], ...] = (
     {"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": False},
     {"capture_scalar_outputs": False, "capture_dynamic_output_shape_ops": False},
 )
-_OVERWRITING = ("reduce-overhead", "max-autotune")
-"""Modes with CUDA graphs, in which a second call would overwrite what the first has returned."""
-
 _RECOMPILE_LIMIT = 128  # Dynamo itself stops at 256 per code object, whatever the limit
 
 
@@ -75,7 +72,7 @@ class _Watched:
         self._returned: TensorTable[bool] = TensorTable()
         self._features = JoinedFeatures()
         self._by_sample = True
-        self._tries = not once and options.mode not in _OVERWRITING and not options.lowering_options.get("triton.cudagraphs")
+        self._tries = not once and not options.overwrites
 
     def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         prompts, has_pictures, is_step = _read(args, kwargs, self._returned)

@@ -162,7 +162,7 @@ class Dispatch:
                 parted = self._making.part(self._original, inputs, handed)
                 self._by_sample = BySample(
                     parted, lambda graph: torch.compile(graph, backend=_LowerOnly(self._making.lower)), self._making.prune,
-                    self._making.sizes_vary)
+                    self._making.sizes_vary, self._options.overwrites)
             ran = self._by_sample(given, visual) if isinstance(self._by_sample, BySample) else None
         except NotRewritten:
             raise
