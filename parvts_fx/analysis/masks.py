@@ -45,6 +45,16 @@ class Mask:
             return forbidden.movedim(self.key_axis, -1)
         return forbidden.diagonal(dim1=self.query_axis, dim2=self.key_axis)
 
+    def seen(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[..., seq] bool, twice: which keys their own rows see, and which any other row does."""
+        visible = ~self.forbidden(values)
+        if self.query_axis is None or visible.shape[self.query_axis] == 1:
+            visible = visible.movedim(self.key_axis, -1)
+            return visible, visible
+        visible = visible.movedim((self.query_axis, self.key_axis), (-2, -1))
+        others = visible & ~torch.eye(visible.shape[-1], dtype=torch.bool, device=visible.device)
+        return visible.diagonal(dim1=-2, dim2=-1), others.any(-2)
+
 
 def masks_of(attention: Attention) -> list[Mask]:
     """The masks that are understood; there may be others, which forbid more."""

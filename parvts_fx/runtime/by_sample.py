@@ -86,6 +86,22 @@ class BySample:
         dropped = told.dropped[-1] if told.dropped else 0
         return _Sample(outputs, rows - dropped, count - dropped, record)
 
+    def _seen(self, sides: Sequence[torch.Tensor], visual: torch.Tensor) -> torch.Tensor:
+        """[seq] bool: which of a sample's rows any other row sees; and the last one, behind which there is none.
+
+        Raises:
+            Refusal: padding behind the text sees itself.
+        """
+        seen = torch.ones_like(visual)
+        for place, mask in self._parted.masks:
+            own, others = (held.reshape(-1, held.shape[-1]).any(0) for held in mask.seen(sides[place]))
+            in_front = others.cumsum(0) == 0  # what sees itself alone there is padding
+            if (own & ~others & ~in_front)[:-1].any():
+                raise Refusal("padding sees itself, so that it cannot be told from text that nothing follows")
+            last = torch.arange(len(own), device=own.device) == len(own) - 1
+            seen = seen & (others | own & last)
+        return seen
+
     def _kept(self, results: Sequence[Any]) -> Sequence[Any]:
         return [held.clone() if isinstance(held, torch.Tensor) else held for held in results] if self._copies else results
 
@@ -95,10 +111,7 @@ class BySample:
         """What the decoder is given for one sample, and how many rows and visual tokens it has."""
         mine = [held if side.samples is None else held.narrow(side.samples, sample, 1)
                 for side, held in zip(self._parted.sides, sides)]
-        seen = torch.ones_like(visual[sample])
-        for place, mask in self._parted.masks:
-            forbidden = mask.forbidden(mine[place]).movedim(mask.key_axis, -1)
-            seen = seen & ~forbidden.reshape(-1, forbidden.shape[-1]).all(0)
+        seen = self._seen(mine, visual[sample])
         if self._parted.picks_rows and not seen[-1]:
             raise Refusal("padding stands behind a sample's text, and the model takes single positions out of the prompt (its "
                           "last one, say: pad on the left)")

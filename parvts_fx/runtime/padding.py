@@ -76,10 +76,12 @@ def _masks(decoder: Decoder) -> list[Mask]:
 
 
 def _padded(mask: Mask, values: torch.Tensor, batch: int) -> torch.Tensor:
-    """[batch or 1, seq] bool: which keys not even their own rows see."""
-    forbidden = mask.forbidden_to_themselves(values)
-    leading = math.prod(forbidden.shape[:-1])
-    return forbidden.reshape(batch if leading % batch == 0 else 1, -1, forbidden.shape[-1]).all(1)
+    """[batch or 1, seq] bool: keys that not even their own rows see, or nobody else. The last one has nobody behind it."""
+    own, others = mask.seen(values)
+    others = torch.cat([others[..., :-1], torch.ones_like(others[..., -1:])], -1)
+    padded = ~(own & others)
+    leading = math.prod(padded.shape[:-1])
+    return padded.reshape(batch if leading % batch == 0 else 1, -1, padded.shape[-1]).all(1)
 
 
 def _needed(module: GraphModule, masks: Sequence[Node]) -> tuple[set[Node], list[Node]]:
