@@ -52,7 +52,7 @@ class Mask:
             visible = visible.movedim(self.key_axis, -1)
             return visible, visible
         visible = visible.movedim((self.query_axis, self.key_axis), (-2, -1))
-        others = visible & ~torch.eye(visible.shape[-1], dtype=torch.bool, device=visible.device)
+        others = visible & ~torch.eye(*visible.shape[-2:], dtype=torch.bool, device=visible.device)
         return visible.diagonal(dim1=-2, dim2=-1), others.any(-2)
 
 
