@@ -93,8 +93,15 @@ class Dispatch:
     def _hold(self, done: Rewriting, lowered: Compiled | None = None) -> None:
         """Have a compiled form of the rewriting."""
         assert done.module is not None and done.merge is not None, "it has been rewritten"
-        self._by_count[None if done.precondition else done.merge.count] = lowered or torch.compile(
-            done.module, backend=_LowerOnly(self._making.lower))
+        self._by_count[None if done.precondition else done.merge.count] = lowered or self._compile(done.module)
+
+    def _compile(self, graph: GraphModule) -> Compiled:
+        """As it is; for other sizes again."""
+        return torch.compile(graph, backend=_LowerOnly(self._making.lower))
+
+    def _handed(self, mask: torch.Tensor) -> MergedInput | None:
+        """Args: ``mask``, the last of the rewritten graph's inputs."""
+        return None if self._position is None else MergedInput(self._position, mask)
 
     def __call__(self, *inputs: Any) -> Any:
         if (more := self._for_handed(inputs)) is not None:
@@ -128,11 +135,12 @@ class Dispatch:
         """The compiled form for the prompt at hand, or None and why there is none."""
         if count is not None and not any(map(self._dropped, visual.sum(1).tolist())):
             return None, KEPT_ALL
-        even = same_count(visual)
-        if self._done.module is None and even is None:
-            return None, uneven(visual)
-        if self._done.module is None and not self._by_count and even is not None:
-            self._begin(even, inputs, given[-1])
+        if self._done.module is None:
+            even = same_count(visual)
+            if even is None:
+                return None, uneven(visual)
+            if not self._by_count:
+                self._begin(even, inputs, given[-1])
         prompt = Prompt(given, visual, count)
         reason = next((reason for guard in self._done.guards if (reason := guard(prompt)) is not None), None)
         if reason is not None or count is None:
@@ -158,11 +166,9 @@ class Dispatch:
             return None, f"{reason} ({_OTHER_CACHE if call.is_watched else _REMEDY})"
         try:
             if self._by_sample is None:
-                handed = None if self._position is None else MergedInput(self._position, given[-1])
-                parted = self._making.part(self._original, inputs, handed)
+                parted = self._making.part(self._original, inputs, self._handed(given[-1]))
                 self._by_sample = BySample(
-                    parted, lambda graph: torch.compile(graph, backend=_LowerOnly(self._making.lower)), self._making.prune,
-                    self._making.sizes_vary, self._options.overwrites)
+                    parted, self._compile, self._making.prune, self._making.sizes_vary, self._options.overwrites)
             ran = self._by_sample(given, visual) if isinstance(self._by_sample, BySample) else None
         except NotRewritten:
             raise
@@ -236,13 +242,12 @@ class Dispatch:
             self._hold(done)
 
     def _rewrite(self, inputs: Sequence[object], handed_mask: torch.Tensor) -> Rewriting:
-        handed = None if self._position is None else MergedInput(self._position, handed_mask)
-        return self._making.rewrite(self._original, inputs, handed)
+        return self._making.rewrite(self._original, inputs, self._handed(handed_mask))
 
     def _run_unrewritten(self, inputs: Sequence[object]) -> Any:
         """Compiled when first needed; Dynamo guards its sizes, which need not be those of the rewritten graph."""
         if self._unrewritten is None:
-            self._unrewritten = torch.compile(self._original, backend=_LowerOnly(self._making.lower))
+            self._unrewritten = self._compile(self._original)
         return self._unrewritten(*inputs)
 
 

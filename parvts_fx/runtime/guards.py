@@ -88,8 +88,7 @@ class Precondition:
         self.visual_tokens: Callable[[Sequence[object]], int] = size_reader(module, merge.visual_tokens)
         """Visual tokens per sample, read from the sizes of actual inputs."""
 
-        features = merge.visual_features
-        self.features: Callable[[Sequence[object]], int] = size_reader(module, features)
+        self.features: Callable[[Sequence[object]], int] = size_reader(module, merge.visual_features)
         """Visual features of all samples, read likewise."""
 
     def __call__(self, *inputs: object) -> bool:
