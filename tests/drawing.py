@@ -93,6 +93,12 @@ def with_prompt(pick: Pick, spec: Specification, batch: int) -> Specification:
     return dataclasses.replace(spec, length=length, visual=visual, rows=rows, pad_right=chance(pick, 2))
 
 
+def with_padding_that_fits(spec: Specification) -> Specification:
+    """The same with its padding in front where rows are cached: behind visual tokens it is refused there, since decode steps
+    would read the prompt's mask at the wrong places."""
+    return dataclasses.replace(spec, pad_right=spec.pad_right and not (spec.caches and spec.reads_padding))
+
+
 def ends_in_mixing(spec: Specification) -> bool:
     """Whether tokens meet on the stream between the last sum and the final norm.
 

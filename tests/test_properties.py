@@ -27,10 +27,14 @@ def picking(draw: st.DrawFn) -> drawing.Pick:
     return lambda options: draw(st.sampled_from(options))
 
 
+def prompted(pick: drawing.Pick, spec: Specification) -> Specification:
+    return drawing.with_padding_that_fits(drawing.with_prompt(pick, spec, pick(range(1, 4))))
+
+
 @st.composite
 def bases(draw: st.DrawFn, attention: str) -> tuple[Specification, Choice]:
     pick = picking(draw)
-    spec = drawing.with_prompt(pick, drawing.base(pick, attention), pick(range(1, 4)))
+    spec = prompted(pick, drawing.base(pick, attention))
     return spec, drawing.choice(pick, spec)
 
 
@@ -44,7 +48,7 @@ def sequences(draw: st.DrawFn) -> tuple[tuple[Specification, ...], Choice]:
     """One model, and two or three prompts of other lengths (and batches) for it."""
     pick = picking(draw)
     first = dataclasses.replace(draw(bases(pick(ATTENTIONS)))[0], layers=pick((1, 2)))
-    second, third = (drawing.with_prompt(pick, first, pick(range(1, 4))) for _ in range(2))
+    second, third = (prompted(pick, first) for _ in range(2))
     if second.length == first.length:
         second = dataclasses.replace(second, length=first.length + 1)
     choice = drawing.choice(pick, dataclasses.replace(first, layers=1))
