@@ -18,6 +18,7 @@ from parvts_fx.analysis.decoder import attention_follows
 from parvts_fx.analysis.values import hint, value
 from parvts_fx.capture import capture, copy_graph_module
 from parvts_fx.capture.invert_permutations import InvertPermutations
+from parvts_fx.capture.separate_caches import SeparateCaches
 from parvts_fx.capture.spread_masked_updates import SpreadMaskedUpdates
 from parvts_fx.capture.version_writes import VersionWrites
 from parvts_fx.capture.write_out_sizes import WriteOutSizes
@@ -152,7 +153,7 @@ def rewrite_graph(
 
 def _canonicalise(job: Work, merge: VisualMerge) -> None:
     run_pipeline([WriteOutSizes(), InvertPermutations(), SpreadMaskedUpdates(merge.output, attention_nodes(job.module.graph)),
-                  VersionWrites(merge.output)], job)
+                  VersionWrites(merge.output), SeparateCaches(merge.output)], job)
 
 
 @no_collections()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ def _write_out(path: Path, attention: Attention, queries: str, keys: str, result
             if isinstance(leaf, Node) and leaf in new:
                 leaf = new[leaf]
             elif isinstance(binding, Count):
-                leaf = editor.counted(sets[choice[binding.label]].count, binding)
+                leaf = path.recounted(leaf, binding, choice[binding.label])
             elif isinstance(binding, AtMost):
                 leaf = editor.least(emitter.mapped(leaf), sets[choice[binding.label]].count)
             elif isinstance(binding, AxisLabels):
@@ -138,6 +139,16 @@ def _attend_fused(path: Path, attention: Attention, queries: str, keys: str) -> 
 
 def attention_weights(path: Path, attention: Attention, queries: str, keys: str) -> Node:
     """[batch, heads, queries, keys] float32: how much some rows look at others; rows that see nothing have zeros."""
+    weights = _all_weights(path, attention, queries, keys)
+    if not attention.on_filled_cache:
+        return weights
+    editor = path.emitter.editor
+    in_front = editor.plus(editor.size(weights, 3), path.emitter.sets[keys].count, -1)
+    return editor.call(operator.getitem, weights, (slice(None), slice(None), slice(None), slice(in_front, None)))
+
+
+def _all_weights(path: Path, attention: Attention, queries: str, keys: str) -> Node:
+    """The same, and how much they look at cached rows in front of these."""
     emitter = path.emitter
     softmax = next((node for node in attention.nodes if is_softmax(node)), None)
     if softmax is None:
@@ -149,8 +160,13 @@ def attention_weights(path: Path, attention: Attention, queries: str, keys: str)
             mask = named["attn_mask"]
         else:
             named = fused_arguments(call)
-            mask = _write_out(path, attention, queries, keys, named["attn_mask"])
-            named |= {"query": path.read(query, queries), "key": path.read(named["key"], keys)}
+            key, asked = named["key"], path.read(query, queries)
+            named |= {"query": asked, "key": (
+                _write_out(path, attention, queries, keys, key) if key in attention.nodes else path.read(key, keys))}
+            mask = _mask_of(path, attention, call, queries, keys)
+            if emitter.sizes:
+                columns = emitter.editor.size(named["key"], value(key).dim() - 2) if attention.on_filled_cache else None
+                mask = biased(emitter, attention.output, queries, keys, mask, value(query).dim(), samples, asked, columns)
         scale, causal = named["scale"], named["is_causal"]
 
         def weigh(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -160,6 +176,18 @@ def attention_weights(path: Path, attention: Attention, queries: str, keys: str)
     samples = samples_of(emitter.decoder, softmax)
     weights = _write_out(path, attention, queries, keys, softmax)
     return emitter.editor.inline(lambda given: _by_head(given.float().nan_to_num(), samples), weights)
+
+
+def _mask_of(path: Path, attention: Attention, call: Node, queries: str, keys: str) -> Node | None:
+    """The mask of a fused call that is one of several nodes, for some queries and some keys."""
+    emitter, mask = path.emitter, fused_arguments(call)["attn_mask"]
+    if mask is None or mask in attention.nodes:
+        return mask and _write_out(path, attention, queries, keys, mask)
+    index = next(index for index, leaf in enumerate(leaves(call)) if leaf is mask)
+    binding = attention.bindings[call].get(index)
+    assert isinstance(binding, AxisLabels), "a mask has axes along queries or keys"
+    axes = [(axis, queries if label == QUERY else keys) for axis, label in binding.axes]
+    return path.cut_side(mask, axes, samples_of_side(emitter.decoder, mask, call, index, call))
 
 
 def _weights(

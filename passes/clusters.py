@@ -32,6 +32,7 @@ from parvts_fx.errors import Refusal
 from parvts_fx.passes.rows import live
 
 if TYPE_CHECKING:
+    from parvts_fx.capture.editing import Size
     from parvts_fx.passes.emit import Emitter
     from parvts_fx.passes.plan import Merging
 
@@ -193,7 +194,7 @@ def cached_values(emitter: Emitter, node: Node) -> Node:
 
 def biased(
     emitter: Emitter, call: Node, queries: str | int, keys: str, logits: Node | None, rank: int, samples: Samples | None,
-    like: Node,
+    like: Node, columns: Size | None = None,
 ) -> Node | None:
     """Logits, or a mask that is added to them, with log n of the keys for the queries of text rows.
 
@@ -203,6 +204,7 @@ def biased(
         logits: [..., queries, keys]; a bool mask is true where a query may look. None for none.
         rank: of the logits, and where samples lie in them.
         like: what has the dtype of the result.
+        columns: how many keys there are where cached ones stand in front of the prompt's; None where none do.
 
     Returns:
         the same as ``logits`` where no key stands for several, or the call has no place for it.
@@ -216,6 +218,8 @@ def biased(
     if key not in emitter.biases:
         emitter.biases[key] = _bias(emitter, *key)
     bias = emitter.biases[key]
+    if columns is not None:
+        bias = _behind_cached(emitter, bias, columns)
     if logits is None:
         return bias
     if (*key, logits) not in emitter.biases:  # layers share their mask
@@ -224,6 +228,15 @@ def biased(
             lambda bias, held: bias.masked_fill(~held, -torch.inf), bias, logits) if hidden else (
             emitter.editor.call(operator.add, logits, bias))
     return emitter.biases[*key, logits]
+
+
+def _behind_cached(emitter: Emitter, bias: Node, columns: Size) -> Node:
+    """The bias for so many keys, the first of which are cached ones that stand for themselves."""
+    editor = emitter.editor
+    key = ("behind cached", bias, columns)
+    if key not in emitter.biases:
+        emitter.biases[key] = editor.call(F.pad, bias, (editor.plus(columns, editor.size(bias, value(bias).dim() - 1), -1), 0))
+    return emitter.biases[key]
 
 
 def counted(
@@ -240,13 +253,18 @@ def counted(
     place = dict(zip(leaves(node), fresh))
     asks = node.all_input_nodes[0] if is_softmax(node) else fused_arguments(node)["query"]
     rows = value(asks).shape[-2] if queries is None else queries
+    attention = emitter.attentions.get(call)
+    scored = place[asks] if is_softmax(node) else place[fused_arguments(node)["key"]]
+    columns = emitter.editor.size(scored, value(scored).dim() - (1 if is_softmax(node) else 2)) if (
+        attention is not None and attention.on_filled_cache) else None
     if is_softmax(node):
-        held = biased(
-            emitter, call, rows, keys, place[asks], value(asks).dim(), samples_of(emitter.decoder, asks), place[asks])
+        held = biased(emitter, call, rows, keys, place[asks], value(asks).dim(), samples_of(emitter.decoder, asks), place[asks],
+                      columns)
         return with_leaves(node, [held if leaf is asks else new for leaf, new in zip(leaves(node), fresh)])
     named = {name: place.get(held, held) if isinstance(held, Node) else held for name, held in fused_arguments(node).items()}
     named["attn_mask"] = biased(
-        emitter, call, rows, keys, named["attn_mask"], value(asks).dim(), samples_of(emitter.decoder, asks), named["query"])
+        emitter, call, rows, keys, named["attn_mask"], value(asks).dim(), samples_of(emitter.decoder, asks), named["query"],
+        columns)
     operands = tuple(named.pop(name) for name in ("query", "key", "value"))
     return operands, named
 

@@ -70,8 +70,9 @@ class Written:
     original_outputs: tuple[object, ...]
     """The example values of what the graph returned."""
 
-    last_rows: frozenset[int]
-    """Outputs that hold the prompt's last rows, or as many as there are: the caches of sliding windows."""
+    shortened: frozenset[int]
+    """Outputs that may become shorter along other axes than the prompt's: they hold its last rows, or as many as there are
+    (caches of sliding windows), or other cached rows in front of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +199,8 @@ class Emitter:
             frozenset(self.outside.values()) | frozenset(self.kept),
             tuple(node.name for node in self.old.nodes if node.op == "placeholder"),
             tuple(value(out) if isinstance(out, Node) else out for out in flat),
-            frozenset(place for place, out in enumerate(flat) if out in inside and not axes.get(out)))
+            frozenset(place for place, out in enumerate(flat) if out in inside and (
+                not axes.get(out) or any(kind.has_rows_in_front for kind in axes[out].values()))))
 
     def _write(self, node: Node) -> None:
         attention = self.attentions.get(node)
@@ -243,10 +245,23 @@ class Emitter:
         again = self.plan.caches.get(node, ())
         if not again and not axes.get(node) and any(name not in (final, LAST) for name in self.main.held.get(node, ())):
             again = tuple(last_rows_of(self.decoder, node))  # the last rows of a cache: those of the kept ones
+        if not again and any(kind.has_rows_in_front for kind in (axes.get(node) or {}).values()):
+            again = tuple(self._behind_cached(node))
         path = CachePath(self, set(again), lambda _: final, self._rows_left, self.main)
         for member in again:
             path.write(member)
         return path.read(node, final)
+
+    def _behind_cached(self, result: Node) -> list[Node]:
+        """What puts the prompt's rows behind cached ones, up to a result, in graph order."""
+        axes, found, stack = self.decoder.tokens.axes, set[Node](), [result]
+        while stack:
+            node = stack.pop()
+            if node in self.inside and node not in found and any(
+                    kind.has_rows_in_front for kind in (axes.get(node) or {}).values()):
+                found.add(node)
+                stack.extend(node.all_input_nodes)
+        return [node for node in self.decoder.nodes if node in found]
 
     def cached(self, node: Node) -> Node:
         """A tensor's rows that are left in the end, as caches hold them."""

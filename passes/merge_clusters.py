@@ -81,9 +81,13 @@ def has_place_for_bias(attention: Attention, tokens: TokenMap) -> bool:
 
 
 def _has_tokens_last(node: Node, tokens: TokenMap, count: int) -> bool:
-    """Whether a tensor's last axes, so many and no other, run along the prompt and nothing else."""
+    """Whether a tensor's last axes, so many and no other, run along the prompt and nothing else.
+
+    Scores (of two such axes) may have other keys in front of the prompt's: the cached ones.
+    """
     axes, rank = tokens.axes.get(node, {}), value(node).dim()
-    return sorted(axes) == list(range(rank - count, rank)) and all(kind.is_plain for kind in axes.values())
+    alone = [kind.is_plain or count > 1 and kind.has_rows_in_front for kind in axes.values()]
+    return sorted(axes) == list(range(rank - count, rank)) and all(alone)
 
 
 def _asked_by_last_rows(plan: Plan, owners: Mapping[Node, Attention]) -> list[Node]:
@@ -94,7 +98,8 @@ def _asked_by_last_rows(plan: Plan, owners: Mapping[Node, Attention]) -> list[No
         if is_fused_attention(node):
             named = fused_arguments(node)
             rank = value(named["key"]).dim()
-            return not tokens.axes.get(named["query"]) and list(tokens.axes.get(named["key"], ())) == [rank - 2]
+            keys = tokens.axes.get(named["key"], {})
+            return not tokens.axes.get(named["query"]) and list(keys) == [rank - 2] and keys[rank - 2].is_plain
         return is_softmax(node) and _has_tokens_last(node.all_input_nodes[0], tokens, 1)
 
     return [node for node in plan.decoder.nodes if node not in owners and asks(node)]

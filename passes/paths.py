@@ -14,6 +14,7 @@ from parvts_fx.analysis.samples import Samples, samples_of, samples_of_side
 from parvts_fx.analysis.tokens import AtMost, AxisLabels, Count, Filling
 from parvts_fx.analysis.values import (
     changed_in_place,
+    hint,
     is_symbolic_int,
     is_tensor,
     leaves,
@@ -144,7 +145,7 @@ class Path:
         if isinstance(leaf, Node) and leaf in emitter.inside:
             return self.read(leaf, name)
         if isinstance(binding, Count):
-            return editor.counted(rows.count, binding)
+            return self.recounted(leaf, binding, name)
         if isinstance(binding, AtMost):
             return editor.least(emitter.mapped(leaf), rows.count)
         if isinstance(binding, Filling):
@@ -158,12 +159,23 @@ class Path:
 
     def cut_side(self, side: Node, axes: list[tuple[int, str]], samples: Samples | None) -> Node:
         """A tensor from outside the decoder, with the given rows along its axes."""
+        sets, size = self.emitter.sets, hint(self.emitter.decoder.tokens.size)
         rank, taken = value(side).dim(), self.emitter.outside[side]
         for axis, name in axes:
             new_in_front = value(taken).dim() - rank  # of axes, one of which holds the samples
             held = dataclasses.replace(samples, axis=0) if samples is not None and new_in_front else samples
-            taken = self.emitter.sets.take(taken, axis + new_in_front, name, live(0), held)
+            if hint(value(side).shape[axis]) == size:
+                taken = sets.take(taken, axis + new_in_front, name, live(0), held)
+            else:
+                taken = sets.take_behind_cached(taken, axis + new_in_front, name, held)
         return taken
+
+    def recounted(self, leaf: Any, binding: Count, name: str) -> Any:
+        """An integer leaf that counts tokens, for so many rows in their place."""
+        editor, sets = self.emitter.editor, self.emitter.sets
+        if binding.offset <= 0 or not isinstance(leaf, Node):
+            return editor.counted(sets[name].count, binding)
+        return editor.plus(self.emitter.mapped(leaf), editor.plus(sets[live(0)].count, sets[name].count, -1), -1)
 
     def keys(self, node: Node, axis: int, name: str) -> Node:
         """An attention call's keys or values, on all rows that it is to see."""

@@ -112,6 +112,21 @@ class RowSets:
                 self._editor, node, axis, self.places(name, other), self[name].count, samples)
         return self._gathered[key]
 
+    def take_behind_cached(self, node: Node, axis: int, name: str, samples: Samples | None) -> Node:
+        """Along an axis with other rows in front of the prompt's: those, and the rows of a set."""
+        prompt = self[live(0)].count
+        if name == live(0):
+            return node
+        key = (node, axis, name, "behind cached", samples)
+        if key not in self._gathered:
+            editor = self._editor
+            in_front = editor.plus(editor.size(node, axis), prompt, -1)
+            parts = [editor.call(operator.getitem, node, (slice(None),) * axis + (part,))
+                     for part in (slice(None, in_front), slice(in_front, None))]
+            chosen = self.take(parts[1], axis, name, live(0), samples)
+            self._gathered[key] = editor.call(torch.cat, [parts[0], chosen], dim=axis)
+        return self._gathered[key]
+
     def forget(self, sources: Iterable[Node]) -> None:
         """What was taken out of tensors that have been written into since."""
         changed = set(sources)

@@ -24,8 +24,8 @@ class SharePrefix:
     These are the positions in front of the first visual token of any sample, if none of them sees a later one. Both are
     data, so the count is read from the tensors at each call: zero where a mask lets the prefix look ahead, or where it
     hides a prefix row from itself (padding, whose rows may attend to anything). Leaves a twin alone in whose layers
-    tokens meet other than by masked attention (or all read the last row's, which differs from path to path), or a graph
-    that may not hold numbers that depend on data: where torch._dynamo.config.capture_scalar_outputs is off
+    tokens meet other than by masked attention on an empty cache (or all read the last row's, which differs from path to
+    path), or a graph that may not hold numbers that depend on data: where torch._dynamo.config.capture_scalar_outputs is off
     (parvts_fx.compile switches it on), where CUDA graphs are asked for, and where the lowering is not known to take them.
     """
 
@@ -73,7 +73,7 @@ class SharePrefix:
     def _masks(self, attention: Attention | None, behind: Node, inside: set[Node]) -> list[Mask] | None:
         """What forbids a call's rows to look ahead; None where that is not known where the rows are chosen."""
         masks = [] if attention is None else masks_of(attention)
-        if attention is None or not (masks or attention.is_causal):
+        if attention is None or attention.on_filled_cache or not (masks or attention.is_causal):
             return None
         early = all(mask.node <= behind for mask in masks)
         return masks if early and not inside & ancestors(mask.node for mask in masks) else None

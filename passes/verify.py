@@ -70,7 +70,7 @@ def has_same_interface(work: Work) -> str | None:
         if now.dtype != then.dtype or now.dim() != then.dim() or now.device != then.device:
             return f"output {position} was {then.dtype} of rank {then.dim()} and is {now.dtype} of rank {now.dim()}"
         for entry, before in zip(now.shape, then.shape):
-            shortened = hint(before) == size or position in written.last_rows and hint(entry) < hint(before)
+            shortened = hint(before) == size or position in written.shortened and hint(entry) < hint(before)
             if hint(entry) != hint(before) and not shortened:
                 return f"output {position} changed from {tuple(then.shape)} to {tuple(now.shape)}"
     return None
@@ -123,9 +123,9 @@ def sees_planned_keys(work: Work) -> str | None:
             return f"a call in place of '{attention.output.name}' does not answer {planned} rows"
         if is_fused_attention(call.output):
             original = fused_arguments(attention.output)["key"]  # what biases the scores has keys along another axis
-            axis = next(operand.axis for operand in attention.keys if operand.node is original)
+            ((axis, kind),) = plan.decoder.tokens.axes[original].items()
             rows = hint(value(fused_arguments(call.output)["key"]).shape[axis])
-            if rows is not None and rows != _planned(plan, call.keys):
+            if rows is not None and rows - kind.offset != _planned(plan, call.keys):
                 return f"a call in place of '{attention.output.name}' sees {rows} rows where the plan has \"{call.keys}\""
         asked.setdefault(attention.output, set()).add((call.queries, call.keys))
     for layer in plan.layers:
@@ -165,9 +165,10 @@ def returns_what_is_left(work: Work) -> str | None:
     originals = output_node(plan.decoder.merge.output.graph).args[0]
     originals = originals if isinstance(originals, (tuple, list)) else [originals]
     for position, (now, then) in enumerate(zip(_outputs(work), originals)):
-        axis = plan.decoder.tokens.plain_axis(then) if isinstance(then, Node) and then in plan.live else None
-        if axis is not None and isinstance(now, Node) and hint(value(now).shape[axis]) != final:
-            return f"output {position} has {hint(value(now).shape[axis])} rows of {final} that are left"
+        axes = (plan.decoder.tokens.axes.get(then) or {}) if isinstance(then, Node) and then in plan.live else {}
+        for axis, kind in axes.items():
+            if len(axes) == 1 and isinstance(now, Node) and hint(value(now).shape[axis]) - kind.offset != final:
+                return f"output {position} has {hint(value(now).shape[axis]) - kind.offset} rows of {final} that are left"
     return None
 
 

@@ -23,7 +23,17 @@ from torch import Tensor
 
 import parvts_fx
 from parvts_fx import scores
-from parvts_fx.runtime import by_sample, caches, call, compiled_call, dispatch, guards, merged_embeddings
+from parvts_fx.runtime import (
+    by_sample,
+    cached_rows,
+    caches,
+    call,
+    compiled_call,
+    dispatch,
+    guards,
+    merged_embeddings,
+    pruned_caches,
+)
 from parvts_fx.runtime.by_sample import BySample
 from parvts_fx.runtime.call import UNWATCHED, Call
 from parvts_fx.runtime.dispatch import Dispatch
@@ -312,9 +322,9 @@ def one_call() -> Patch:
     return patch
 
 
-def windows_as_they_were(original: Callable, cache: Any, dropped: int) -> None:
+def windows_as_they_were(original: Callable, cache: Any, *given: Any, **named: Any) -> None:
     before = [getattr(layer, "cumulative_length", None) for layer in cache.layers]
-    original(cache, dropped)
+    original(cache, *given, **named)
     for layer, length in zip(cache.layers, before):
         layer.cumulative_length = length
 
@@ -355,6 +365,26 @@ def _prompt_and_step(model: Any, given: llava.Prompt) -> list[Tensor]:
     return [first.logits, step.logits]
 
 
+def padded_turns() -> float:
+    """Two rows, and further turns of other lengths, against each row by itself."""
+    model = llava.build(layers=2, patches=2)
+    parvts_fx.compile(model, lowering="eager", **{**CHOICE, "keep_tokens": 2})
+    first, more = llava.prompt(model, [[3, "image", 4], [1, "image", 6]]), llava.prompt(model, [[2], [4]], seed=2)
+    together = _turn(model, [first, more])
+    return max(relative_error(together[row:row + 1], _turn(model, [first.row(row), more.row(row)])) for row in range(2))
+
+
+def _turn(model: Any, turns: list[llava.Prompt]) -> Tensor:
+    """The last row's logits behind the last turn."""
+    cache, mask = None, torch.zeros(len(turns[0].visual), 0, dtype=torch.int64)
+    for given in turns:
+        mask = torch.cat([mask, given.inputs["attention_mask"]], 1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -given.visual.shape[1]:]
+        output = model(**{**given.inputs, "attention_mask": mask}, position_ids=positions, past_key_values=cache)
+        cache = output.past_key_values
+    return output.logits[:, -1]
+
+
 def of_the_first_sample(original: Callable, self: BySample, merged: Any, sides: Any, visual: Tensor, sample: int) -> Any:
     """Masks and positions of another sample, which is as long."""
     changed = [held if side.samples is None else held.narrow(side.samples, 0, 1).expand_as(held)
@@ -370,14 +400,18 @@ BUGS: dict[str, tuple[Patch, Callable[[], float]]] = {
     "samples: columns of the prompt for cached rows": (
         put(compiled_call, "with_cached_columns", lambda _, args, kwargs: (args, kwargs)), samples_that_differ),
     "samples: what fills shorter ones is seen": (
-        wrap(compiled_call, "note_rows", lambda original, cache, rows, positions: original(
-            cache, torch.ones_like(rows), positions)), samples_that_differ),
+        wrap(compiled_call, "remember_pruned", lambda original, *given, rows: original(
+            *given, rows=None if rows is None else torch.ones_like(rows))), samples_that_differ),
     "samples: shorter ones stand in front": (
         put(by_sample, "_filling", lambda sizes, shape: [
             entry for own, wanted in zip(reversed(sizes), reversed(shape)) for entry in (0, wanted - own)]),
         samples_that_differ),
     "samples: the first one's embeddings": (wrap(BySample, "_given", embeddings_of_the_first), samples_that_differ),
     "samples: the first one's masks and positions": (wrap(BySample, "_given", of_the_first_sample), samples_that_differ),
+    "padded turns not noticed": (put(cached_rows, "_pads_a_turn", lambda *_: False), padded_turns),
+    "a prompt's columns counted in full": (
+        wrap(cached_rows, "_columns", lambda original, mask, prompts: original(
+            mask, [dataclasses.replace(prompt, dropped=0) for prompt in prompts])), padded_turns),
     "guard always true": (put(Precondition, "holds", lambda *_: True), uneven_rows),
     "guard reads another size": (
         wrap(guards, "size_reader", lambda original, module, size: original(module, module_rows(module))), even_rows),
@@ -389,15 +423,15 @@ BUGS: dict[str, tuple[Patch, Callable[[], float]]] = {
     "rows of features off by one": (wrap(compiled_call, "_rows_of_none_of", next_rows), told_by_ids),
     "dropped count off by one": (
         wrap(Call, "tell_pruning", lambda original, call, dropped: original(call, dropped + 1)), conversation),
-    "cache count not corrected": (put(compiled_call, "remember_dropped", lambda *_: None), conversation),
+    "cache count not corrected": (put(compiled_call, "remember_pruned", lambda *_: None), conversation),
     "cache count corrected twice": (
-        wrap(compiled_call, "remember_dropped", lambda original, *given: (original(*given), original(*given))), conversation),
+        wrap(compiled_call, "remember_pruned", lambda original, *given, rows: (original(*given), original(*given))), conversation),
     "positional caches not found": (
         wrap(compiled_call, "find_caches", lambda original, output, args, kwargs: original(kwargs)),
         positional_conversation),
-    "dropped keys counted as keys": (wrap(caches, "_counting", counted_everywhere), conversation),
-    "window counts not corrected": (wrap(compiled_call, "remember_dropped", windows_as_they_were), sliding_conversation),
-    "count kept by an emptied cache": (wrap(caches, "_counting", without_reset), emptied_cache),
+    "dropped keys counted as keys": (wrap(pruned_caches, "_counting", counted_everywhere), conversation),
+    "window counts not corrected": (wrap(compiled_call, "remember_pruned", windows_as_they_were), sliding_conversation),
+    "count kept by an emptied cache": (wrap(pruned_caches, "_counting", without_reset), emptied_cache),
     "one object for all calls": (one_call(), text_after_picture),
     "short caches not noted": (put(dispatch, "note_short_caches", lambda *_: None), warned_by_string),
     "positions not warned about": (put(caches, "_warn_of_positions", lambda *_: None), warned_in_place),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
@@ -52,8 +52,17 @@ def find_attentions(module: GraphModule, nodes: Collection[Node], tokens: TokenM
     return found
 
 
+def copies_of_joins(nodes: Iterable[Node], attentions: Iterable[Attention]) -> set[Node]:
+    """What puts the prompt's rows behind cached ones for a cache, just as some attention call does for its keys."""
+    joins = {node for attention in attentions for node in attention.joins}
+    known = {(node.target, str(node.args), str(node.kwargs)) for node in joins}
+    return {node for node in nodes if node not in joins and (node.target, str(node.args), str(node.kwargs)) in known}
+
+
 def is_value_operand(operand: Node, call: Node, attention: Attention) -> bool:
     """Whether an attention call's node reads an operand as its values alone."""
+    if call in attention.joins:
+        return all(is_value_operand(call, user, attention) for user in call.users if user in attention.nodes)
     if not is_fused_attention(call):
         return call is attention.output
     named = fused_arguments(call)
@@ -64,8 +73,8 @@ def _operand(node: Node, tokens: TokenMap, call: Node) -> Operand:
     axis = tokens.plain_axis(node)
     if axis is None:
         kinds = tokens.axes.get(node, {})
-        if any(kind.offset > 0 for kind in kinds.values()):
-            raise Refusal("the cache already holds tokens when the image arrives", call)
+        if any(kind.has_rows_in_front for kind in kinds.values()):
+            raise Refusal("the cache already holds tokens, and how they enter this attention is not understood", call)
         if not kinds:
             raise Refusal("keys are read from a preallocated cache, whose length the graph cannot change", call)
         raise Refusal(f"an operand's tokens lie along {kinds}, which is not understood", call)
@@ -87,6 +96,8 @@ def _fused(
         if tokens.axes.get(query):
             return _with_computed_mask(module, node, mask, nodes, tokens, paired)
         raise Refusal("the attention mask of the prompt's last rows is computed from the merged embeddings", node)
+    if (joins := _joins_with_cached(nodes, (key, val), tokens)):
+        return _on_filled_cache(module, node, joins, tokens)
     queries, keys = (_operand(query, tokens, node),), (_operand(key, tokens, node), _operand(val, tokens, node))
     bindings: dict[int, object] = {}
     kind = "fused causal" if arguments["is_causal"] else "fused"
@@ -106,6 +117,34 @@ def _fused(
     if rows is None:
         raise Refusal("the rows of an attention's result cannot be told", node)
     return Attention((node,), queries, keys, node, rows, kind, {node: bindings})
+
+
+def _joins_with_cached(nodes: Collection[Node], reads: Iterable[Node], tokens: TokenMap) -> list[Node]:
+    """What puts cached rows in front of the prompt's, up to what attention reads, in graph order."""
+    inside, found, stack = set(nodes), set[Node](), list(reads)
+    while stack:
+        node = stack.pop()
+        kinds = tokens.axes.get(node, {}).values()
+        if node in inside and node not in found and len(kinds) == 1 and all(kind.has_rows_in_front for kind in kinds):
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return [node for node in nodes if node in found]
+
+
+def _on_filled_cache(module: GraphModule, call: Node, joins: Sequence[Node], tokens: TokenMap) -> Attention:
+    """A fused call together with what puts cached rows in front of its keys and values."""
+    arguments = fused_arguments(call)
+    if arguments["is_causal"]:
+        raise Refusal("attention is causal by its rows' numbers, and the cache already holds tokens", call)
+    ordered = (*joins, call)
+    known = {source: KEY for node in joins for source in node.all_input_nodes if tokens.axes.get(source)}
+    known |= {arguments["query"]: QUERY}
+
+    def explains(found: TokenMap) -> bool:
+        return [kind.label for kind in found.axes.get(call, {}).values()] == [QUERY]
+
+    kind = "fused" if arguments["attn_mask"] is None else "fused masked"
+    return _labelled(module, ordered, call, tokens, explains, kind, known)
 
 
 def _with_computed_mask(
@@ -166,7 +205,9 @@ def _written_out(module: GraphModule, softmax: Node, nodes: Collection[Node], to
     if len(ends) != 1:
         raise Refusal(f"attention weights are read by {len(ends)} operations, expected one product with values", softmax)
     output = ends.pop()
-    ordered = tuple(node for node in nodes if node in region or node is output)
+    paired = [node for node in nodes if node in region or node is output]
+    joins = _joins_with_cached(nodes, [source for node in paired for source in node.all_input_nodes], tokens)
+    ordered = tuple(node for node in nodes if node in {*paired, *joins})
 
     def explains(found: TokenMap) -> bool:
         axes = found.axes.get(output, {})
@@ -204,11 +245,14 @@ def _labelled(
             continue
         if explains(probe.found):
             split = {label: tuple(o for o, own in zip(operands, labels) if own == label) for label in (QUERY, KEY)}
-            if softmax is not None and not keeps_pairs_apart(module, ordered, softmax, output, probe.found, split):
-                raise Refusal("attention scores are not computed pair by pair, or that cannot be shown", softmax)
+            joins = frozenset(_joins_with_cached(ordered, ordered, tokens))
+            if (softmax is not None or joins) and not keeps_pairs_apart(module, ordered, softmax, output, probe.found, split):
+                what = ("scores are not computed pair by pair" if softmax is not None and not joins else
+                        "does not have the prompt's keys behind the cached ones")
+                raise Refusal(f"attention {what}, or that cannot be shown", output if softmax is None else softmax)
             bindings = {node: dict(probe.found.bindings.get(node, {})) for node in ordered}
             axis = next(iter(probe.found.axes[output]))
-            return Attention(ordered, split[QUERY], split[KEY], output, axis, kind, bindings)
+            return Attention(ordered, split[QUERY], split[KEY], output, axis, kind, bindings, joins)
     raise Refusal("no reading of its operands as queries and keys explains this attention", output)
 
 

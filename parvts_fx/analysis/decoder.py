@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from parvts_fx.analysis.attention import find_attentions
+from parvts_fx.analysis.attention import copies_of_joins, find_attentions
 from parvts_fx.analysis.calls import attention_nodes
 from parvts_fx.analysis.independence import find_meetings
 from parvts_fx.analysis.last_rows import is_state, keeps_rows_apart, nodes_without_tokens, reads_tokens
@@ -174,6 +174,7 @@ def _with_buffers(graph: Graph, nodes: list[Node], size: int | torch.SymInt) -> 
 def _check(module: GraphModule, decoder: Decoder) -> None:
     """What would make dropping rows wrong, wherever it stands in the decoder."""
     tokens = decoder.tokens
+    joins = copies_of_joins(decoder.nodes, (call for layer in decoder.layers for call in layer.attentions))
     after_last = set(descendants(module.graph, [decoder.final]))
     inside = set(decoder.nodes)
     for node in decoder.nodes:
@@ -183,7 +184,7 @@ def _check(module: GraphModule, decoder: Decoder) -> None:
     for node in output_node(module.graph).all_input_nodes:
         if node not in tokens.axes:
             continue
-        odd = [kind for kind in tokens.axes[node].values() if not kind.is_plain]
+        odd = [kind for kind in tokens.axes[node].values() if not kind.is_plain and node not in joins]
         if odd:
             raise Refusal(f"an output counts its tokens as {odd}", node)
         for source in nodes_without_tokens(decoder.nodes, node, tokens):

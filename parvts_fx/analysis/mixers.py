@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch.fx import Node
 
+from parvts_fx.analysis.attention import copies_of_joins
 from parvts_fx.analysis.independence import find_meetings
 from parvts_fx.analysis.last_rows import keeps_rows_apart
 from parvts_fx.analysis.records import Attention, Mixer
@@ -23,8 +24,9 @@ def find_mixers(
         start: the merged embeddings, whose rows are the prompt's tokens.
     """
     calls = {node for attention in attentions for node in attention.nodes}
+    copies = copies_of_joins(nodes, attentions)
     found = find_meetings(
-        runs, TOKENS, nodes, {start, *calls}, harmless=lambda node: keeps_rows_apart(node, runs.tokens))
+        runs, TOKENS, nodes, {start, *calls, *copies}, harmless=lambda node: keeps_rows_apart(node, runs.tokens))
     mixers = [
         Mixer(tuple(operand.node for operand in attention.queries), attention.output, attention)
         for attention in attentions

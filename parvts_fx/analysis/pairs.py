@@ -24,18 +24,21 @@ _CHOICES = ((1, 2, 5, 9), (0, 3, 4, 7, 10))
 
 
 def keeps_pairs_apart(
-    module: GraphModule, region: Sequence[Node], softmax: Node, output: Node, labelled: TokenMap,
+    module: GraphModule, region: Sequence[Node], softmax: Node | None, output: Node, labelled: TokenMap,
     operands: Mapping[str, Sequence[Operand]],
 ) -> bool:
     """Whether scores and outputs commute with every choice of queries, and scores with every choice of keys.
 
+    And what puts cached rows in front of the prompt's keys with every choice of these: they are the last, in their order.
+
     Args:
         region: the attention's own nodes, in graph order.
+        softmax: None for a fused call, whose scores are known to be such.
         labelled: what a probe has found of them, with the labels "query" and "key".
         operands: what enters, by those labels.
     """
-    in_front = ancestors([softmax]) - {softmax}
-    scores = [node for node in region if node in in_front and _is_plain_pair(labelled, node)]
+    in_front = set() if softmax is None else ancestors([softmax]) - {softmax}
+    scores = [node for node in region if node in in_front and _is_pair(labelled, node) or _has_cached_keys(labelled, node)]
     for precision in ("double", "single", "own"):
         try:
             with really():
@@ -45,9 +48,14 @@ def keeps_pairs_apart(
     return False
 
 
-def _is_plain_pair(labelled: TokenMap, node: Node) -> bool:
+def _has_cached_keys(labelled: TokenMap, node: Node) -> bool:
     kinds = labelled.axes.get(node, {}).values()
-    return {kind.label for kind in kinds} == set(_COUNTS) and all(kind.is_plain for kind in kinds)
+    return len(kinds) == 1 and all(kind.label == "key" and kind.has_rows_in_front for kind in kinds)
+
+
+def _is_pair(labelled: TokenMap, node: Node) -> bool:
+    kinds = labelled.axes.get(node, {}).values()
+    return {kind.label for kind in kinds} == set(_COUNTS) and all(kind.is_plain or kind.has_rows_in_front for kind in kinds)
 
 
 def _commute(runs: _Runs, scores: Sequence[Node], output: Node, labelled: TokenMap) -> bool:
@@ -58,7 +66,7 @@ def _commute(runs: _Runs, scores: Sequence[Node], output: Node, labelled: TokenM
             for node in scores:
                 chosen = full[node]
                 for axis, kind in labelled.axes[node].items():
-                    chosen = chosen.index_select(axis, torch.tensor(rows if kind.label == "query" else columns))
+                    chosen = _select(chosen, axis, rows if kind.label == "query" else columns, kind.offset)
                 if not runs.equal(chosen, some[node]):
                     return False
         some = runs.run({"query": rows})
@@ -66,6 +74,11 @@ def _commute(runs: _Runs, scores: Sequence[Node], output: Node, labelled: TokenM
         if not runs.equal(full[output].index_select(axis, torch.tensor(rows)), some[output]):
             return False
     return True
+
+
+def _select(tensor: torch.Tensor, axis: int, choice: Sequence[int], in_front: int) -> torch.Tensor:
+    """Some of the tokens along an axis, and all other rows in front of them."""
+    return tensor.index_select(axis, torch.tensor([*range(in_front), *(in_front + token for token in choice)]))
 
 
 class _Runs:
@@ -115,12 +128,17 @@ class _Runs:
     def _tensor(self, node: Node, axes: Mapping[int, str], choice: Mapping[str, tuple[int, ...]]) -> torch.Tensor:
         key = (node, tuple(axes.items()))
         if key not in self._drawn:
-            shape = tuple(_COUNTS[axes[axis]] if axis in axes else size for axis, size in enumerate(hint_shape(value(node))))
-            if None in shape:
+            sizes = hint_shape(value(node))
+            if None in sizes:
                 raise Unproven("a size depends on data")
+            shape = tuple(self._others(size) + _COUNTS[axes[axis]] if axis in axes else size for axis, size in enumerate(sizes))
             self._drawn[key] = self._noise.draw(value(node).dtype, shape, self._scale, len(self._drawn) + 1)
         tensor = self._drawn[key]
         for axis, label in axes.items():
             if label in choice:
-                tensor = tensor.index_select(axis, torch.tensor(choice[label]))
+                tensor = _select(tensor, axis, choice[label], self._others(hint_shape(value(node))[axis]))
         return tensor
+
+    def _others(self, entries: int) -> int:
+        """How many rows stand in front of the tokens along an axis of so many entries."""
+        return entries - hint(self._labelled.size)

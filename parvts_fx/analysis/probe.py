@@ -221,7 +221,8 @@ class Probe:
     def _like(self, tensor: torch.Tensor, axes: Mapping[int, str]) -> torch.Tensor:
         if any(size is None for size in hint_shape(tensor)):
             raise Refusal("a tensor's size depends on data")
-        shape = [self.lengths[axes[i]] if i in axes else size for i, size in enumerate(hint_shape(tensor))]
+        more = {axis: self.lengths[label] - self.size_hint for axis, label in axes.items()}
+        shape = [size + more.get(axis, 0) for axis, size in enumerate(hint_shape(tensor))]
         with self.mode:
             if type(tensor) not in (torch.Tensor, torch.nn.Parameter, FakeTensor):
                 return self._wrapper_like(tensor, axes)

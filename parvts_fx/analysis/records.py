@@ -102,6 +102,13 @@ class Attention:
     bindings: Mapping[Node, Mapping[int, object]]
     """For each own node, which of its argument leaves follow the query or key axis."""
 
+    joins: frozenset[Node] = frozenset()
+    """Own nodes that put cached rows in front of the prompt's keys and values; empty where the cache was empty."""
+
+    @property
+    def on_filled_cache(self) -> bool:
+        return bool(self.joins)
+
     @property
     def is_causal(self) -> bool:
         return self.kind == "fused causal"

@@ -157,7 +157,9 @@ class SmallRuns:
         shape = hint_shape(value(side))
         if None in shape:
             raise Unproven("a size depends on data")
-        return tuple(Extent(size, int(axis in mine), int(axis in others)) for axis, size in enumerate(shape))
+        return tuple(
+            Extent(size, 1, 0, size - self.length) if axis in mine else Extent(size, 0, int(axis in others))
+            for axis, size in enumerate(shape))
 
     def number(self, reader: Node, index: int, leaf: Any, scale: Scale) -> Any:
         """An integer leaf for so many tokens and samples."""

@@ -50,6 +50,11 @@ class Axis:
         """One entry per token and no others."""
         return self.multiple == 1 and self.offset == 0
 
+    @property
+    def has_rows_in_front(self) -> bool:
+        """One entry per token, behind others: a cache's rows in front of the prompt's."""
+        return self.multiple == 1 and self.offset > 0
+
 
 @dataclasses.dataclass(frozen=True)
 class Count:
@@ -65,7 +70,7 @@ class Count:
 
 @dataclasses.dataclass(frozen=True)
 class AxisLabels:
-    """A side tensor's leaf: the axes (as (axis, label) pairs) that run along tokens."""
+    """A side tensor's leaf: the axes (as (axis, label) pairs) that run along tokens, which are the last of their entries."""
 
     axes: tuple[tuple[int, str], ...]
 
@@ -143,6 +148,7 @@ def _variables(node: Node, labels: tuple[str, ...], tokens: TokenMap) -> dict[in
     fillings = _fillings(node, tokens)
     chosen = _choice(node, tokens)
     of_prompt = symbols(tokens.size)
+    in_front = _in_front(node, tokens)
     for index, leaf in enumerate(leaves(node)):
         if isinstance(leaf, Node) and leaf in tokens.probed:
             continue
@@ -158,16 +164,23 @@ def _variables(node: Node, labels: tuple[str, ...], tokens: TokenMap) -> dict[in
                 continue
             if of_prompt and not follows:
                 continue
-            offset = next((o for o in _OFFSETS if number == hint(tokens.size) + o), 0) if is_indexing(node) else 0
+            offsets = (*in_front, *(_OFFSETS if is_indexing(node) else ()))
+            offset = next((o for o in offsets if number == hint(tokens.size) + o), 0)
             if not number or not offset and number % hint(tokens.size):
                 continue  # no multiple: right as it is, where the tokens are padded up to it
             counts: list[Binding | None] = [Count(label, (number - offset) // hint(tokens.size), offset) for label in labels]
             variables[index] = counts if follows else [None, *counts]
         elif is_tensor(leaf):
-            sides = _side_readings(value(leaf), labels, tokens)
+            sides = _side_readings(value(leaf), labels, tokens, in_front)
             if sides:
                 variables[index] = sides
     return variables
+
+
+def _in_front(node: Node, tokens: TokenMap) -> tuple[int, ...]:
+    """How many other rows (cached ones) stand in front of the tokens in what a node reads."""
+    kinds = (kind for source in node.all_input_nodes for kind in tokens.axes.get(source, {}).values())
+    return tuple(dict.fromkeys(kind.offset for kind in kinds if kind.has_rows_in_front))
 
 
 def _choice(node: Node, tokens: TokenMap) -> tuple[int, str] | tuple[None, None]:
@@ -202,15 +215,18 @@ def _fillings(node: Node, tokens: TokenMap) -> set[int]:
     return {1 + front + (not at_front)}  # the padded tensor is leaf 0
 
 
-def _side_readings(tensor: torch.Tensor, labels: tuple[str, ...], tokens: TokenMap) -> list[Binding | None]:
+def _side_readings(
+    tensor: torch.Tensor, labels: tuple[str, ...], tokens: TokenMap, in_front: tuple[int, ...]
+) -> list[Binding | None]:
     per_axis: list[list[tuple[int, str] | None]] = []
     of_prompt = symbols(tokens.size)
+    counts = [hint(tokens.size) + others for others in (0, *in_front)]
     for axis, entries in enumerate(tensor.shape):
         size = concrete(entries)
         if of_prompt:
-            if of_prompt & symbols(size) and hint(size) == hint(tokens.size):
+            if of_prompt & symbols(size) and hint(size) in counts:
                 per_axis.append([(axis, label) for label in labels])
-        elif hint(size) == hint(tokens.size):
+        elif hint(size) in counts:
             per_axis.append([None, *((axis, label) for label in labels)])
     if not per_axis:
         return []

@@ -9,12 +9,14 @@ import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from parvts_fx.analysis.values import concrete, is_symbolic_int, symbols, value
 from parvts_fx.pipeline import PassResult, Work
 
 
 @dataclasses.dataclass(frozen=True)
 class WriteOutSizes:
-    """``size = torch.Size([1, s, 48]); x.view(size)``  ==>  ``x.view([1, s, 48])``
+    """``size = torch.Size([1, s, 48]); x.view(size)``  ==>  ``x.view([1, s, 48])``, and ``s = y.shape[1]; x.view([1, s, 48])``
+    ==>  ``x.view([1, 22, 48])`` where that size is static
 
     So that every number of positions is an operation's own argument. The values computed stay the same.
     """
@@ -26,6 +28,11 @@ class WriteOutSizes:
         for node in list(work.module.graph.nodes):
             if node.op == "call_function" and node.target is torch.Size and node.args:
                 count += _write_out(node)
+        for node in reversed(work.module.graph.nodes):
+            if node.op in ("call_function", "call_method") and is_symbolic_int(node) and not symbols(value(node)):
+                node.replace_all_uses_with(concrete(value(node)))
+                work.module.graph.erase_node(node)
+                count += 1
         return PassResult(count)
 
 

@@ -1,67 +1,73 @@
-"""Later calls on a cache whose samples are of different lengths: their mask has the cache's columns, not the prompt's.
+"""Later calls on a pruned cache: their mask has the columns of the rows that are cached.
 
 A model is given a mask over all positions of the conversation, [batch, positions], and takes as many of its columns, from the
-front, as the cache has rows. That is right behind a pruned prompt as long as all that lies in front of a sample's rows is
-padding that was there before. Where samples were pruned one by one (:mod:`parvts_fx.runtime.by_sample`) it is not, and the
-columns of the prompt are put in place by which of the cached rows are a sample's own.
+front, as the cache has rows. That is right behind pruned prompts as long as all padding stands in front of the first of them.
+Where samples were pruned one by one (:mod:`parvts_fx.runtime.by_sample`), or a further turn is padded, it is not, and the columns
+of each prompt are put in place by which of its rows are cached.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from parvts_fx.runtime.caches import PROMPT_ROWS, find_caches
+from parvts_fx.runtime.caches import find_caches
+from parvts_fx.runtime.pruned_caches import PrunedPrompt, pruned_prompts
 
 MASK = "attention_mask"
-
-
-@dataclasses.dataclass
-class PromptRows:
-    """What a cache holds of a prompt."""
-
-    rows: torch.Tensor
-    """[batch, rows] bool: which of its first rows are a sample's own."""
-
-    positions: int
-    """Of the prompt."""
-
-
-def note_rows(cache: Any, rows: torch.Tensor, positions: int) -> None:
-    setattr(cache, PROMPT_ROWS, PromptRows(rows, positions))
+_PADDED = "has_padded_turns"
+"""What a cache is marked with that holds a turn with padding behind a pruned prompt."""
 
 
 def with_cached_columns(
     forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[Sequence[Any], Mapping[str, Any]]:
-    """A call's arguments, with a mask over the rows that its cache holds, if that holds samples of different lengths.
+    """A call's arguments, with a mask over the rows that its cache holds where the mask's own columns are others.
 
     Raises:
         ValueError: the mask that was given is not [batch, positions].
     """
-    cache = next((cache for cache in find_caches(args, kwargs) if getattr(cache, PROMPT_ROWS, None) is not None), None)
+    cache = next((cache for cache in find_caches(args, kwargs) if pruned_prompts(cache)), None)
     if cache is None or not cache.get_seq_length():
         return args, kwargs
-    prompt: PromptRows = getattr(cache, PROMPT_ROWS)
+    prompts, seen = pruned_prompts(cache), int(cache.get_seq_length())
+    by_sample = any(prompt.rows is not None for prompt in prompts)
     signature = inspect.signature(forward)
     given = signature.bind_partial(*args, **kwargs)
     named = given.arguments if MASK in signature.parameters else dict(kwargs)
     mask = named.get(MASK)
-    cached = cache.get_query_offset()
-    rows = prompt.rows[:, :cached]
+    if not (by_sample or getattr(cache, _PADDED, False) or _pads_a_turn(mask, seen)):
+        return args, kwargs
+    setattr(cache, _PADDED, True)
     if mask is None:
-        new = _new_rows(given.arguments)
-        mask = torch.ones(rows.shape[0], prompt.positions + cached - rows.shape[1] + new, dtype=torch.int64, device=rows.device)
+        mask = torch.ones(len(prompts[0].visual), seen + _new_rows(given.arguments), dtype=torch.int64,
+                          device=prompts[0].visual.device)
     if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
         raise ValueError(
-            "parvts_fx: a batch goes on from a cache whose samples were pruned one by one, and its attention_mask is not "
-            "[batch, positions]: which of its columns belong to which cached row cannot be told. Give a mask with two axes.")
-    named[MASK] = torch.cat([rows.to(mask.dtype), mask[:, prompt.positions:]], 1)
+            "parvts_fx: a batch goes on from a cache whose samples were pruned one by one, or which holds a padded turn behind a "
+            "pruned prompt, and its attention_mask is not [batch, positions]: which of its columns belong to which cached row "
+            "cannot be told. Give a mask with two axes.")
+    named[MASK] = _columns(mask, prompts)
     return (given.args, given.kwargs) if MASK in signature.parameters else (args, named)
+
+
+def _pads_a_turn(mask: object, seen: int) -> bool:
+    """Whether a further turn of several tokens comes with padding."""
+    return isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] > seen + 1 and not bool(mask[:, seen:].all())
+
+
+def _columns(mask: torch.Tensor, prompts: Sequence[PrunedPrompt]) -> torch.Tensor:
+    """[batch, cached and new rows]: those of a mask [batch, positions]."""
+    parts, place = [], 0
+    for prompt in prompts:
+        rows = prompt.rows
+        own = mask[:, prompt.begin:prompt.end - prompt.dropped] if rows is None else rows.to(mask.dtype)  # padding is in front
+        parts += [mask[:, place:prompt.begin], own]
+        place = prompt.end
+    return torch.cat([*parts, mask[:, place:]], 1)
 
 
 def _new_rows(given: Mapping[str, Any]) -> int:

@@ -1,15 +1,11 @@
-"""Keep a shortened key-value cache honest about how many positions the conversation has had.
+"""Which of a call's tensors are key-value caches, and which of these are shorter than the conversation.
 
-A rewritten prefill caches the rows of path A only. transformers asks a cache for its length for two purposes: to tell
-how many keys there are (attention masks), and to tell how many tokens have been seen (positions of the next tokens,
-which part of a conversation is new). After pruning these are two different numbers. A graph cannot change Python
-attributes, so this happens behind the call that :func:`parvts_fx.compile` has arranged.
+A cache of transformers' own is told how many tokens were dropped (:mod:`parvts_fx.runtime.pruned_caches`). Where a call goes on
+from another one and counts positions from its length, that is said.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -52,7 +48,7 @@ def _results(module: GraphModule) -> Sequence[Any]:
 def note_short_caches(outputs: Sequence[object], positions: Iterable[int], goes_on: Conversation | None = None) -> None:
     """Remember the tensors at those positions, which a rewritten prefill hands out, or a graph that goes on from it.
 
-    Until :func:`remember_dropped` corrects the count of the cache that holds them.
+    Until :func:`~parvts_fx.runtime.pruned_caches.remember_pruned` corrects the count of the cache that holds them.
     """
     conversation, call = goes_on or Conversation(), current_call()
     for position in positions:
@@ -105,10 +101,6 @@ def _warn_of_positions(inputs: Sequence[object], conversation: Conversation, cou
         warnings.warn(text, ParvtsWarning, stacklevel=3)
 
 
-PROMPT_ROWS = "prompt_rows"
-"""Where a cache keeps which of its rows are a sample's own (:mod:`parvts_fx.runtime.cached_rows`)."""
-
-
 def is_cache(held: object) -> bool:
     """Whether an object answers the questions of transformers' Cache that matter here."""
     return all(hasattr(held, name) for name in ("layers", "get_seq_length", "get_query_offset", "get_mask_sizes"))
@@ -133,61 +125,3 @@ def find_caches(*given: object) -> list[Any]:
         else:
             stack.extend(getattr(held, name) for name in _CACHE_NAMES if hasattr(held, name))
     return list(found.values())
-
-
-def remember_dropped(cache: Any, dropped: int) -> None:
-    """Let a cache's ``get_seq_length`` count the dropped tokens, and everything about its keys leave them out.
-
-    The cache object stays the same; its class becomes a subclass of what it was.
-    """
-    for layer in cache.layers:
-        if isinstance(getattr(layer, "cumulative_length", None), int):  # a sliding window's count of its own keys
-            layer.cumulative_length -= dropped
-        for held in getattr(layer, "__dict__", {}).values():
-            if isinstance(held, torch.Tensor):
-                current_call().correct(held)
-    cache.dropped_tokens = getattr(cache, "dropped_tokens", 0) + dropped
-    kind: Any = type(cache)
-    if not getattr(kind, "counts_dropped_tokens", False):
-        cache.__class__ = _counting(kind)
-
-
-@functools.cache
-def _counting(cache_class: Any) -> Any:
-    class Counting(cache_class):
-        counts_dropped_tokens = True
-
-        def get_seq_length(self, layer_idx: int = 0) -> Any:
-            """Tokens seen so far, the dropped ones included; 0 for a cache that has been emptied."""
-            length = super().get_seq_length(layer_idx)
-            if isinstance(length, torch.Tensor):  # a static cache's, which graphs may read
-                return length + self.dropped_tokens * (length > 0)
-            return length + self.dropped_tokens if length else length
-
-        def get_query_offset(self, layer_idx: int = 0) -> int:
-            """Keys that stand in front of the next one."""
-            return super().get_seq_length(layer_idx)
-
-        def reset(self) -> None:
-            super().reset()
-            self.dropped_tokens, self.prompt_rows = 0, None
-
-        def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-            super().reorder_cache(beam_idx)
-            self._choose_samples(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
-
-        def batch_repeat_interleave(self, repeats: int) -> None:
-            super().batch_repeat_interleave(repeats)
-            self._choose_samples(lambda rows: rows.repeat_interleave(repeats, 0))
-
-        def batch_select_indices(self, indices: torch.Tensor) -> None:
-            super().batch_select_indices(indices)
-            self._choose_samples(lambda rows: rows[indices])
-
-        def _choose_samples(self, choice: Callable[[torch.Tensor], torch.Tensor]) -> None:
-            if (held := getattr(self, PROMPT_ROWS, None)) is not None:
-                self.prompt_rows = dataclasses.replace(held, rows=choice(held.rows))
-
-    Counting.__name__ = Counting.__qualname__ = cache_class.__name__
-    Counting.__module__ = cache_class.__module__
-    return Counting

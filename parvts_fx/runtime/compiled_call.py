@@ -11,10 +11,11 @@ import torch
 
 from parvts_fx.errors import NotRewritten, tell_unrewritten
 from parvts_fx.options import Options
-from parvts_fx.runtime.cached_rows import note_rows, with_cached_columns
-from parvts_fx.runtime.caches import find_caches, is_cache, remember_dropped
+from parvts_fx.runtime.cached_rows import with_cached_columns
+from parvts_fx.runtime.caches import find_caches, is_cache
 from parvts_fx.runtime.call import Call, TensorTable, begin_call
 from parvts_fx.runtime.joined_features import JoinedFeatures
+from parvts_fx.runtime.pruned_caches import remember_pruned
 from parvts_fx.runtime.record import NO_VISUALS, CallRecord, OnCall, keep_record
 from parvts_fx.runtime.static_caches import lend_growing_cache
 from parvts_fx.runtime.watched_generate import paused
@@ -127,10 +128,10 @@ class _Watched:
 
     def _note(self, output: Any, caches: Sequence[Any], told: Call) -> None:
         """What later calls need to know of caches, and which numbers have been returned."""
+        record = told.record
         for cache in caches if told.dropped else ():
-            remember_dropped(cache, told.dropped[-1])
-            if told.rows is not None and told.record is not None and told.record.prompt_tokens is not None:
-                note_rows(cache, told.rows, told.record.prompt_tokens)
+            assert record is not None and record.visual is not None, "what was pruned has been told"
+            remember_pruned(cache, record.visual.shape[1], told.dropped[-1], record.visual, rows=told.rows)
         for held in tree_leaves(output):
             if isinstance(held, torch.Tensor) and held.dim() > 2:
                 self._returned.note(held, True)

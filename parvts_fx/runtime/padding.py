@@ -57,7 +57,7 @@ def padding_check(module: GraphModule, decoder: Decoder, reads_text: bool = Fals
             return False  # nothing is masked, and no word has the id 0
         held = evaluate(*inputs, *(make(inputs) for make in zeros))
         behind = visual.cumsum(1) > 0
-        return any(bool((_padded(mask, values, visual.shape[0]) & behind).any()) for mask, values in zip(masks, held))
+        return any(bool((_padded(mask, values, *visual.shape) & behind).any()) for mask, values in zip(masks, held))
 
     return padding_behind_visual
 
@@ -75,9 +75,12 @@ def _masks(decoder: Decoder) -> list[Mask]:
     return next((masks for attention in calls if (masks := masks_of(attention))), [])
 
 
-def _padded(mask: Mask, values: torch.Tensor, batch: int) -> torch.Tensor:
-    """[batch or 1, seq] bool: keys that not even their own rows see, or nobody else. The last one has nobody behind it."""
-    own, others = mask.seen(values)
+def _padded(mask: Mask, values: torch.Tensor, batch: int, size: int) -> torch.Tensor:
+    """[batch or 1, seq] bool: keys that not even their own rows see, or nobody else. The last one has nobody behind it.
+
+    Of a filled cache those of the prompt, which are the last.
+    """
+    own, others = mask.seen(values.narrow(mask.key_axis, values.shape[mask.key_axis] - size, size))
     others = torch.cat([others[..., :-1], torch.ones_like(others[..., -1:])], -1)
     padded = ~(own & others)
     leading = math.prod(padded.shape[:-1])
