@@ -425,7 +425,8 @@ BUGS: dict[str, tuple[Patch, Callable[[], float]]] = {
         wrap(Call, "tell_pruning", lambda original, call, dropped: original(call, dropped + 1)), conversation),
     "cache count not corrected": (put(compiled_call, "remember_pruned", lambda *_: None), conversation),
     "cache count corrected twice": (
-        wrap(compiled_call, "remember_pruned", lambda original, *given, rows: (original(*given), original(*given))), conversation),
+        wrap(compiled_call, "remember_pruned", lambda original, *given, rows: (original(*given), original(*given))),
+        conversation),
     "positional caches not found": (
         wrap(compiled_call, "find_caches", lambda original, output, args, kwargs: original(kwargs)),
         positional_conversation),
