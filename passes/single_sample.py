@@ -100,6 +100,8 @@ def part(module: GraphModule, decoder: Decoder) -> Parted:
     Raises:
         Refusal: the decoder cannot be written for one sample by itself.
     """
+    if any(attention.on_filled_cache for layer in decoder.layers for attention in layer.attentions):
+        raise Refusal("the cache already holds tokens, whose padding is not known")
     writer = _Writer(module, decoder)
     for node in decoder.nodes:
         if node is not decoder.merge.output:
@@ -109,7 +111,7 @@ def part(module: GraphModule, decoder: Decoder) -> Parted:
     own = [node for node in dict.fromkeys(results) if isinstance(node, Node) and node in writer.inside]
     others = [node for node in dict.fromkeys(results) if isinstance(node, Node) and node not in writer.inside]
     sides = tuple(writer.sides)
-    masks = next((found for layer in decoder.layers for attention in layer.attentions if (found := masks_of(attention))), [])
+    masks = dict.fromkeys(mask for layer in decoder.layers for attention in layer.attentions for mask in masks_of(attention))
     known = [(place, mask) for mask in masks for place, side in enumerate(sides) if side.node is mask.node]
     front = _front(module, decoder, [decoder.merge.output, *(side.node for side in sides), *others])
     placed = [

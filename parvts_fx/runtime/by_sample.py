@@ -87,20 +87,21 @@ class BySample:
         return _Sample(outputs, rows - dropped, count - dropped, record)
 
     def _seen(self, sides: Sequence[torch.Tensor], visual: torch.Tensor) -> torch.Tensor:
-        """[seq] bool: which of a sample's rows any other row sees; and the last one, behind which there is none.
+        """[seq] bool: which of a sample's rows any other row sees in some layer; and the last one, behind which there is none.
 
         Raises:
             Refusal: padding behind the text sees itself.
         """
-        seen = torch.ones_like(visual)
-        for place, mask in self._parted.masks:
-            own, others = (held.reshape(-1, held.shape[-1]).any(0) for held in mask.seen(sides[place]))
-            in_front = others.cumsum(0) == 0  # what sees itself alone there is padding
-            if (own & ~others & ~in_front)[:-1].any():
-                raise Refusal("padding sees itself, so that it cannot be told from text that nothing follows")
-            last = torch.arange(len(own), device=own.device) == len(own) - 1
-            seen = seen & (others | own & last)
-        return seen
+        if not self._parted.masks:
+            return torch.ones_like(visual)
+        told = [mask.seen(sides[place]) for place, mask in self._parted.masks]
+        own, others = (torch.stack([held.reshape(-1, held.shape[-1]).any(0) for held in each]) for each in zip(*told))
+        own, others = own.all(0), others.any(0)  # the last row of a chunk is seen by none in layers that attend by chunks
+        in_front = others.cumsum(0) == 0  # what sees itself alone there is padding
+        if (own & ~others & ~in_front)[:-1].any():
+            raise Refusal("padding sees itself, so that it cannot be told from text that nothing follows")
+        last = torch.arange(len(own), device=own.device) == len(own) - 1
+        return own & (others | last)
 
     def _kept(self, results: Sequence[Any]) -> Sequence[Any]:
         return [held.clone() if isinstance(held, torch.Tensor) else held for held in results] if self._copies else results

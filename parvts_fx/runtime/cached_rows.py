@@ -54,6 +54,13 @@ def with_cached_columns(
     return (given.args, given.kwargs) if MASK in signature.parameters else (args, named)
 
 
+def mask_columns(forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
+    """How many columns a call's mask [batch, positions] has; None where it has none such."""
+    signature = inspect.signature(forward)
+    mask = (signature.bind_partial(*args, **kwargs).arguments if MASK in signature.parameters else kwargs).get(MASK)
+    return mask.shape[1] if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+
+
 def _pads_a_turn(mask: object, seen: int) -> bool:
     """Whether a further turn of several tokens comes with padding."""
     return isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] > seen + 1 and not bool(mask[:, seen:].all())

@@ -11,7 +11,7 @@ import torch
 
 from parvts_fx.errors import NotRewritten, tell_unrewritten
 from parvts_fx.options import Options
-from parvts_fx.runtime.cached_rows import with_cached_columns
+from parvts_fx.runtime.cached_rows import mask_columns, with_cached_columns
 from parvts_fx.runtime.caches import find_caches, is_cache
 from parvts_fx.runtime.call import Call, TensorTable, begin_call
 from parvts_fx.runtime.joined_features import JoinedFeatures
@@ -105,6 +105,7 @@ class _Watched:
                 with paused(), self._frames.capturing(), begin_call() as told:
                     if prompts:
                         told.told_by_ids = functools.partial(_rows_of_none_of, self._model, prompts)
+                        told.mask_columns = mask_columns(self._model.forward, args, kwargs)
                     told.by_sample = by_sample and self._by_sample
                     output = self._call(*args, **kwargs)
                     caches = find_caches(output, args, kwargs)

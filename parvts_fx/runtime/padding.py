@@ -7,6 +7,7 @@ asks for. Elsewhere the pruned cache's rows would be masked by other rows' colum
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -57,7 +58,9 @@ def padding_check(module: GraphModule, decoder: Decoder, reads_text: bool = Fals
             return False  # nothing is masked, and no word has the id 0
         held = evaluate(*inputs, *(make(inputs) for make in zeros))
         behind = visual.cumsum(1) > 0
-        return any(bool((_padded(mask, values, *visual.shape) & behind).any()) for mask, values in zip(masks, held))
+        padded = [_padded(mask, values, *visual.shape) for mask, values in zip(masks, held)]
+        by_nobody = functools.reduce(torch.logical_and, (unseen for _, unseen in padded))
+        return any(bool((hidden & behind).any()) for hidden in (by_nobody, *(hidden for hidden, _ in padded)))
 
     return padding_behind_visual
 
@@ -70,21 +73,23 @@ def _hands_out_keys(module: GraphModule, decoder: Decoder) -> bool:
 
 
 def _masks(decoder: Decoder) -> list[Mask]:
-    """The masks of the first attention call that has any."""
+    """The masks of all attention calls."""
     calls = (attention for layer in decoder.layers for attention in layer.attentions)
-    return next((masks for attention in calls if (masks := masks_of(attention))), [])
+    return list(dict.fromkeys(mask for attention in calls for mask in masks_of(attention)))
 
 
-def _padded(mask: Mask, values: torch.Tensor, batch: int, size: int) -> torch.Tensor:
-    """[batch or 1, seq] bool: keys that not even their own rows see, or nobody else. The last one has nobody behind it.
+def _padded(mask: Mask, values: torch.Tensor, batch: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """[batch or 1, seq] bool, twice: keys that not even their own rows see, and keys that nobody else sees. In front of the
+    second one's last key, behind which there is nobody. Of a filled cache the prompt's keys, which are the last.
 
-    Of a filled cache those of the prompt, which are the last.
+    Padding may see itself. What nobody else sees is padding if that holds in all layers: the last row of a chunk is seen by
+    none in layers that attend by chunks.
     """
     own, others = mask.seen(values.narrow(mask.key_axis, values.shape[mask.key_axis] - size, size))
     others = torch.cat([others[..., :-1], torch.ones_like(others[..., -1:])], -1)
-    padded = ~(own & others)
-    leading = math.prod(padded.shape[:-1])
-    return padded.reshape(batch if leading % batch == 0 else 1, -1, padded.shape[-1]).all(1)
+    leading = math.prod(own.shape[:-1])
+    rows = batch if leading % batch == 0 else 1
+    return (~own).reshape(rows, -1, size).all(1), (~others).reshape(rows, -1, size).all(1)
 
 
 def _needed(module: GraphModule, masks: Sequence[Node]) -> tuple[set[Node], list[Node]]:

@@ -83,6 +83,7 @@ def pruned_prompts(cache: Any) -> tuple[PrunedPrompt, ...]:
 def _counting(cache_class: Any) -> Any:
     class Counting(cache_class):
         counts_dropped_tokens = True
+        pruned_prompts: tuple[PrunedPrompt, ...] = ()
 
         def get_seq_length(self, layer_idx: int = 0) -> Any:
             """Tokens seen so far, the dropped ones included; 0 for a cache that has been emptied."""
