@@ -59,7 +59,7 @@ def parvts(
         def lower_as_asked(module: GraphModule, inputs: Sequence[object]) -> Compiled:
             return lower(module, inputs, parsed)
 
-        done = attempt(module, example_inputs, handed)
+        done, caches = attempt(module, example_inputs, handed), cache_outputs(module)
         if on_rewriting is not None:
             on_rewriting(module, example_inputs, done)
         if done.module is not None or done.visual_mask is not None and done.report.status == "unrewritten":
@@ -67,10 +67,10 @@ def parvts(
             lowered = lower_as_asked(done.module, example_inputs) if done.module is not None and fits else None
             prune = functools.partial(_compile_sample, parsed, window_caches_follow, on_rewriting)
             making = Making(attempt, divide, lower_as_asked, prune, sizes_vary=on_rewriting is None)  # reports are of numbers
-            return Dispatch(done, lowered, module, parsed, None if handed is None else handed.position, making)
+            dispatch = Dispatch(done, lowered, module, parsed, None if handed is None else handed.position, making)
+            return watch_short_caches(dispatch, caches, counts_kept=window_caches_follow)
         if done.merge is not None:
             return hand_on(module, done, lambda copy: lower_as_asked(copy, example_inputs), handed, example_inputs)
-        caches = cache_outputs(module)
         lowered = noting_origins(module, example_inputs, lower_as_asked(module, example_inputs))
         if done.report.status == "unrewritten" or done.report.visual_tokens or done.report.merges or handed:
             return _telling_merge(lowered, done.report.reason)

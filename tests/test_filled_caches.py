@@ -190,3 +190,21 @@ def test_branches():
 def taken_off(cache: Any, tokens: int) -> tuple[int]:
     """What ``crop`` is given: in older versions of transformers how many are to be left."""
     return (cache.get_seq_length() - tokens if "max_length" in inspect.signature(DynamicLayer.crop).parameters else -tokens,)
+
+
+@pytest.mark.supports("Warned about", "a picture on a pruned cache under the string backend, without position ids")
+@torch.no_grad()
+def test_the_string_backend_says_that_positions_are_counted_from_a_short_cache():
+    model = llava.build()
+    model.compile(backend="parvts", options={"lowering": "eager", "strict": True, "keep_ratio": 0.25, "migration_depth": 1})
+    first, second = (llava.prompt(model, rows) for rows in TALK[:2])
+    length, more = first.visual.shape[1], second.visual.shape[1]
+    inputs = {name: held for name, held in second.inputs.items() if name != "attention_mask"}
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        cache = model(**first.inputs).past_key_values
+        places = torch.arange(length, length + more)[None]
+        wanted = model(**inputs, past_key_values=copy.deepcopy(cache), position_ids=places)
+        with pytest.warns(parvts_fx.ParvtsWarning, match="counts positions from the short cache"):
+            output = model(**inputs, past_key_values=cache)
+    assert output.past_key_values.layers[0].keys.shape[-2] == wanted.past_key_values.layers[0].keys.shape[-2] == 13 + 10
+    assert relative_error(output.logits, wanted.logits) > 1e-2  # which is what the warning is for

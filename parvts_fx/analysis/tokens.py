@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from parvts_fx.analysis.values import (
     concrete,
@@ -34,6 +34,7 @@ _OFFSETS = (-1, -2, 1)
 """Of positions in an index that may be counted from the end."""
 
 _TOPKS = (torch.topk, torch.ops.aten.topk.default)
+_CATS = (torch.cat, torch.concat, torch.ops.aten.cat.default)
 _PADS = (F.pad, native_pad, torch.ops.aten.pad.default, torch.ops.aten.constant_pad_nd.default)
 
 
@@ -114,6 +115,9 @@ class TokenMap:
     length: int = 0
     """That length."""
 
+    cached: frozenset[int] = frozenset()
+    """How many rows caches hold that the graph is given, to be put in front of the prompt's."""
+
     def plain_axis(self, node: Node) -> int | None:
         """The one axis with one entry per token, or None."""
         axes = self.axes.get(node, {})
@@ -178,9 +182,22 @@ def _variables(node: Node, labels: tuple[str, ...], tokens: TokenMap) -> dict[in
 
 
 def _in_front(node: Node, tokens: TokenMap) -> tuple[int, ...]:
-    """How many other rows (cached ones) stand in front of the tokens in what a node reads."""
+    """How many cached rows stand in front of the tokens in what a node reads."""
     kinds = (kind for source in node.all_input_nodes for kind in tokens.axes.get(source, {}).values())
-    return tuple(dict.fromkeys(kind.offset for kind in kinds if kind.has_rows_in_front))
+    return tuple(dict.fromkeys(kind.offset for kind in kinds if kind.has_rows_in_front and kind.offset in tokens.cached))
+
+
+def rows_of_caches(graph: Graph) -> frozenset[int]:
+    """How many rows the tensors have that a graph is given and puts in front of others."""
+    found = set[int]()
+    for node in graph.nodes:
+        if not has_target(node, _CATS) or not node.args or not isinstance(node.args[0], (list, tuple)):
+            continue
+        first = node.args[0][0] if node.args[0] else None
+        axis = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+        if isinstance(first, Node) and first.op == "placeholder" and isinstance(axis, int) and value(first).dim() > 1:
+            found.add(hint(value(first).shape[axis]) or 0)
+    return frozenset(found - {0})
 
 
 def _choice(node: Node, tokens: TokenMap) -> tuple[int, str] | tuple[None, None]:

@@ -58,7 +58,7 @@ def note_short_caches(outputs: Sequence[object], positions: Iterable[int], goes_
 
 
 def watch_short_caches(call: Callable[..., Any], caches: Iterable[int], counts_kept: bool = False) -> Callable[..., Any]:
-    """Wrap a graph that has attention but no merge: warn where it counts positions from a shortened cache.
+    """Wrap a graph that has attention: warn where it counts positions from a shortened cache.
 
     Positions are taken to be given if two inputs or more hold one integer per new token (ids and positions), or one
     beside embeddings.
