@@ -118,6 +118,7 @@ def kept_by_place(hidden: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
     return (visual.long().cumsum(1) % 4 == 1).float()
 
 
+@pytest.mark.versions
 @pytest.mark.supports("Calls", "further turns with pictures on a pruned cache")
 @torch.no_grad()
 def test_turns_with_pictures_equal_those_of_kept_tokens_alone():
@@ -141,6 +142,7 @@ def test_turns_with_pictures_equal_those_of_kept_tokens_alone():
         assert relative_error(mine.keys, its.keys) < TOLERANCE and relative_error(mine.values, its.values) < TOLERANCE
 
 
+@pytest.mark.versions
 @pytest.mark.supports("Calls", "batches whose further turns are padded, behind a pruned prompt")
 @torch.no_grad()
 def test_padded_turns():
@@ -161,6 +163,7 @@ def test_padded_turns():
             assert relative_error(logits[row], output.logits[0, -1]) < TOLERANCE
 
 
+@pytest.mark.versions
 @pytest.mark.supports("Calls", "copies of a cached prefix, branched, pickled and cropped")
 @torch.no_grad()
 def test_branches():
