@@ -68,6 +68,8 @@ FEATURES: tuple[Callable[[Pick, dict[str, Any]], dict[str, Any]], ...] = (
     lambda pick, drawn: {"cache_form": pick(("flat", "stacked", "one")), "caches": True},
     lambda pick, drawn: {"video": True},
     lambda pick, drawn: {"sound": pick(range(1, 4)), "sound_first": chance(pick, 2)},
+    lambda pick, drawn: {  # the last one: with attention alone, and a mask
+        "past": pick((1, 2, 5, 11)), "attention": pick(ATTENTIONS[1:]), "layout": "", "pair": "", "hybrid": "", "states": False},
 )
 
 
@@ -234,6 +236,8 @@ def is_sound(spec: Specification, options: Choice) -> bool:
         return False
     least = max(row.padding + row.before + spec.visual + row.between for row in spec.rows) + spec.sound
     if ends_in_mixing(spec) and options.depth == spec.layers:
+        return False
+    if spec.past and (spec.attention == "causal" or spec.layout or spec.pair or spec.hybrid):
         return False
     if spec.layers == 1 and (spec.feed_mixing or spec.norm_mixing or spec.pair):
         return False

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.plain_layers import Cached, FlatLayer, Layer, flat_norm, norm_of
@@ -52,6 +53,10 @@ def merged(way: str, x: Tensor, visual: Tensor, features: Tensor) -> Tensor:
     return torch.where(visual[..., None], rows, x) if way == "choose" else torch.where(~visual[..., None], x, rows)
 
 
+Past = Sequence[tuple[Tensor, Tensor]]
+"""Cached keys and values of each layer [batch, groups, past, head_dim]; empty where nothing is cached."""
+
+
 class Plain(nn.Module):
     """Token embedding, projected visual features merged in, decoder layers, final norm, head."""
 
@@ -73,10 +78,12 @@ class Plain(nn.Module):
         self.register_buffer("slopes", -(0.3 ** torch.arange(1, spec.heads + 1)))
         self.eval().requires_grad_(False)
 
-    def forward(self, ids: Tensor, features: Tensor, mask: Tensor) -> tuple[Tensor, Any]:
-        return self.decode(ids, mask, [(IMAGE_TOKEN, self.projection(features))])
+    def forward(self, ids: Tensor, features: Tensor, mask: Tensor, cached: Past = ()) -> tuple[Tensor, Any]:
+        return self.decode(ids, mask, [(IMAGE_TOKEN, self.projection(features))], cached)
 
-    def decode(self, ids: Tensor, mask: Tensor, merges: Sequence[tuple[int, Tensor]]) -> tuple[Tensor, Any]:
+    def decode(
+        self, ids: Tensor, mask: Tensor, merges: Sequence[tuple[int, Tensor]], cached: Past = ()
+    ) -> tuple[Tensor, Any]:
         """``merges``: ids of what is merged, with its projected features, in this order."""
         spec, length = self.spec, ids.shape[1]
         x = self.tokens(ids)
@@ -86,7 +93,7 @@ class Plain(nn.Module):
             x = merged(spec.merge, x, visual[..., 0], features)
         x = self.behind_merge(x)
         index = torch.arange(length, device=ids.device)
-        positions = index if spec.numbering == "index" else (mask.cumsum(1) - 1).clamp(min=0)
+        positions = (index if spec.numbering == "index" else (mask.cumsum(1) - 1).clamp(min=0)) + spec.past
         angles = None
         if spec.positions == "learned":
             x = x + self.learned(positions)
@@ -96,20 +103,21 @@ class Plain(nn.Module):
         allowed = self._allowed(ids, mask, index) if spec.attention != "causal" else None
         bias = None
         if spec.attention == "relative":
-            distance = positions[..., :, None] - positions[..., None, :]
+            before = torch.arange(spec.past, device=ids.device).expand(*positions.shape[:-1], -1)
+            distance = positions[..., :, None] - torch.cat([before, positions], -1)[..., None, :]
             bias = self.slopes[:, None, None] * distance.abs()[..., None, :, :]
             bias = bias if bias.dim() == 4 else bias[None]
         if spec.attention in ("written", "relative"):
             allowed = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(x.dtype).min)
-        return self._layers(x, allowed, bias, angles)
+        return self._layers(x, cached or [None] * spec.layers, allowed, bias, angles)
 
-    def _layers(self, x: Tensor, *sides: Tensor | None) -> tuple[Tensor, Any]:
+    def _layers(self, x: Tensor, cached: Sequence[Any], *sides: Tensor | None) -> tuple[Tensor, Any]:
         spec, rows_first = self.spec, self.spec.stream == "rows first"
         x = x.transpose(0, 1) if rows_first else x
         caches, states = [], []
-        for layer in self.layers:
-            x, cached, state = layer(x, *sides)
-            caches.extend(cached)
+        for layer, past in zip(self.layers, cached):
+            x, held, state = layer(x, *sides, past)
+            caches.extend(held)
             states.extend([] if state is None else [state])
         at_norm = spec.final_mixing.place if spec.final_mixing is not None else ""
         x = mix(spec.final_mixing, x, rows_first) if at_norm == "before" else x
@@ -125,19 +133,20 @@ class Plain(nn.Module):
         return x
 
     def _allowed(self, ids: Tensor, mask: Tensor, index: Tensor) -> Tensor:
-        """[batch or 1, 1, seq, seq] bool; a padding row sees itself, so that every row is defined."""
-        query, key = index[:, None], index[None, :]
+        """[batch or 1, 1, seq, past + seq] bool; a padding row sees itself, so that every row is defined."""
+        past = self.spec.past
+        query, key = index[:, None], torch.arange(past + len(index), device=index.device)[None] - past
         allowed = key <= query
         if self.spec.span == "window":
             allowed = allowed & (key > query - 5)
         if self.spec.span == "images":
             visual = ids == IMAGE_TOKEN
             visual = visual | (ids == VIDEO_TOKEN) if self.spec.video else visual
-            allowed = allowed | (visual[:, :, None] & visual[:, None, :])
+            allowed = allowed | (visual[:, :, None] & F.pad(visual, (past, 0))[:, None, :])
         if self.spec.span == "all":
             allowed = torch.ones_like(allowed)
         if self.spec.reads_padding:
-            allowed = allowed & mask.bool()[:, None, :] | (query == key)
+            allowed = allowed & F.pad(mask.bool(), (past, 0), value=True)[:, None, :] | (query == key)
         return allowed[:, None] if allowed.dim() == 3 else allowed[None, None]
 
 
@@ -145,29 +154,32 @@ class Watching(Plain):
     """Two kinds of visual tokens, each with a merge."""
 
     def forward(
-        self, ids: Tensor, pixel_values: Tensor, mask: Tensor, pixel_values_videos: Tensor
+        self, ids: Tensor, pixel_values: Tensor, mask: Tensor, pixel_values_videos: Tensor, cached: Past = ()
     ) -> tuple[Tensor, Any]:
         return self.decode(ids, mask, [
-            (IMAGE_TOKEN, self.projection(pixel_values)), (VIDEO_TOKEN, self.projection(pixel_values_videos))])
+            (IMAGE_TOKEN, self.projection(pixel_values)), (VIDEO_TOKEN, self.projection(pixel_values_videos))], cached)
 
 
 class Listening(Plain):
     """Visual tokens, and sound."""
 
-    def forward(self, ids: Tensor, pixel_values: Tensor, mask: Tensor, input_features: Tensor) -> tuple[Tensor, Any]:
+    def forward(
+        self, ids: Tensor, pixel_values: Tensor, mask: Tensor, input_features: Tensor, cached: Past = ()
+    ) -> tuple[Tensor, Any]:
         seen, heard = (IMAGE_TOKEN, self.projection(pixel_values)), (SOUND_TOKEN, self.hearing(input_features))
-        return self.decode(ids, mask, [heard, seen] if self.spec.sound_first else [seen, heard])
+        return self.decode(ids, mask, [heard, seen] if self.spec.sound_first else [seen, heard], cached)
 
 
 class Attending(Plain):
     """Two kinds of visual tokens, and sound."""
 
     def forward(
-        self, ids: Tensor, pixel_values: Tensor, mask: Tensor, pixel_values_videos: Tensor, input_features: Tensor
+        self, ids: Tensor, pixel_values: Tensor, mask: Tensor, pixel_values_videos: Tensor, input_features: Tensor,
+        cached: Past = (),
     ) -> tuple[Tensor, Any]:
         seen = [(IMAGE_TOKEN, self.projection(pixel_values)), (VIDEO_TOKEN, self.projection(pixel_values_videos))]
         heard = [(SOUND_TOKEN, self.hearing(input_features))]
-        return self.decode(ids, mask, heard + seen if self.spec.sound_first else seen + heard)
+        return self.decode(ids, mask, heard + seen if self.spec.sound_first else seen + heard, cached)
 
 
 def build(spec: Specification, seed: int = 0) -> Plain:

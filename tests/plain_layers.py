@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +75,8 @@ class Layer(nn.Module):
         return mixed.view(mixed.shape[0], mixed.shape[1], self.spec.hidden)
 
     def attend(
-        self, x: Tensor, mask: Tensor | None, bias: Tensor | None, angles: Tensor | None, own: Attention | None = None
+        self, x: Tensor, mask: Tensor | None, bias: Tensor | None, angles: Tensor | None,
+        past: tuple[Tensor, Tensor] | None = None, own: Attention | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         spec, weights = self.spec, self if own is None else own
         heads_first, repeats = spec.layout == "heads first", spec.heads // spec.groups
@@ -83,6 +85,8 @@ class Layer(nn.Module):
             mask, bias, angles = (_swapped(side) for side in (mask, bias, angles))
         if angles is not None:
             query, key = rotate(query, angles), rotate(key, angles)
+        if past is not None:
+            key, value = (torch.cat(pair, 2) for pair in zip(past, (key, value)))
         if spec.layout == "folded":
             return self.folded(weights.out, query, key, value, mask, bias)
         if spec.attention in ("causal", "masked"):
@@ -180,7 +184,7 @@ class Layer(nn.Module):
         return (back * weights[..., None]).sum(1).view(x.shape)
 
     def attentions(
-        self, x: Tensor, *sides: Tensor | None
+        self, x: Tensor, *sides: Any
     ) -> tuple[Tensor, Cached, Tensor | None]:
         """What attention (or what stands in its place) adds to the stream; x is normalised."""
         if self.spec.is_hybrid(self.index):
@@ -196,9 +200,9 @@ class Layer(nn.Module):
         return self.mixed(function(norm, self.mixed(x, f"before {which}")), f"behind {which}")
 
     def forward(
-        self, x: Tensor, *sides: Tensor | None, call: Callable[..., Tensor] = nn.Module.__call__
+        self, x: Tensor, *sides: Any, call: Callable[..., Tensor] = nn.Module.__call__
     ) -> tuple[Tensor, Cached, Tensor | None]:
-        """``sides``: mask, bias and angles; ``call``: how norms are called."""
+        """``sides``: mask, bias, angles and cached keys and values; ``call``: how norms are called."""
         post = self.spec.place == "post"
         inner = x if post else self.normed(self.first, "first", x, call)
         mixed, cached, state = self.attentions(inner, *sides)
@@ -238,7 +242,8 @@ class FlatLayer(Layer):
     """:class:`Layer` in other operations."""
 
     def attend(
-        self, x: Tensor, mask: Tensor | None, bias: Tensor | None, angles: Tensor | None, own: Attention | None = None
+        self, x: Tensor, mask: Tensor | None, bias: Tensor | None, angles: Tensor | None,
+        past: tuple[Tensor, Tensor] | None = None, own: Attention | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         spec, weights = self.spec, self if own is None else own
         repeats = spec.heads // spec.groups
@@ -246,6 +251,8 @@ class FlatLayer(Layer):
         if angles is not None:
             parts[:2] = [rotate(part, angles) for part in parts[:2]]
         query, key, value = parts
+        if past is not None:
+            key, value = (torch.cat(pair, -2) for pair in zip(past, (key, value)))
         wide = [p[:, :, None].expand(-1, -1, repeats, -1, -1).flatten(1, 2) for p in (key, value)]
         if spec.attention in ("causal", "masked"):
             options = {"is_causal": True} if mask is None else {"attn_mask": mask}
@@ -257,6 +264,6 @@ class FlatLayer(Layer):
         return mixed.permute(0, 2, 1, 3).flatten(2) @ weights.out.weight.t() + weights.out.bias, key, value
 
     def forward(
-        self, x: Tensor, *sides: Tensor | None, call: Callable[..., Tensor] = flat_norm
+        self, x: Tensor, *sides: Any, call: Callable[..., Tensor] = flat_norm
     ) -> tuple[Tensor, Cached, Tensor | None]:
         return super().forward(x, *sides, call=call)

@@ -76,8 +76,13 @@ class _Sample:
                 first, place, linear = int((given.ids[:index] == token).sum()), ids == token, getattr(model, name)
                 own = features[first:first + int(place.sum())]
                 self.merged[place] = own @ linear.weight.T + linear.bias
-        counted = self.spec.numbering == "mask"
-        self.positions = (mask.cumsum(0) - 1).clamp(min=0) if counted else torch.arange(self.length)
+        counted, past = self.spec.numbering == "mask", self.spec.past
+        self.positions = past + ((mask.cumsum(0) - 1).clamp(min=0) if counted else torch.arange(self.length))
+        self.past = [[part[index] for part in pair] for pair in given.cached]
+        """Of each layer, [groups, past, head dim]."""
+
+        in_window = torch.arange(self.length)[:, None] + past - torch.arange(past) < 5
+        self.sees_past = in_window if self.spec.span == "window" else torch.ones(self.length, past, dtype=torch.bool)
         self.allowed = torch.zeros(self.length, self.length, dtype=torch.bool)
         for query in range(self.length):
             for key in range(self.length):
@@ -145,15 +150,16 @@ class _Sample:
         layer, spec = self.model.layers[index], self.spec
         if spec.is_hybrid(index):
             return self._replaced(layer, x)
-        first, cached, weights = self._attend(layer, x, rows, allowed)
+        first, cached, weights = self._attend(layer, x, rows, allowed, self.past[index] if self.past else ())
         if spec.pair not in ("chain", "sum") and not (spec.pair and spec.parallel):
             return _Ran(first, [cached], weights=weights)
         second, further, weights = self._attend(layer.further, first if spec.pair == "chain" else x, rows, allowed)
         return _Ran(second if spec.pair == "chain" else first + second, [cached, further], weights=weights)
 
     def _attend(
-        self, own: torch.nn.Module, x: Tensor, rows: Tensor, allowed: Tensor
+        self, own: torch.nn.Module, x: Tensor, rows: Tensor, allowed: Tensor, past: Sequence[Tensor] = ()
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+        """``past``: cached keys and values [groups, past, head dim], which every row sees that its window lets."""
         spec = self.spec
         query, key, value = self._project(own, x)
         query, key = self._turn(query, rows), self._turn(key, rows)
@@ -166,8 +172,16 @@ class _Sample:
                 scores = scores + self.model.slopes[head] * (at[:, None] - at[None, :]).abs()
             scores[~self.is_visual[rows]] += self.sizes.log().float()  # of text: keys may stand for several tokens
             scores = scores.masked_fill(~allowed[rows][:, rows], -math.inf)
-            weights.append(torch.softmax(scores, 1))
-            heads.append(weights[-1] @ value[:, group])
+            values = value[:, group]
+            if past:
+                before = query[:, head] @ past[0][group].T * spec.score_scale
+                if spec.attention == "relative":
+                    before = before + self.model.slopes[head] * (self.positions[rows][:, None] - torch.arange(spec.past)).abs()
+                scores = torch.cat([before.masked_fill(~self.sees_past[rows], -math.inf), scores], 1)
+                values = torch.cat([past[1][group], values])
+            seen = torch.softmax(scores, 1)
+            weights.append(seen[:, spec.past:])
+            heads.append(seen @ values)
         cached = key.transpose(0, 1)[None], value.transpose(0, 1)[None]
         return own.out(torch.cat(heads, dim=1)), cached, torch.stack(weights)
 
@@ -287,6 +301,9 @@ def _prefill(sample: _Sample, turns: Sequence[Placed], end: int | None = None) -
         path, done, clear = _migrated(sample, path, steps[first:last], turn, subject, found), last, min(clear, gap)
     path = path.behind(sample, steps[done:], sample.allowed)
     keys, values = [key for key, _ in path.cached], [value for _, value in path.cached]
+    if sample.past:
+        keys, values = ([torch.cat([pair[which][None], held], 2) for pair, held in zip(sample.past, new)]
+                        for which, new in enumerate((keys, values)))
     return PlainPrefill(path.rows, sample.finish(path.x, path.rows), keys, values, clear, path.states)
 
 

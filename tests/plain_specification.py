@@ -131,6 +131,8 @@ class Specification:
     """Tokens per sample of something that is heard, merged by themselves: text to the pruning."""
     sound_first: bool = False
     """In front of the text and merged first; else behind the image and merged last."""
+    past: int = 0
+    """Rows that the cache holds already, all text: the prompt comes behind them."""
 
     @property
     def hidden(self) -> int:
@@ -176,11 +178,13 @@ class Prompt:
     mask: Tensor
     video: Tensor | None = None
     sound: Tensor | None = None
+    cached: tuple[tuple[Tensor, Tensor], ...] = ()
+    """Keys and values of each layer [batch, groups, past, head_dim]."""
 
     @property
-    def arguments(self) -> tuple[Tensor, ...]:
+    def arguments(self) -> tuple[Any, ...]:
         further = (held for held in (self.video, self.sound) if held is not None)
-        return self.ids, self.features, self.mask, *further
+        return self.ids, self.features, self.mask, *further, *([self.cached] if self.cached else [])
 
     @property
     def visual(self) -> Tensor:
@@ -214,4 +218,8 @@ def prompt(spec: Specification, seed: int = 1) -> Prompt:
 
     seen = features(half if spec.video else spec.visual)
     video = features(spec.visual - half) if spec.video else None
-    return Prompt(ids, seen, mask, video, features(spec.sound) if spec.sound else None)
+    sound = features(spec.sound) if spec.sound else None
+    shape = len(spec.rows), spec.groups, spec.past, spec.head_dim
+    cached = tuple((torch.randn(shape, generator=generator), torch.randn(shape, generator=generator))
+                   for _ in range(spec.layers if spec.past else 0))
+    return Prompt(ids, seen, mask, video, sound, cached)
