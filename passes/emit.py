@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -245,23 +245,24 @@ class Emitter:
         again = self.plan.caches.get(node, ())
         if not again and not axes.get(node) and any(name not in (final, LAST) for name in self.main.held.get(node, ())):
             again = tuple(last_rows_of(self.decoder, node))  # the last rows of a cache: those of the kept ones
-        if not again and any(kind.has_rows_in_front for kind in (axes.get(node) or {}).values()):
-            again = tuple(self._behind_cached(node))
+        if not self.plan.caches.get(node):
+            again = tuple(sorted({*again, *self._behind_cached([node, *again])}))
         path = CachePath(self, set(again), lambda _: final, self._rows_left, self.main)
         for member in again:
             path.write(member)
         return path.read(node, final)
 
-    def _behind_cached(self, result: Node) -> list[Node]:
-        """What puts the prompt's rows behind cached ones, up to a result, in graph order."""
-        axes, found, stack = self.decoder.tokens.axes, set[Node](), [result]
+    def _behind_cached(self, results: Sequence[Node]) -> set[Node]:
+        """What puts the prompt's rows behind cached ones, as far as some results or what they read."""
+        axes, found = self.decoder.tokens.axes, set[Node]()
+        stack = [*results, *(source for node in results for source in node.all_input_nodes)]
         while stack:
             node = stack.pop()
             if node in self.inside and node not in found and any(
                     kind.has_rows_in_front for kind in (axes.get(node) or {}).values()):
                 found.add(node)
                 stack.extend(node.all_input_nodes)
-        return [node for node in self.decoder.nodes if node in found]
+        return found
 
     def cached(self, node: Node) -> Node:
         """A tensor's rows that are left in the end, as caches hold them."""

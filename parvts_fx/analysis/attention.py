@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
 from torch.fx import GraphModule, Node
 
 from parvts_fx.analysis.calls import fused_arguments, is_fused_attention, is_softmax
-from parvts_fx.analysis.last_rows import is_state
+from parvts_fx.analysis.last_rows import is_state, takes_last_rows
 from parvts_fx.analysis.pairs import keeps_pairs_apart
 from parvts_fx.analysis.probe import Probe
 from parvts_fx.analysis.records import Attention, Operand
 from parvts_fx.analysis.tokens import AxisLabels, TokenMap
-from parvts_fx.analysis.values import hint, leaves, value
+from parvts_fx.analysis.values import changed_in_place, hint, is_tensor, leaves, storage_of, value
 from parvts_fx.errors import Refusal
 
 QUERY, KEY = "query", "key"
 
-def find_attentions(module: GraphModule, nodes: Collection[Node], tokens: TokenMap) -> list[Attention]:
+def find_attentions(module: GraphModule, nodes: Sequence[Node], tokens: TokenMap) -> list[Attention]:
     """The attention calls whose queries and keys are both prompt tokens, in graph order.
 
     Args:
@@ -52,11 +52,13 @@ def find_attentions(module: GraphModule, nodes: Collection[Node], tokens: TokenM
     return found
 
 
-def copies_of_joins(nodes: Iterable[Node], attentions: Iterable[Attention]) -> set[Node]:
-    """What puts the prompt's rows behind cached ones for a cache, just as some attention call does for its keys."""
+def copies_of_joins(nodes: Iterable[Node], attentions: Iterable[Attention], tokens: TokenMap) -> set[Node]:
+    """What puts the prompt's rows behind cached ones for a cache, just as some attention call does for its keys; and what takes
+    the last of these rows."""
     joins = {node for attention in attentions for node in attention.joins}
     known = {(node.target, str(node.args), str(node.kwargs)) for node in joins}
-    return {node for node in nodes if node not in joins and (node.target, str(node.args), str(node.kwargs)) in known}
+    copies = {node for node in nodes if node not in joins and (node.target, str(node.args), str(node.kwargs)) in known}
+    return copies | {user for node in copies for user in node.users if takes_last_rows(user, tokens)}
 
 
 def is_value_operand(operand: Node, call: Node, attention: Attention) -> bool:
@@ -82,7 +84,7 @@ def _operand(node: Node, tokens: TokenMap, call: Node) -> Operand:
 
 
 def _fused(
-    module: GraphModule, node: Node, nodes: Collection[Node], tokens: TokenMap, decoder: set[Node], paired: set[Node]
+    module: GraphModule, node: Node, nodes: Sequence[Node], tokens: TokenMap, decoder: set[Node], paired: set[Node]
 ) -> Attention | None:
     arguments = fused_arguments(node)
     query, key, val, mask = (arguments[name] for name in ("query", "key", "value", "attn_mask"))
@@ -119,15 +121,29 @@ def _fused(
     return Attention((node,), queries, keys, node, rows, kind, {node: bindings})
 
 
-def _joins_with_cached(nodes: Collection[Node], reads: Iterable[Node], tokens: TokenMap) -> list[Node]:
-    """What puts cached rows in front of the prompt's, up to what attention reads, in graph order."""
+def _joins_with_cached(nodes: Sequence[Node], reads: Iterable[Node], tokens: TokenMap) -> list[Node]:
+    """What puts cached rows in front of the prompt's, up to what attention reads, in graph order; what is written into tensors
+    on the way included."""
     inside, found, stack = set(nodes), set[Node](), list(reads)
+    writes: dict[int, list[Node]] = {}
+    for node in nodes:
+        if (target := changed_in_place(node)) is not None:
+            writes.setdefault(storage_of(target), []).append(node)
+
+    def has_cached(node: Node) -> bool:
+        kinds = tokens.axes.get(node, {}).values()
+        return len(kinds) == 1 and all(kind.has_rows_in_front for kind in kinds)
+
     while stack:
         node = stack.pop()
-        kinds = tokens.axes.get(node, {}).values()
-        if node in inside and node not in found and len(kinds) == 1 and all(kind.has_rows_in_front for kind in kinds):
+        if node not in inside or node in found:
+            continue
+        target = changed_in_place(node)
+        parts = isinstance(value(node), (tuple, list)) and any(map(has_cached, node.all_input_nodes))
+        if has_cached(node) or parts or target is not None and has_cached(target):
             found.add(node)
             stack.extend(node.all_input_nodes)
+            stack.extend(writes.get(storage_of(node), ()) if is_tensor(node) else ())
     return [node for node in nodes if node in found]
 
 
@@ -148,7 +164,7 @@ def _on_filled_cache(module: GraphModule, call: Node, joins: Sequence[Node], tok
 
 
 def _with_computed_mask(
-    module: GraphModule, call: Node, mask: Node, nodes: Collection[Node], tokens: TokenMap, paired: set[Node]
+    module: GraphModule, call: Node, mask: Node, nodes: Sequence[Node], tokens: TokenMap, paired: set[Node]
 ) -> Attention:
     """A fused call together with all that its mask is computed from pair by pair: a learned bias, an index's choice of keys."""
     arguments = fused_arguments(call)
@@ -182,7 +198,7 @@ def _with_computed_mask(
     return attention
 
 
-def _written_out(module: GraphModule, softmax: Node, nodes: Collection[Node], tokens: TokenMap) -> Attention:
+def _written_out(module: GraphModule, softmax: Node, nodes: Sequence[Node], tokens: TokenMap) -> Attention:
     """Grow the region of pairwise scores around a softmax, and label its axes by a probe with two lengths."""
 
     def is_pairwise(node: Node) -> bool:

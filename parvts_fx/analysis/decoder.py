@@ -174,7 +174,7 @@ def _with_buffers(graph: Graph, nodes: list[Node], size: int | torch.SymInt) -> 
 def _check(module: GraphModule, decoder: Decoder) -> None:
     """What would make dropping rows wrong, wherever it stands in the decoder."""
     tokens = decoder.tokens
-    joins = copies_of_joins(decoder.nodes, (call for layer in decoder.layers for call in layer.attentions))
+    joins = copies_of_joins(decoder.nodes, (call for layer in decoder.layers for call in layer.attentions), tokens)
     after_last = set(descendants(module.graph, [decoder.final]))
     inside = set(decoder.nodes)
     for node in decoder.nodes:

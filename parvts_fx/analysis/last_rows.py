@@ -71,10 +71,11 @@ def keeps_rows_apart(node: Node, tokens: TokenMap) -> bool:
 
 
 def takes_last_rows(node: Node, tokens: TokenMap) -> bool:
-    """``x[..., -n:, ...]`` or ``x[..., -1, ...]`` along the token axis: those rows are the last of any subset too."""
+    """``x[..., -n:, ...]`` or ``x[..., -1, ...]`` along the token axis: those rows are the last of any subset too, whatever
+    cached ones stand in front of it."""
     if not is_index(node) or not is_tensor(node.args[0]):
         return False
-    axis = tokens.plain_axis(node.args[0])
+    axis = tokens.axis_of_rows(node.args[0])
     index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
     if axis is None or any(part is None or part is Ellipsis for part in index) or axis >= len(index):
         return False

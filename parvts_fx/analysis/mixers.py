@@ -24,7 +24,7 @@ def find_mixers(
         start: the merged embeddings, whose rows are the prompt's tokens.
     """
     calls = {node for attention in attentions for node in attention.nodes}
-    copies = copies_of_joins(nodes, attentions)
+    copies = copies_of_joins(nodes, attentions, runs.tokens)
     found = find_meetings(
         runs, TOKENS, nodes, {start, *calls, *copies}, harmless=lambda node: keeps_rows_apart(node, runs.tokens))
     mixers = [

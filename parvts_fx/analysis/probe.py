@@ -18,7 +18,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from parvts_fx.analysis.evaluation_cache import EvaluationCache
-from parvts_fx.analysis.tokens import AtMost, Axis, Binding, Count, Filling, TokenMap, readings_of, rows_of_caches
+from parvts_fx.analysis.tokens import AtMost, Axis, Binding, Count, Filling, TokenMap, cached_in_front, readings_of
 from parvts_fx.analysis.values import ancestors, call, concrete, hint, hint_shape, is_tensor, leaves, value, with_leaves
 from parvts_fx.errors import Refusal
 from parvts_fx.torch_private import FAKE_TENSOR_LOG, FakeTensor, FakeTensorMode, is_traceable_wrapper_subclass
@@ -57,7 +57,8 @@ class Probe:
         self.size_hint = hint(size)
         self.lengths = dict(lengths)
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.found = TokenMap(concrete(size), length=max(lengths.values()), cached=rows_of_caches(module.graph))
+        cached = frozenset(map(cached_in_front, module.graph.nodes)) - {0}
+        self.found = TokenMap(concrete(size), length=max(lengths.values()), cached=cached)
         self._inner: dict[Node, dict[int, int]] = {}
         """For axes of several entries a token: how many of one token follow one another, where that is known."""
 

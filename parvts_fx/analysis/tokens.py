@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from parvts_fx.analysis.values import (
     concrete,
@@ -126,6 +126,13 @@ class TokenMap:
             return axis if kind.is_plain else None
         return None
 
+    def axis_of_rows(self, node: Node) -> int | None:
+        """The one axis with one entry per token, behind cached rows or none; or None."""
+        axes = self.axes.get(node, {})
+        if len(axes) == 1:
+            (axis, kind), = axes.items()
+            return axis if kind.is_plain or kind.has_rows_in_front else None
+        return None
 
 
 
@@ -187,17 +194,14 @@ def _in_front(node: Node, tokens: TokenMap) -> tuple[int, ...]:
     return tuple(dict.fromkeys(kind.offset for kind in kinds if kind.has_rows_in_front and kind.offset in tokens.cached))
 
 
-def rows_of_caches(graph: Graph) -> frozenset[int]:
-    """How many rows the tensors have that a graph is given and puts in front of others."""
-    found = set[int]()
-    for node in graph.nodes:
-        if not has_target(node, _CATS) or not node.args or not isinstance(node.args[0], (list, tuple)):
-            continue
-        first = node.args[0][0] if node.args[0] else None
-        axis = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
-        if isinstance(first, Node) and first.op == "placeholder" and isinstance(axis, int) and value(first).dim() > 1:
-            found.add(hint(value(first).shape[axis]) or 0)
-    return frozenset(found - {0})
+def cached_in_front(node: Node) -> int:
+    """How many rows of a tensor that the graph is given a node puts in front of others: a filled cache's; else 0."""
+    if not has_target(node, _CATS) or not node.args or not isinstance(node.args[0], (list, tuple)) or len(node.args[0]) < 2:
+        return 0
+    first, axis = node.args[0][0], node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+    if not isinstance(first, Node) or first.op != "placeholder" or not isinstance(axis, int) or value(first).dim() < 2:
+        return 0  # an empty cache has one axis
+    return hint(value(first).shape[axis]) or 0
 
 
 def _choice(node: Node, tokens: TokenMap) -> tuple[int, str] | tuple[None, None]:

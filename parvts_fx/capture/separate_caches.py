@@ -1,14 +1,14 @@
-"""Make what a graph returns as a filled cache apart from what its attention reads."""
+"""Give everybody who reads a filled cache with the prompt's rows behind it one of their own."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import ClassVar
 
-import torch
 from torch.fx import Node
 
-from parvts_fx.analysis.values import descendants, has_target, hint, is_tensor, output_node, value
+from parvts_fx.analysis.tokens import cached_in_front
+from parvts_fx.analysis.values import descendants
 from parvts_fx.capture.editing import Editor
 from parvts_fx.pipeline import PassResult, Work
 
@@ -17,7 +17,8 @@ from parvts_fx.pipeline import PassResult, Work
 class SeparateCaches:
     """``k = cat([cached, new]); attend(q, k); return k``  ==>  ``attend(q, cat([cached, new])); return cat([cached, new])``
 
-    Attention asks all rows that are left in its layer, and a cache holds those that are left in the end.
+    Attention asks all rows that are left in its layer, keys that layers share are asked in several, and a cache holds those
+    that are left in the end.
     """
 
     name: ClassVar[str] = "separate_caches"
@@ -26,20 +27,13 @@ class SeparateCaches:
 
     def run(self, work: Work) -> PassResult:
         graph, editor, count = work.module.graph, Editor(work.module), 0
-        result, new = output_node(graph), set(descendants(work.module.graph, [self.merged]))
+        new = set(descendants(graph, [self.merged]))
         for node in list(graph.nodes):
-            if node not in new or result not in node.users or len(node.users) < 2 or not _joins_with_cached(node, new):
+            if node not in new or not cached_in_front(node):
                 continue
-            with graph.inserting_after(node):
-                copy = editor.copy(node, node.args, node.kwargs)
-            result.replace_input_with(node, copy)
-            count += 1
+            for user in list(node.users)[1:]:
+                with graph.inserting_after(node):
+                    user.replace_input_with(node, editor.copy(node, node.args, node.kwargs))
+                count += 1
         return PassResult(count)
 
-
-def _joins_with_cached(node: Node, new: set[Node]) -> bool:
-    """Whether rows of the prompt are put behind others that the graph is given."""
-    if not has_target(node, (torch.cat, torch.concat, torch.ops.aten.cat.default)):
-        return False
-    cached = [source for source in node.all_input_nodes if source not in new and is_tensor(source)]
-    return any(value(source).dim() == value(node).dim() and hint(value(source).numel()) != 0 for source in cached)
