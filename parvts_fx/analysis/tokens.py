@@ -189,9 +189,9 @@ def _variables(node: Node, labels: tuple[str, ...], tokens: TokenMap) -> dict[in
 
 
 def _in_front(node: Node, tokens: TokenMap) -> tuple[int, ...]:
-    """How many cached rows stand in front of the tokens in what a node reads."""
+    """How many cached rows may stand in front of the tokens in what a node reads; a convolution pads them further."""
     kinds = (kind for source in node.all_input_nodes for kind in tokens.axes.get(source, {}).values())
-    return tuple(dict.fromkeys(kind.offset for kind in kinds if kind.has_rows_in_front and kind.offset in tokens.cached))
+    return tuple(sorted(tokens.cached)) if any(kind.has_rows_in_front for kind in kinds) else ()
 
 
 def cached_in_front(node: Node) -> int:
