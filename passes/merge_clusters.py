@@ -12,7 +12,7 @@ from parvts_fx.analysis.attention import is_value_operand
 from parvts_fx.analysis.calls import fused_arguments, is_fused_attention, is_softmax
 from parvts_fx.analysis.records import Attention
 from parvts_fx.analysis.tokens import TokenMap
-from parvts_fx.analysis.values import ancestors, changed_in_place, output_node, value
+from parvts_fx.analysis.values import ancestors, changed_in_place, is_tensor, output_node, value
 from parvts_fx.passes.plan import Merging, Plan, PlanError
 from parvts_fx.passes.prune_branch import rows_left
 from parvts_fx.pipeline import PassResult
@@ -92,7 +92,7 @@ def _has_tokens_last(node: Node, tokens: TokenMap, count: int) -> bool:
 
 def _asked_by_last_rows(plan: Plan, owners: Mapping[Node, Attention]) -> list[Node]:
     """The softmax or fused call of every attention whose queries are the prompt's last rows alone, over tokens as keys."""
-    tokens = plan.decoder.tokens
+    tokens, inside = plan.decoder.tokens, set(plan.decoder.nodes)
 
     def asks(node: Node) -> bool:
         if is_fused_attention(node):
@@ -100,7 +100,17 @@ def _asked_by_last_rows(plan: Plan, owners: Mapping[Node, Attention]) -> list[No
             rank = value(named["key"]).dim()
             keys = tokens.axes.get(named["key"], {})
             return not tokens.axes.get(named["query"]) and list(keys) == [rank - 2] and keys[rank - 2].is_plain
-        return is_softmax(node) and _has_tokens_last(node.all_input_nodes[0], tokens, 1)
+        return is_softmax(node) and _has_tokens_last(node.all_input_nodes[0], tokens, 1) and is_of_queries(node)
+
+    def is_of_queries(softmax: Node) -> bool:
+        """Whether its scores come from something without rows and the tokens: a softmax over tokens may be no attention."""
+        stack = [softmax]
+        while stack:
+            reads = [source for source in stack.pop().all_input_nodes if is_tensor(source) and source in inside]
+            if any(not tokens.axes.get(source) for source in reads):
+                return True
+            stack.extend(source for source in reads if _has_tokens_last(source, tokens, 1))
+        return False
 
     return [node for node in plan.decoder.nodes if node not in owners and asks(node)]
 

@@ -203,11 +203,10 @@ def test_the_string_backend_says_that_positions_are_counted_from_a_short_cache()
     first, second = (llava.prompt(model, rows) for rows in TALK[:2])
     length, more = first.visual.shape[1], second.visual.shape[1]
     inputs = {name: held for name, held in second.inputs.items() if name != "attention_mask"}
-    with torch._dynamo.config.patch(capture_scalar_outputs=True):
-        cache = model(**first.inputs).past_key_values
-        places = torch.arange(length, length + more)[None]
-        wanted = model(**inputs, past_key_values=copy.deepcopy(cache), position_ids=places)
-        with pytest.warns(parvts_fx.ParvtsWarning, match="counts positions from the short cache"):
-            output = model(**inputs, past_key_values=cache)
+    cache = model(**first.inputs).past_key_values
+    places = torch.arange(length, length + more)[None]
+    wanted = model(**inputs, past_key_values=copy.deepcopy(cache), position_ids=places)
+    with pytest.warns(parvts_fx.ParvtsWarning, match="counts positions from the short cache"):
+        output = model(**inputs, past_key_values=cache)
     assert output.past_key_values.layers[0].keys.shape[-2] == wanted.past_key_values.layers[0].keys.shape[-2] == 13 + 10
     assert relative_error(output.logits, wanted.logits) > 1e-2  # which is what the warning is for

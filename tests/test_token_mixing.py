@@ -147,6 +147,13 @@ def test_several_merges(features: dict, fusion: str | float) -> None:
 
 
 DRAWN = {
+    "a softmax over tokens at the final norm, behind a stage that merges": (
+        Specification(
+            layers=5, heads=3, groups=3, head_dim=4, norm="layer", attention="written", reads_padding=False, numbering="mask",
+            fused_qkv=True, parallel=True, caches=False, last_only=True, length=23, visual=8,
+            rows=(Row(padding=1, before=3, between=1), Row(padding=3, before=0, between=1), Row(padding=1)), pad_right=True,
+            final_mixing=Mixing("softmax", 1, place="behind"), stream="rows first"),
+        Choice(keep=0.05, depth=0, skip_dead_rows=False, merge="clusters")),
     "norms over tokens alike in all layers, in front of parallel blocks": (
         Specification(
             heads=4, groups=2, span="window", reads_padding=False, scale=0.6, parallel=True, merge="choose the text",
