@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import pickle
 from typing import Any
 
@@ -14,6 +15,9 @@ from transformers.cache_utils import DynamicLayer
 import parvts_fx
 from parvts_fx import Stage
 from tests import llava
+from tests.plain import Row, Specification
+from tests.plain_checking import Choice, outcome
+from tests.plain_layers import Layer
 from tests.reference import relative_error
 
 TOLERANCE = 2e-5
@@ -210,3 +214,13 @@ def test_the_string_backend_says_that_positions_are_counted_from_a_short_cache()
         output = model(**inputs, past_key_values=cache)
     assert output.past_key_values.layers[0].keys.shape[-2] == wanted.past_key_values.layers[0].keys.shape[-2] == 13 + 10
     assert relative_error(output.logits, wanted.logits) > 1e-2  # which is what the warning is for
+
+
+@pytest.mark.parametrize("number", [14, math.log(14), 14**-0.5], ids=["length", "logarithm", "root"])
+def test_a_number_that_may_count_all_keys(monkeypatch, number):
+    """11 rows behind 3 cached ones: in a graph of static sizes nothing tells a constant from what fewer keys would change."""
+    feed = Layer.feed
+    monkeypatch.setattr(Layer, "feed", lambda layer, x: feed(layer, x) * number)
+    spec = Specification(attention="masked", past=3, rows=(Row(before=1),))
+    told = outcome(spec, Choice(depth=1, keep=2))
+    assert spec.length == 11 and told.kind == "refused" and "may be the prompt's length or a constant" in told.reason

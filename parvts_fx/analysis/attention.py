@@ -124,16 +124,17 @@ def _fused(
 def _joins_with_cached(nodes: Sequence[Node], reads: Iterable[Node], tokens: TokenMap) -> list[Node]:
     """What puts cached rows in front of the prompt's, up to what attention reads, in graph order; what is written into tensors
     on the way included."""
-    inside, found, stack = set(nodes), set[Node](), list(reads)
-    writes: dict[int, list[Node]] = {}
-    for node in nodes:
-        if (target := changed_in_place(node)) is not None:
-            writes.setdefault(storage_of(target), []).append(node)
-
     def has_cached(node: Node) -> bool:
         kinds = tokens.axes.get(node, {}).values()
         return len(kinds) == 1 and all(kind.has_rows_in_front for kind in kinds)
 
+    inside, found, stack = set(nodes), set[Node](), list(reads)
+    if not any(map(has_cached, stack)):
+        return []
+    writes: dict[int, list[Node]] = {}
+    for node in nodes:
+        if (target := changed_in_place(node)) is not None:
+            writes.setdefault(storage_of(target), []).append(node)
     while stack:
         node = stack.pop()
         if node not in inside or node in found:

@@ -76,11 +76,12 @@ def check_numbers(
                 raise Refusal("a number that is computed from the prompt's length enters values", node)
             if not isinstance(leaf, kind):
                 continue
-            counts = static and _may_count(leaf, runs.length) and not (
+            counts = static and _length_of(runs, leaf) is not None and not (
                 scales(node) and _is_explained(runs, node, leaf) or constant(node, leaf))
             if counts and _is_a_value(runs, node, index):
                 raise Refusal(f"the number {leaf} may be the prompt's length or a constant ({_REMEDY})", node)
-            near_end = is_index(node) and isinstance(leaf, int) and 2 < runs.length - 3 <= leaf < runs.length
+            near_end = is_index(node) and isinstance(leaf, int) and any(
+                2 < length - 3 <= leaf < length for length in _lengths(runs))
             if near_end and _is_a_value(runs, node, index):
                 raise Refusal(f"the position {leaf} may be counted from the prompt's end or from its beginning (a negative "
                               "index tells)", node)
@@ -116,6 +117,16 @@ def _is_computed(runs: SmallRuns, leaf: object) -> bool:
     """Whether an integer is another one than the prompt's length, computed from it outside of the decoder."""
     held = value(leaf) if isinstance(leaf, Node) and leaf not in runs.tokens.probed else None
     return isinstance(held, torch.SymInt) and bool(symbols(held) & symbols(runs.tokens.size))
+
+
+def _lengths(runs: SmallRuns) -> list[int]:
+    """The prompt's length, and those of what has cached rows in front of it."""
+    return [runs.length, *(runs.length + cached for cached in sorted(runs.tokens.cached))]
+
+
+def _length_of(runs: SmallRuns, leaf: object) -> int | None:
+    """The length that a number may mean; None for any other number."""
+    return next((length for length in _lengths(runs) if _may_count(leaf, length)), None)
 
 
 def _may_count(leaf: object, length: int) -> bool:
@@ -167,7 +178,7 @@ def _is_a_value(runs: SmallRuns, node: Node, place: int) -> bool:
     """Whether another number there leaves the result's sizes as they are, and changes what it holds."""
     try:
         leaf = leaves(node)[place]
-        other = 2 if isinstance(leaf, Node) or _may_count(leaf, runs.length) else -1
+        other = 2 if isinstance(leaf, Node) or _length_of(runs, leaf) is not None else -1
         results = [_run_with(runs, node, place, more) for more in (0, other)]
     except Exception:  # no other number does: it is a size
         return False
@@ -185,7 +196,7 @@ def _run_with(runs: SmallRuns, node: Node, place: int, more: int) -> torch.Tenso
         elif isinstance(leaf, Node):
             leaf = runs.scalar(leaf, runs.length + (more if index == place else 0))
         elif index == place:
-            leaf = _for_more(leaf, runs.length, more)
+            leaf = _for_more(leaf, _length_of(runs, leaf) or runs.length, more)
         given.append(local_argument(leaf, None))
     args, kwargs = with_leaves(node, given)
     with really():

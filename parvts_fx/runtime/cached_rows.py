@@ -34,12 +34,14 @@ def with_cached_columns(
     if cache is None or not cache.get_seq_length():
         return args, kwargs
     prompts, seen = pruned_prompts(cache), int(cache.get_seq_length())
-    by_sample = any(prompt.rows is not None for prompt in prompts)
+    known = getattr(cache, _PADDED, False) or any(prompt.rows is not None for prompt in prompts)
+    if not known and not args and not _pads_a_turn(kwargs.get(MASK), seen):
+        return args, kwargs  # nearly every decode step
     signature = inspect.signature(forward)
     given = signature.bind_partial(*args, **kwargs)
     named = given.arguments if MASK in signature.parameters else dict(kwargs)
     mask = named.get(MASK)
-    if not (by_sample or getattr(cache, _PADDED, False) or _pads_a_turn(mask, seen)):
+    if not known and not _pads_a_turn(mask, seen):
         return args, kwargs
     setattr(cache, _PADDED, True)
     if mask is None:
