@@ -180,6 +180,31 @@ def test_embeddings_in_place_of_ids(model, prompt):
         assert_equal_prefill(model(inputs_embeds=embeddings, **inputs), wanted)
 
 
+@pytest.mark.supports("Left unrewritten", "attention weights asked for (attention written out, output_attentions=True)")
+def test_attention_weights_asked_for():
+    """Of all rows, as the model gives them."""
+    model = llava.build(attention="eager")
+    plain, output, told = run_both(model, {**llava.prompt(model, [[3, "image", 6]]).inputs, "output_attentions": True})
+    assert_same_logits(output, plain)
+    assert len(output.attentions) == 3
+    assert all(reference.relative_error(*pair) <= TOLERANCE for pair in zip(output.attentions, plain.attentions))
+    assert len(told) == 1 and "attention weights are an output of the graph" in told[0]
+
+
+@pytest.mark.supports("Calls", "generate without a cache: each step is a prompt of its own, whose tokens are chosen anew")
+def test_generate_without_a_cache(model):
+    first = llava.prompt(model, [[3, "image", 6]])
+    parvts_fx.compile(model, lowering="eager", keep_ratio=0.25, migration_depth=1, strict=True)
+    ids = first.inputs["input_ids"]
+    with torch.no_grad():
+        tokens = model.generate(**first.inputs, max_new_tokens=3, do_sample=False, use_cache=False)
+        for _ in range(3):
+            output = model(**{**first.inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}, use_cache=False)
+            assert parvts_fx.last_call(model).pruned and output.logits.shape[1] == ids.shape[1] - 12
+            ids = torch.cat([ids, output.logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(tokens, ids)
+
+
 @pytest.mark.supports("Calls", "a second turn on the filled cache")
 def test_second_turn_on_a_filled_cache(model):
     """New tokens with their positions in the full conversation, on the short cache of the first turn."""
