@@ -199,8 +199,10 @@ def cached_in_front(node: Node) -> int:
     if not has_target(node, _CATS) or not node.args or not isinstance(node.args[0], (list, tuple)) or len(node.args[0]) < 2:
         return 0
     first, axis = node.args[0][0], node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
-    if not isinstance(first, Node) or first.op != "placeholder" or not isinstance(axis, int) or value(first).dim() < 2:
-        return 0  # an empty cache has one axis
+    if not isinstance(first, Node) or first.op != "placeholder" or not isinstance(axis, int):
+        return 0
+    if isinstance(value(first), torch.nn.Parameter) or value(first).dim() < 2:
+        return 0  # a class token, say; an empty cache has one axis
     return hint(value(first).shape[axis]) or 0
 
 
