@@ -15,7 +15,7 @@ from parvts_fx.analysis.records import Attention
 from parvts_fx.analysis.samples import Samples, along, samples_of, samples_of_side
 from parvts_fx.analysis.tokens import AtMost, AxisLabels, Count
 from parvts_fx.analysis.values import leaves, value, with_leaves
-from parvts_fx.passes.clusters import biased, counted
+from parvts_fx.passes.clusters import biased, counted, levels_of
 from parvts_fx.passes.paths import Path
 from parvts_fx.passes.rows import TEXT, gather, live, non_subject
 
@@ -122,7 +122,7 @@ def _fused_operands(path: Path, attention: Attention, queries: str, keys: str) -
     named["scale"] = emitter.mapped(named["scale"])
     named["query"] = path.read(query.node, queries)
     named["key"], named["value"] = (path.keys(operand.node, operand.axis, keys) for operand in (key, val))
-    if emitter.sizes:
+    if levels_of(emitter, attention.output, keys):
         rank, samples = value(query.node).dim(), samples_of(emitter.decoder, query.node)
         mask = emitter.causal_mask(queries, keys, rank, samples) if named["is_causal"] else named["attn_mask"]
         bias = biased(emitter, attention.output, queries, keys, mask, rank, samples, named["query"])

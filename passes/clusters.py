@@ -192,6 +192,14 @@ def cached_values(emitter: Emitter, node: Node) -> Node:
     return held
 
 
+def levels_of(emitter: Emitter, call: Node, keys: str) -> list[int]:
+    """On which levels it is known how many tokens an attention call's keys stand for; none where it is to have no bias."""
+    plan, sets = emitter.plan, emitter.sets
+    if any(call in merging.unbiased for merging in plan.mergings.values()):
+        return []
+    return [level for level in emitter.sizes if level <= plan.live[call] and sets.is_within(keys, live(level))]
+
+
 def biased(
     emitter: Emitter, call: Node, queries: str | int, keys: str, logits: Node | None, rank: int, samples: Samples | None,
     like: Node, columns: Size | None = None,
@@ -209,9 +217,8 @@ def biased(
     Returns:
         the same as ``logits`` where no key stands for several, or the call has no place for it.
     """
-    plan, sets = emitter.plan, emitter.sets
-    levels = [level for level in emitter.sizes if level <= plan.live[call] and sets.is_within(keys, live(level))]
-    if not levels or any(call in merging.unbiased for merging in plan.mergings.values()):
+    levels = levels_of(emitter, call, keys)
+    if not levels:
         return logits
     dtype = value(like).dtype
     key = (max(levels), queries, keys, rank, samples, dtype)

@@ -147,6 +147,9 @@ def test_several_merges(features: dict, fusion: str | float) -> None:
 
 
 DRAWN = {
+    "all rows asked together in front of a drop that merges, fused and causal": (
+        Specification(layers=3, merge="assign", positions="learned"),
+        Choice(depth=2, paths="joint", merge="clusters", skip_dead_rows=False)),
     "a softmax over tokens at the final norm, behind a stage that merges": (
         Specification(
             layers=5, heads=3, groups=3, head_dim=4, norm="layer", attention="written", reads_padding=False, numbering="mask",
