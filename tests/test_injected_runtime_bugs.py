@@ -423,7 +423,7 @@ BUGS: dict[str, tuple[Patch, Callable[[], float]]] = {
     "rows of features off by one": (wrap(compiled_call, "_rows_of_none_of", next_rows), told_by_ids),
     "dropped count off by one": (
         wrap(Call, "tell_pruning", lambda original, call, dropped: original(call, dropped + 1)), conversation),
-    "cache count not corrected": (put(compiled_call, "remember_pruned", lambda *_: None), conversation),
+    "cache count not corrected": (put(compiled_call, "remember_pruned", lambda *_, **__: None), conversation),
     "cache count corrected twice": (
         wrap(compiled_call, "remember_pruned", lambda original, *given, rows: (original(*given), original(*given))),
         conversation),
