@@ -58,7 +58,7 @@ MEAN, SHIFT = Mixing(combine="add"), Mixing("previous", combine="add")
 
 
 class Unmasked(Layer):
-    def attend(self, x: Tensor, mask: Any, bias: Any, angles: Tensor, own: Any = None) -> tuple[Tensor, Tensor, Tensor]:
+    def attend(self, x: Tensor, mask: Any, bias: Any, angles: Tensor, *further: Any) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = self.parts(x)
         query, key = rotate(query, angles), rotate(key, angles)
         mixed = F.scaled_dot_product_attention(query, key, value, scale=self.spec.scale, enable_gqa=True)

@@ -37,7 +37,7 @@ class Merging(ThreeModalities):
         super().__init__(spec)
         self.ways, self.breaks, self.copies = ways, breaks, copies
 
-    def decode(self, ids: Tensor, mask: Tensor, merges):
+    def decode(self, ids: Tensor, mask: Tensor, merges, cached=()):
         (first, one), (second, two), (third, three) = merges
         x = self.tokens(ids)
         if 0 in self.breaks:  # no loop: Dynamo does not go on in the middle of one
