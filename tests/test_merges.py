@@ -155,8 +155,8 @@ def test_what_is_pruned(prune, tokens, breaks):
 class _Chosen:
     """A prompt of which tokens of some modalities count as visual."""
 
-    def __init__(self, ids, features, mask, video, sound, tokens):
-        self.ids, self.features, self.mask, self.video, self.sound = ids, features, mask, video, sound
+    def __init__(self, ids, features, mask, video, sound, cached, tokens):
+        self.ids, self.features, self.mask, self.video, self.sound, self.cached = ids, features, mask, video, sound, cached
         self.visual = torch.isin(ids, torch.tensor(tokens))
 
 
