@@ -200,7 +200,7 @@ class Emitter:
             tuple(node.name for node in self.old.nodes if node.op == "placeholder"),
             tuple(value(out) if isinstance(out, Node) else out for out in flat),
             frozenset(place for place, out in enumerate(flat) if out in inside and (
-                not axes.get(out) or any(kind.has_rows_in_front for kind in axes[out].values()))))
+                not axes.get(out) or self.decoder.tokens.is_behind_cached(out))))
 
     def _write(self, node: Node) -> None:
         attention = self.attentions.get(node)
@@ -254,12 +254,11 @@ class Emitter:
 
     def _behind_cached(self, results: Sequence[Node]) -> set[Node]:
         """What puts the prompt's rows behind cached ones, as far as some results or what they read."""
-        axes, found = self.decoder.tokens.axes, set[Node]()
+        found = set[Node]()
         stack = [*results, *(source for node in results for source in node.all_input_nodes)]
         while stack:
             node = stack.pop()
-            if node in self.inside and node not in found and any(
-                    kind.has_rows_in_front for kind in (axes.get(node) or {}).values()):
+            if node in self.inside and node not in found and self.decoder.tokens.is_behind_cached(node):
                 found.add(node)
                 stack.extend(node.all_input_nodes)
         return found

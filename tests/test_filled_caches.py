@@ -155,11 +155,9 @@ def test_padded_turns():
     model = compiled(keep_ratio=0.25, migration_depth=1)
     together, _ = conversation(model, talk)
     for row in range(2):
-        cache, mask, seeds = None, torch.zeros(1, 0, dtype=torch.int64), iter(range(1, 6))
-        for rows, logits in zip(talk, together):
-            seed = next(seeds)
-            both = llava.prompt(model, rows, seed)
-            own = both.row(row)
+        cache, mask = None, torch.zeros(1, 0, dtype=torch.int64)
+        for seed, (rows, logits) in enumerate(zip(talk, together), start=1):
+            own = llava.prompt(model, rows, seed).row(row)
             mask = torch.cat([mask, own.inputs["attention_mask"]], 1)
             positions = (mask.cumsum(1) - 1)[:, -own.visual.shape[1]:]
             output = model(**{**own.inputs, "attention_mask": mask}, position_ids=positions, past_key_values=cache)

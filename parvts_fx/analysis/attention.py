@@ -124,10 +124,7 @@ def _fused(
 def _joins_with_cached(nodes: Sequence[Node], reads: Iterable[Node], tokens: TokenMap) -> list[Node]:
     """What puts cached rows in front of the prompt's, up to what attention reads, in graph order; what is written into tensors
     on the way included."""
-    def has_cached(node: Node) -> bool:
-        kinds = tokens.axes.get(node, {}).values()
-        return len(kinds) == 1 and all(kind.has_rows_in_front for kind in kinds)
-
+    has_cached = tokens.is_behind_cached
     inside, found, stack = set(nodes), set[Node](), list(reads)
     if not any(map(has_cached, stack)):
         return []

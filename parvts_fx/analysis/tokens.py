@@ -126,6 +126,11 @@ class TokenMap:
             return axis if kind.is_plain else None
         return None
 
+    def is_behind_cached(self, node: Node) -> bool:
+        """Whether the prompt's rows stand behind cached ones in a node's result, along one axis."""
+        axes = self.axes.get(node) or {}
+        return len(axes) == 1 and all(kind.has_rows_in_front for kind in axes.values())
+
     def axis_of_rows(self, node: Node) -> int | None:
         """The one axis with one entry per token, behind cached rows or none; or None."""
         axes = self.axes.get(node, {})

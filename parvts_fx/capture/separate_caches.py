@@ -36,4 +36,3 @@ class SeparateCaches:
                     user.replace_input_with(node, editor.copy(node, node.args, node.kwargs))
                 count += 1
         return PassResult(count)
-

@@ -101,7 +101,8 @@ def _counting(cache_class: Any) -> Any:
             self.pruned_prompts = ()
 
         def crop(self, tokens_to_remove: int) -> None:
-            """Forget the conversation's last tokens, the dropped ones included (up to transformers 5.22: all but so many first).
+            """Forget the conversation's last tokens, the dropped ones included. A positive number, where transformers takes
+            one, is how many are to be left.
 
             Raises:
                 ValueError: it ends among the visual tokens of a pruned prompt.
