@@ -133,7 +133,7 @@ def _attempt(
         reason = _failure(error, options)
     except Exception as error:
         reason = _failure(error, options)
-    tell_unrewritten(reason, stacklevel=2)
+    tell_unrewritten(reason)
     return Rewriting(GraphReport("unrewritten", reason, len(module.graph.nodes)))
 
 

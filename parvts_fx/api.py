@@ -50,10 +50,13 @@ def compile(model: Model, *, on_call: OnCall | None = None, **options: Any) -> M
             ``dynamic``, ``mode`` and ``disable``.
 
     Raises:
-        TypeError: what is given is no module, or ``on_call`` cannot be called.
+        TypeError: what is given is no module, or what torch.compile returns; or ``on_call`` cannot be called.
         ValueError: bad options, before anything is compiled.
     """
     _check_module(model, "compile")
+    if isinstance(getattr(model, "_orig_mod", None), torch.nn.Module):
+        raise TypeError("parvts_fx.compile: expected a model, got what torch.compile has made of one, whose generate is that of "
+                        "the original and runs uncompiled. Give the model itself: parvts_fx.compile(model._orig_mod).")
     if on_call is not None and not callable(on_call):
         raise TypeError(f"parvts_fx.compile: on_call={on_call!r}: expected a callable that takes a parvts_fx.CallRecord")
     again = functools.partial(compile, on_call=on_call, **options)
@@ -80,13 +83,14 @@ def _with_forms(
     call: Callable[..., Any],
 ) -> Callable[..., Any]:
     """A module's compiled call, which follows what is overridden for the model."""
-    return Forms(model, watched_call(call, options, module, on_call), functools.partial(_form, module, on_call, arguments))
+    watched = watched_call(call, options, module, on_call, disabled=bool(arguments.get("disable")))
+    return Forms(model, watched, functools.partial(_form, module, on_call, arguments))
 
 
 def _form(module: torch.nn.Module, on_call: OnCall | None, arguments: Mapping[str, Any], options: Options) -> Callable[..., Any]:
     """A compiled call of a module beside the one that it holds."""
     compiled = torch.compile(uncompiled_call(module), backend=_backend(options), **arguments)
-    return watched_call(compiled, options, module, on_call)
+    return watched_call(compiled, options, module, on_call, disabled=bool(arguments.get("disable")))
 
 
 @contextlib.contextmanager

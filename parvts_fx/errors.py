@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
+from types import FrameType
 
 import torch
 
+_LIBRARIES = {"parvts_fx", "torch", "transformers", "accelerate", "peft", "contextlib", "functools"}
 _CANNOT = "parvts_fx: this multimodal prefill cannot be rewritten: "
 
 
@@ -42,15 +45,27 @@ class ParvtsWarning(UserWarning):
     """A multimodal prefill runs unrewritten; the message names the reason."""
 
 
-def tell_unrewritten(reason: str, strict: bool = False, stacklevel: int = 3) -> None:
+def tell_unrewritten(reason: str, strict: bool = False) -> None:
     """Say that a multimodal prefill runs as it came, and why.
-
-    Args:
-        stacklevel: as the caller would give it to ``warnings.warn``.
 
     Raises:
         NotRewritten: with ``strict``, in place of the warning.
     """
     if strict:
         raise NotRewritten.because(reason)
-    warnings.warn(f"parvts_fx: this multimodal prefill runs unrewritten: {reason}", ParvtsWarning, stacklevel=stacklevel + 1)
+    warn(f"parvts_fx: this multimodal prefill runs unrewritten: {reason}")
+
+
+def warn(text: str) -> None:
+    """A :class:`ParvtsWarning` that points at the line from which the model was called, however deep it comes up."""
+    frame: FrameType | None = sys._getframe(1)
+    level = 2
+    while frame is not None and frame.f_back is not None and _is_between(frame):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, ParvtsWarning, stacklevel=level)
+
+
+def _is_between(frame: FrameType) -> bool:
+    """Whether a frame is of a library between a user and what happens, or generated."""
+    package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+    return package in _LIBRARIES or frame.f_code.co_filename.startswith("<")

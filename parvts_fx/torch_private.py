@@ -8,11 +8,15 @@ does as well, it takes the name's place.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib
+import logging
+import re
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sympy
@@ -194,6 +198,47 @@ if not TYPE_CHECKING:
 def dynamo_config() -> Any:
     """Dynamo's settings: which data-dependent operations stay in the graph, and how often code is compiled again."""
     return _get("torch._dynamo", "config")
+
+
+def messages_while_capturing() -> set[Callable[..., Any]]:
+    """Methods of loggers that Dynamo is to leave out of what it captures, as torch.export does: each would break the graph."""
+    names = [name for name in dir(logging.Logger) if name.startswith(("debug", "info", "warning"))]
+    return {getattr(logging.Logger, name) for name in names} | set(dynamo_config().ignore_logging_functions)
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphBreak:
+    """What made Dynamo end a graph."""
+
+    what: str
+    where: str
+
+
+_EXCLUDED = re.compile(r"Skip calling function `<function (\S+)")
+
+
+def graph_breaks() -> Sequence[GraphBreak]:
+    """Of the whole process, in order. Without Dynamo's list of them, none."""
+    found = []
+    for held in _find("torch._dynamo.utils", "graph_break_reasons", ()):
+        excluded, what = _EXCLUDED.search(held.reason), held.reason.partition("\n")[0]
+        place = next((frame for frame in reversed(held.user_stack) if not _is_of_torch(frame.filename)), None)
+        found.append(GraphBreak(
+            f"{excluded[1]} is excluded by torch.compiler.disable" if excluded else what[:1].lower() + what[1:],
+            "code of torch's own" if place is None else f"{place.name} of {Path(place.filename).name}"))
+    return found
+
+
+def _is_of_torch(file: str) -> bool:
+    return Path(file).is_relative_to(Path(torch.__file__).parent)
+
+
+def why_nothing_is_compiled() -> str | None:
+    """What turns torch.compile off as a whole; None where nothing is known to."""
+    stance = getattr(_find("torch._dynamo.eval_frame", "_stance", ()), "stance", "default")
+    if stance == "force_eager":
+        return 'torch.compiler.set_stance("force_eager") holds'
+    return "Dynamo is disabled (TORCHDYNAMO_DISABLE)" if dynamo_config().disable else None
 
 
 @contextlib.contextmanager

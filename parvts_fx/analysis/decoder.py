@@ -35,6 +35,7 @@ from parvts_fx.analysis.values import (
     writes_unseen,
 )
 from parvts_fx.errors import Refusal
+from parvts_fx.torch_private import HigherOrderOperator
 
 TOKEN, SAMPLE = "token", "sample"
 _FRESH = (torch.empty, torch.zeros, torch.ones, torch.full)
@@ -79,7 +80,10 @@ def find_decoder(
         raise Refusal("the prompt's length depends on data", merge.output)
     nodes = _with_buffers(module.graph, descendants(module.graph, [merge.output]), size)
     if not any(node in attention_nodes(module.graph) for node in nodes):
-        raise Refusal(NO_DECODER, merge.output)
+        apart = next((node for node in nodes if isinstance(node.target, HigherOrderOperator)), None)
+        raise Refusal(NO_DECODER, merge.output) if apart is None else Refusal(
+            f"no attention follows the merge but in subgraphs of '{apart.target}', such as gradient checkpointing makes, which "
+            "inference has no use for (model.eval(), model.gradient_checkpointing_disable())", apart)
     unseen = next(filter(writes_unseen, nodes), None)
     if unseen is not None:
         raise Refusal("an operation of the model's own library writes into its arguments", unseen)

@@ -6,7 +6,6 @@ from another one and counts positions from its length, that is said.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.fx import GraphModule
 
 from parvts_fx.analysis.calls import attention_nodes
 from parvts_fx.analysis.values import descendants, hint_shape, is_tensor, output_node, value
-from parvts_fx.errors import ParvtsWarning
+from parvts_fx.errors import warn
 from parvts_fx.runtime.call import Conversation, current_call
 
 
@@ -98,7 +97,7 @@ def _warn_of_positions(inputs: Sequence[object], conversation: Conversation, cou
         return
     if text not in conversation.told:
         conversation.told.add(text)
-        warnings.warn(text, ParvtsWarning, stacklevel=3)
+        warn(text)
 
 
 def is_cache(held: object) -> bool:

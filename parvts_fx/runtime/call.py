@@ -19,7 +19,7 @@ import torch
 
 from parvts_fx.analysis.modality import Origin
 from parvts_fx.runtime.record import CallRecord
-from parvts_fx.torch_private import WeakReference, disable_current_modes
+from parvts_fx.torch_private import WeakReference, disable_current_modes, graph_breaks
 
 Known = TypeVar("Known")
 
@@ -117,6 +117,9 @@ class Call:
         self.has_merged = False
         """Whether a graph has merged visual features into embeddings, rewritten or not."""
 
+        self.merges_behind: int | None = None
+        """How often Dynamo had broken graphs when the first one handed a merge on; None where none has."""
+
         self.record: CallRecord | None = None
         """What has become of its prompt, once a graph has told."""
 
@@ -173,6 +176,8 @@ class Call:
                 if unreceived is not None:
                     unreceived()
 
+        if self.is_watched and self.merges_behind is None:
+            self.merges_behind = len(graph_breaks())
         for call in self.around():
             call.handed.drop(embeddings)
         self.handed.note(embeddings, handed, died)

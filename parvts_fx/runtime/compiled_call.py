@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -18,15 +19,19 @@ from parvts_fx.runtime.joined_features import JoinedFeatures
 from parvts_fx.runtime.pruned_caches import remember_pruned
 from parvts_fx.runtime.record import NO_VISUALS, CallRecord, OnCall, keep_record
 from parvts_fx.runtime.static_caches import lend_growing_cache
+from parvts_fx.runtime.unseen import Unseen
 from parvts_fx.runtime.watched_generate import paused
 from parvts_fx.torch_private import (
     GuardOnDataDependentSymNode,
     TorchDynamoException,
     as_newer_torch,
     dynamo_config,
+    graph_breaks,
+    messages_while_capturing,
     sizes_in_strings,
     told_of_compiling,
     tree_leaves,
+    uncompiled_call,
 )
 
 _SETTINGS: tuple[dict[str, bool], ...] = (
@@ -38,7 +43,8 @@ _RECOMPILE_LIMIT = 128  # Dynamo itself stops at 256 per code object, whatever t
 
 
 def watched_call(
-    call: Callable[..., Any], options: Options, model: torch.nn.Module, on_call: OnCall | None = None, once: bool = False
+    call: Callable[..., Any], options: Options, model: torch.nn.Module, on_call: OnCall | None = None, once: bool = False,
+    disabled: bool = False,
 ) -> Callable[..., Any]:
     """Run a compiled call under settings of Dynamo's that keep it in one piece, and keep its cache's count right.
 
@@ -48,11 +54,12 @@ def watched_call(
     Args:
         on_call: given the record of every call with a prompt (:mod:`parvts_fx.runtime.record`).
         once: there will be a single call, in which nothing is tried out for later ones.
+        disabled: torch.compile was told to compile nothing.
 
     Raises (the result):
         NotRewritten: with ``strict=True``, for a call with visual inputs that no captured graph merges.
     """
-    watched = _Watched(call, options, model, on_call, once)
+    watched = _Watched(call, options, model, on_call, once, disabled)
 
     @functools.wraps(call)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -65,11 +72,14 @@ class _Watched:
     """One model's compiled call, and what is known of its calls so far."""
 
     def __init__(
-        self, call: Callable[..., Any], options: Options, model: torch.nn.Module, on_call: OnCall | None, once: bool
+        self, call: Callable[..., Any], options: Options, model: torch.nn.Module, on_call: OnCall | None, once: bool,
+        disabled: bool,
     ) -> None:
         self._call, self._model, self._on_call = call, model, on_call
+        self._strict = options.strict
         self._frames = _Frames()
-        self._tell = _teller(options)
+        self._unseen = Unseen(disabled)
+        self._told: set[str] = set()
         self._returned: TensorTable[bool] = TensorTable()
         self._features = JoinedFeatures()
         self._by_sample = True
@@ -77,6 +87,7 @@ class _Watched:
 
     def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         prompts, has_pictures, is_step = _read(args, kwargs, self._returned)
+        breaks = len(graph_breaks())
         args, kwargs = with_cached_columns(self._model.forward, args, kwargs)
         lent = lend_growing_cache(kwargs) if has_pictures else None
         given = kwargs if lent is None else lent.kwargs
@@ -88,7 +99,7 @@ class _Watched:
         if lent is not None:
             output, caches = lent.give_back(output), [lent.static]
         self._note(output, caches, told)
-        self._record(told, has_pictures, is_step)
+        self._record(told, self._unseen.reason(told, breaks) if has_pictures and not told.has_merged else "", is_step)
         return self._features.parted(output, given, joined)
 
     def _run(
@@ -118,6 +129,19 @@ class _Watched:
             except NotRewritten as error:
                 keep_record(self._model, told.record or CallRecord(False, error.reason), self._on_call)
                 raise
+            except RuntimeError as error:
+                if prompts and not isinstance(error, torch.OutOfMemoryError):
+                    self._raise_own(error, args, kwargs)
+                raise
+
+    @torch.compiler.disable
+    def _raise_own(self, error: RuntimeError, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Raise the model's own error in place of one from a check that was captured, which has lost its words."""
+        given = {name: copy.deepcopy(held) if is_cache(held) else held for name, held in kwargs.items()}
+        try:
+            uncompiled_call(self._model)(*args, **given)
+        except (RuntimeError, ValueError, TypeError, IndexError) as own:
+            raise own from error
 
     def _again(self, args: Sequence[Any], by_sample: bool, kwargs: Mapping[str, Any]) -> Any:
         """A call that is a trial."""
@@ -137,14 +161,16 @@ class _Watched:
             if isinstance(held, torch.Tensor) and held.dim() > 2:
                 self._returned.note(held, True)
 
-    def _record(self, told: Call, has_pictures: bool, is_step: bool) -> None:
+    def _record(self, told: Call, unseen: str, is_step: bool) -> None:
+        """Args: ``unseen``, why no graph has told what became of pictures; empty where one has, or where there are none."""
         record = told.record
-        if record is None and not told.has_merged and (has_pictures or not is_step):
-            record = CallRecord(False, UNSEEN if has_pictures else NO_VISUALS)
+        if record is None and not told.has_merged and (unseen or not is_step):
+            record = CallRecord(False, unseen or NO_VISUALS)
         if record is not None:
             keep_record(self._model, record, self._on_call)
-        if not told.has_merged and has_pictures:
-            self._tell()
+        if unseen and (self._strict or unseen not in self._told):
+            self._told.add(unseen)
+            tell_unrewritten(unseen, self._strict)
 
 
 class _Frames:
@@ -163,7 +189,8 @@ class _Frames:
         self._current = None
         config = dynamo_config()
         limit = max(_RECOMPILE_LIMIT, config.recompile_limit)
-        settings = config.patch(**_SETTINGS[0], recompile_limit=limit)
+        settings = config.patch(
+            **_SETTINGS[0], recompile_limit=limit, ignore_logging_functions=messages_while_capturing())
         with told_of_compiling(self._start), settings, as_newer_torch(), sizes_in_strings:
             yield
 
@@ -227,20 +254,3 @@ def _rows_of_none_of(
     same = max(candidates, key=lambda same: int(same.sum()))  # positions may be ids of a few rows by chance
     others = embeddings[~same]
     return None if len(others) == 0 or len(others) > 1 and bool((others == others[0]).all()) else ~same
-
-
-UNSEEN = ("no captured graph merges visual features into a decoder's embeddings: they enter by cross-attention or an "
-          "encoder, or the model merges them in code that Dynamo does not capture, or changes the merged "
-          "embeddings between two graphs, or its attention is neither scaled_dot_product_attention nor a softmax")
-
-
-def _teller(options: Options) -> Callable[[], None]:
-    """Says once that a multimodal prompt was seen, and no merge."""
-    told: list[bool] = []
-
-    def tell() -> None:
-        if options.strict or not told:
-            tell_unrewritten(UNSEEN, options.strict)
-        told.append(True)
-
-    return tell

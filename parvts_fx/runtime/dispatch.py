@@ -121,7 +121,7 @@ class Dispatch:
         if compiled is None or count is None:
             current_call().tell_record(CallRecord(False, reason, size, visual=visual))
             if reason != KEPT_ALL and (count is None or reason != self._refused.get(count)):
-                tell_unrewritten(reason, self._options.strict, stacklevel=2)
+                tell_unrewritten(reason, self._options.strict)
             return self._run_unrewritten(inputs)
         outputs = compiled(*given)
         current_call().tell_record(CallRecord(True, "", size, self._options.subject_count(count), visual))

@@ -186,4 +186,4 @@ def _masks_before(
 
 def _tell_unreceived() -> None:
     tell_unrewritten("the graph breaks behind the merge of visual features, and no later graph with attention took the merged "
-                     "embeddings as they were", stacklevel=2)
+                     "embeddings as they were")

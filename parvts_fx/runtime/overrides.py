@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+from parvts_fx.errors import warn
 from parvts_fx.options import Options
 
 _OVERRIDES: contextvars.ContextVar[tuple[tuple[torch.nn.Module, Options], ...]] = contextvars.ContextVar(
@@ -24,6 +27,20 @@ def overriding(model: torch.nn.Module, options: Options) -> Iterator[None]:
         yield
     finally:
         _OVERRIDES.reset(token)
+
+
+@functools.partial(torch.compiler.disable, reason="it was compiled with parvts_fx.compile")
+def _inside_another(model: torch.nn.Module, call: Forms, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Where Dynamo captures code of somebody else's that calls the model: it runs as it was compiled."""
+    if model not in _TOLD:
+        _TOLD.add(model)
+        warn("parvts_fx: this model was compiled with parvts_fx.compile and is called inside of another torch.compile, which "
+             "ends its graph there: the model runs by its own options, whatever the outer ones are. Compile it once: "
+             "parvts_fx.uncompile(model) undoes the inner one")
+    return call(*args, **kwargs)
+
+
+_TOLD: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
 
 class Forms:
@@ -41,6 +58,8 @@ class Forms:
         self._lock = threading.Lock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return _inside_another(self._owner, self, args, kwargs)
         options = next((options for model, options in reversed(_OVERRIDES.get()) if model is self._owner), None)
         return (self._call if options is None else self._form(options))(*args, **kwargs)
 
