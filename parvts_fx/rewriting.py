@@ -18,6 +18,7 @@ from parvts_fx.analysis.decoder import attention_follows
 from parvts_fx.analysis.values import hint, value
 from parvts_fx.capture import capture, copy_graph_module
 from parvts_fx.capture.invert_permutations import InvertPermutations
+from parvts_fx.capture.name_attention import NameAttention, kernels
 from parvts_fx.capture.separate_caches import SeparateCaches
 from parvts_fx.capture.spread_masked_updates import SpreadMaskedUpdates
 from parvts_fx.capture.version_writes import VersionWrites
@@ -116,8 +117,11 @@ def rewrite_graph(
     """
     start, nodes = time.perf_counter(), len(module.graph.nodes)
     work = capture(module, example_inputs)
-    attentions, dump = attention_nodes(work.graph), Dump(work)
+    dump = Dump(work)
     job = Work(work, hooks=(verifier(checks), log_hook, dump))
+    if kernels(work.graph):
+        run_pipeline([NameAttention()], job)
+    attentions = attention_nodes(work.graph)
     merge = prompt_merge(job, attentions, example_inputs, options, handed)
     if merge is None:
         return Rewriting(GraphReport("untouched", _UNSEEN, nodes))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import parvts_fx
 from tests import llava
@@ -43,8 +44,31 @@ def exported_with_parameters(prefill: Prefill, given: tuple[torch.Tensor, ...]) 
         next(inputs) if spec.target is None else held[spec.target] for spec in program.graph_signature.input_specs)
 
 
-@pytest.mark.supports("Graphs", "parvts_fx.rewrite on graphs from torch.export, with weights as inputs or without")
-@pytest.mark.parametrize("capture", [exported, exported_with_parameters], ids=lambda capture: capture.__name__)
+def at_aten_level(prefill: Prefill, given: tuple[torch.Tensor, ...]) -> tuple[GraphModule, tuple[Any, ...]]:
+    """With the attention kernels of this device."""
+    return make_fx(prefill, tracing_mode="fake", _allow_non_fake_inputs=True)(*given), given
+
+
+def at_aten_level_with_dynamic_sizes(prefill: Prefill, given: tuple[torch.Tensor, ...]) -> tuple[GraphModule, tuple[Any, ...]]:
+    return make_fx(prefill, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*given), given
+
+
+def before_dispatch(prefill: Prefill, given: tuple[torch.Tensor, ...]) -> tuple[GraphModule, tuple[Any, ...]]:
+    return make_fx(prefill, tracing_mode="fake", _allow_non_fake_inputs=True, pre_dispatch=True)(*given), given
+
+
+def with_real_tensors(prefill: Prefill, given: tuple[torch.Tensor, ...]) -> tuple[GraphModule, tuple[Any, ...]]:
+    """Attention written out: the library asks a mask's data otherwise, which no trace can answer."""
+    prefill.model.set_attn_implementation("eager")
+    return make_fx(prefill, tracing_mode="real")(*given), given
+
+
+CAPTURES = [exported, exported_with_parameters, at_aten_level, at_aten_level_with_dynamic_sizes, before_dispatch,
+            with_real_tensors]
+
+
+@pytest.mark.supports("Graphs", "parvts_fx.rewrite on graphs from torch.export, with weights as inputs or without, and make_fx")
+@pytest.mark.parametrize("capture", CAPTURES, ids=lambda capture: capture.__name__)
 @torch.no_grad()
 def test_graphs(capture: Callable) -> None:
     model = llava.build(layers=2).requires_grad_(False)

@@ -29,6 +29,9 @@ def capture(module: GraphModule, example_inputs: Sequence[object]) -> GraphModul
         example_inputs: one per placeholder; real or fake tensors, ints.
     """
     copy = copy_graph_module(module)
+    if len({id(held.fake_mode) for node in copy.graph.nodes if isinstance(held := value(node), FakeTensor)}) > 1:
+        for node in copy.graph.nodes:  # make_fx gives each value a mode of its own; operations take one
+            node.meta = {name: held for name, held in node.meta.items() if name not in ("example_value", "val")}
     if all(value(node) is not None or node.op in ("output", "get_attr") for node in copy.graph.nodes if node.op == "placeholder"):
         missing = any(value(node) is None and node.users and node.op.startswith("call") for node in copy.graph.nodes)
         if not missing:
