@@ -80,10 +80,20 @@ def test_what_runs_whole_fills_it_as_well(model: Any) -> None:
     assert not parvts_fx.last_call(model).pruned and "growing cache" in parvts_fx.last_call(model).reason
 
 
-def test_windows_stay_unrewritten() -> None:
-    built = BUILDERS["gemma3"]()
-    plain = built.model.generate(**built.inputs, max_new_tokens=3, do_sample=False)
-    parvts_fx.compile(built.model, lowering="eager", **OPTIONS)
-    with pytest.warns(parvts_fx.ParvtsWarning):
-        static = built.model.generate(**built.inputs, max_new_tokens=3, do_sample=False, cache_implementation="static")
-    assert torch.equal(static, plain) and not parvts_fx.last_call(built.model).pruned
+@pytest.mark.supports("Caches", "static caches with sliding windows, attention by chunks and layers that share keys")
+@pytest.mark.parametrize(("name", "kept"), [("gemma3", 3), ("gemma3", 12), ("gemma4", 3), ("llama4", 3)])
+def test_windows(name: str, kept: int) -> None:
+    """Logits as with a growing cache, step by step: beyond the window, which the rows that are left do not fill, or do."""
+    built = BUILDERS[name]()
+    model, window = built.model, 22
+    parvts_fx.compile(model, lowering="eager", strict=True, keep_tokens=kept, migration_depth=1)
+    how = dict(max_new_tokens=10, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    growing = model.generate(**built.inputs, **how)
+    static = model.generate(**built.inputs, **how, cache_implementation="static")
+    assert parvts_fx.last_call(model).pruned
+    assert torch.equal(static.sequences, growing.sequences)
+    for ours, theirs in zip(static.logits, growing.logits, strict=True):
+        assert relative_error(ours, theirs) <= TOLERANCE
+    rows = built.inputs["input_ids"].shape[1] - 16 + kept
+    assert (rows > window) == (kept == 12) and rows + 10 > window
+    assert isinstance(static.past_key_values, StaticCache) and static.past_key_values.layers[0].is_sliding

@@ -97,7 +97,7 @@ class _Watched:
         if trial is not None:
             self._features.try_out(trial, functools.partial(self._again, args, lent is None), output, joined)
         if lent is not None:
-            output, caches = lent.give_back(output), [lent.static]
+            output, caches = lent.give_back(output, sum(told.dropped[-1:])), [lent.static]
         self._note(output, caches, told)
         self._record(told, self._unseen.reason(told, breaks) if has_pictures and not told.has_merged else "", is_step)
         return self._features.parted(output, given, joined)

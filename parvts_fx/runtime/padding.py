@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from parvts_fx.analysis.calls import fused_arguments, is_fused_attention
 from parvts_fx.analysis.masks import Mask, masks_of
 from parvts_fx.analysis.records import Decoder
 from parvts_fx.analysis.values import ancestors, is_tensor, needed_for, output_node, reads_sizes_alone, value
@@ -33,7 +34,7 @@ def padding_check(module: GraphModule, decoder: Decoder, reads_text: bool = Fals
     """
     if not (reads_text or _hands_out_keys(module, decoder)):
         return None
-    masks = _masks(decoder)
+    masks, everywhere = _masks(decoder)
     needed, cuts = _needed(module, [mask.node for mask in masks])
     graph, copies = Graph(), {}
     data: list[int] = []
@@ -59,8 +60,8 @@ def padding_check(module: GraphModule, decoder: Decoder, reads_text: bool = Fals
         held = evaluate(*inputs, *(make(inputs) for make in zeros))
         behind = visual.cumsum(1) > 0
         padded = [_padded(mask, values, *visual.shape) for mask, values in zip(masks, held)]
-        by_nobody = functools.reduce(torch.logical_and, (unseen for _, unseen in padded))
-        return any(bool((hidden & behind).any()) for hidden in (by_nobody, *(hidden for hidden, _ in padded)))
+        by_nobody = [functools.reduce(torch.logical_and, (unseen for _, unseen in padded))] if everywhere else []
+        return any(bool((hidden & behind).any()) for hidden in (*by_nobody, *(hidden for hidden, _ in padded)))
 
     return padding_behind_visual
 
@@ -72,10 +73,12 @@ def _hands_out_keys(module: GraphModule, decoder: Decoder) -> bool:
     return bool(outputs & ancestors(keys))
 
 
-def _masks(decoder: Decoder) -> list[Mask]:
-    """The masks of all attention calls."""
-    calls = (attention for layer in decoder.layers for attention in layer.attentions)
-    return list(dict.fromkeys(mask for attention in calls for mask in masks_of(attention)))
+def _masks(decoder: Decoder) -> tuple[list[Mask], bool]:
+    """The masks of all attention calls, and whether each of them may have one: a fused call without sees every key."""
+    calls = [attention for layer in decoder.layers for attention in layer.attentions]
+    without = (is_fused_attention(node) and fused_arguments(node)["attn_mask"] is None
+               for attention in calls for node in attention.nodes)
+    return list(dict.fromkeys(mask for attention in calls for mask in masks_of(attention))), not any(without)
 
 
 def _padded(mask: Mask, values: torch.Tensor, batch: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:

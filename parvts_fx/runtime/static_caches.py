@@ -12,6 +12,7 @@ from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from parvts_fx.runtime.cached_rows import MASK
 from parvts_fx.runtime.caches import is_cache
@@ -25,10 +26,18 @@ class Lent:
     static: Any
     growing: Any
 
-    def give_back(self, output: Any) -> Any:
-        """Fill the static cache, and put it in the output in place of the other."""
+    def give_back(self, output: Any, dropped: int) -> Any:
+        """Fill the static cache, and put it in the output in place of the other.
+
+        Args:
+            dropped: of the prompt's tokens, how many per sample have no row.
+        """
         for index, layer in enumerate(self.growing.layers):
-            self.static.update(layer.keys, layer.values, index)
+            if layer.keys is None:
+                continue
+            rows = getattr(layer, "cumulative_length", layer.keys.shape[2] + dropped) - dropped
+            missing = rows - layer.keys.shape[2]  # behind the window: nobody reads them, and the count is right
+            self.static.update(*(F.pad(held, (0, 0, missing, 0)) for held in (layer.keys, layer.values)), index)
         if isinstance(output, MutableMapping):
             for name in [name for name, held in output.items() if held is self.growing]:
                 output[name] = self.static
@@ -37,16 +46,23 @@ class Lent:
 
 
 def lend_growing_cache(kwargs: Mapping[str, Any]) -> Lent | None:
-    """The arguments of a call with a growing cache; None where none of them is an empty static one without windows."""
+    """The arguments of a call with a growing cache, whose layers have the same windows; None where none of them is an empty
+    static one."""
     found = [(name, held) for name, held in kwargs.items() if is_cache(held) and hasattr(held, "is_compileable")]
     if len(found) != 1 or not found[0][1].is_compileable:
         return None
-    from transformers.cache_utils import DynamicCache, StaticLayer  # whoever made the cache has imported it
+    from transformers import cache_utils  # whoever made the cache has imported it
 
+    makes = {
+        cache_utils.StaticLayer: lambda layer: cache_utils.DynamicLayer(),
+        cache_utils.StaticSlidingWindowLayer: lambda layer: cache_utils.DynamicSlidingWindowLayer(layer.max_cache_len),
+        getattr(cache_utils, "DummyLayer", None): lambda layer: type(layer)(),  # of layers that read another's
+    }
     (name, static), = found
-    if not static.layers or any(type(layer) is not StaticLayer for layer in static.layers) or int(static.get_seq_length()):
+    if not static.layers or any(type(layer) not in makes for layer in static.layers) or int(static.get_seq_length()):
         return None
-    growing = DynamicCache()
+    growing = cache_utils.DynamicCache()
+    growing.layers = [makes[type(layer)](layer) for layer in static.layers]
     return Lent({**kwargs, name: growing, **({MASK: _of_prompt(kwargs[MASK])} if MASK in kwargs else {})}, static, growing)
 
 
