@@ -51,7 +51,7 @@ def parvts(
         handed = MergedInput.find(module, example_inputs)
 
         def attempt(module: GraphModule, inputs: Sequence[object], handed: MergedInput | None) -> Rewriting:
-            return _attempt(module, inputs, parsed, window_caches_follow, handed)
+            return _attempt(module, inputs, parsed, window_caches_follow, handed).telling_rows()
 
         def divide(module: GraphModule, inputs: Sequence[object], handed: MergedInput | None) -> Parted:
             return part_graph(module, inputs, parsed, window_caches_follow, handed)

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from parvts_fx.analysis import Decoder, VisualMerge, find_decoder
 from parvts_fx.analysis.calls import attention_nodes
 from parvts_fx.analysis.decoder import attention_follows
-from parvts_fx.analysis.values import hint, value
+from parvts_fx.analysis.values import hint, output_node, value
 from parvts_fx.capture import capture, copy_graph_module
 from parvts_fx.capture.invert_permutations import InvertPermutations
 from parvts_fx.capture.name_attention import NameAttention, kernels
@@ -72,6 +72,23 @@ class Rewriting:
     handed: bool = False
     """Whether the rewritten graph takes the mask of visual tokens as one input more."""
 
+    rows: Node | None = None
+    """In the rewritten graph, [batch, rows] int64: the positions of the prompt that are left in the end. None where the graph
+    has no such node any more, because a pass of somebody's own took it out."""
+
+    tells_rows: bool = False
+    """Whether the graph returns them behind its own results."""
+
+    def telling_rows(self) -> Rewriting:
+        """The same, its graph changed to return ``rows`` as well where it can."""
+        if self.module is None or self.rows is None or self.tells_rows:
+            return self
+        output = output_node(self.module.graph)
+        if not isinstance(output.args[0], (tuple, list)):
+            return self
+        output.args = ((*output.args[0], self.rows),)
+        self.module.recompile()
+        return dataclasses.replace(self, tells_rows=True)
 
     def reason_against(self, inputs: Sequence[Any]) -> str | None:
         """Why the rewritten graph may not run for a prompt; None where it may."""
@@ -210,7 +227,8 @@ def _write(
     report = GraphReport(
         "rewritten", layers=layer_reports(job.plan), layers_told_by=told_by, merging=merging(job.plan),
         passes=tuple(job.records), **facts)
-    return Rewriting(report, work, precondition, merge, mask, guards=guards)
+    rows = job.written.rows if job.written.rows in set(work.graph.nodes) else None
+    return Rewriting(report, work, precondition, merge, mask, guards=guards, rows=rows)
 
 
 def _for_no_batch(

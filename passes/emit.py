@@ -70,6 +70,9 @@ class Written:
     original_outputs: tuple[object, ...]
     """The example values of what the graph returned."""
 
+    rows: Node | None
+    """[batch, rows] int64: the positions of the prompt that are left in the end."""
+
     shortened: frozenset[int]
     """Outputs that may become shorter along other axes than the prompt's: they hold its last rows, or as many as there are
     (caches of sliding windows), or other cached rows in front of them."""
@@ -198,7 +201,7 @@ class Emitter:
             {name: rows.count for name, rows in self.sets.by_name.items()}, tuple(self.calls), self.copied,
             frozenset(self.outside.values()) | frozenset(self.kept),
             tuple(node.name for node in self.old.nodes if node.op == "placeholder"),
-            tuple(value(out) if isinstance(out, Node) else out for out in flat),
+            tuple(value(out) if isinstance(out, Node) else out for out in flat), self.sets[live(self.plan.final)].index,
             frozenset(place for place, out in enumerate(flat) if out in inside and (
                 not axes.get(out) or self.decoder.tokens.is_behind_cached(out))))
 

@@ -15,6 +15,7 @@ from parvts_fx.errors import Refusal
 from parvts_fx.runtime.by_sample import BySample
 from parvts_fx.runtime.record import KEPT_ALL, NO_VISUALS
 from tests import llava
+from tests.comparing import expected
 from tests.models.builders import BUILDERS
 
 OPTIONS = dict(lowering="eager", migration_depth=1, keep_tokens=3)
@@ -43,6 +44,29 @@ def test_a_pruned_prompt(model: Any) -> None:
     assert record.pruned and record.reason == "" and record.graph == "rewritten"
     counts = tuple(given.visual.sum(1).tolist())
     assert (record.prompt_tokens, record.visual_tokens, record.kept_tokens) == (given.visual.shape[1], counts, (3, 3))
+
+
+@pytest.mark.supports("Calls", "parvts_fx.last_call tells which visual tokens are left, also of rows that differ")
+@pytest.mark.parametrize("options", [
+    dict(keep_tokens=3, migration_depth=1), dict(keep_tokens=3, migration_depth=1, fusion=0.4),
+    dict(stages=(parvts_fx.Stage(at=0, keep=9, migrate=1), parvts_fx.Stage(at=2, keep=3, rule="last_row")))],
+    ids=["one stage", "constant weights", "two stages"])
+def test_which_tokens_are_left(model: Any, options: dict[str, Any]) -> None:
+    """Those of the eager reference, in batches whose rows are pruned together and sample by sample."""
+    even, uneven = llava.prompt(model, EVEN), llava.prompt(model, UNEVEN)
+    wanted = [prefill.rows for prefill in expected(model, even, even.with_positions, **options)]
+    alone = uneven.row(0)
+    single = expected(model, alone, alone.with_positions, **options)[0].rows
+    parvts_fx.compile(model, lowering="eager", strict=True, **options)
+    called(model, even.with_positions)
+    kept = parvts_fx.last_call(model).kept
+    for row, rows, visual in zip(kept, wanted, even.visual, strict=True):
+        assert row.nonzero()[:, 0].tolist() == [place for place in rows.tolist() if visual[place]] and row.sum() == 3
+    called(model, uneven.with_positions)
+    kept = parvts_fx.last_call(model).kept
+    in_front = int((uneven.inputs["attention_mask"][0] == 0).sum())
+    wanted_places = [place + in_front for place in single.tolist() if alone.visual[0, place]]
+    assert kept[0].nonzero()[:, 0].tolist() == wanted_places and not kept[1].any()
 
 
 def test_an_uneven_batch(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,18 +73,18 @@ class BySample:
         pruned = any(sample.record.pruned for sample in samples)
         reason = "" if pruned else next((sample.record.reason for sample in samples if sample.record.reason), "")
         kept = tuple(sample.kept for sample in samples) if pruned else None
-        record = CallRecord(pruned, reason, visual.shape[1], kept, visual)
+        record = CallRecord(pruned, reason, visual.shape[1], kept, visual, _kept(samples, visual))
         return Ran(outputs[0] if parted.returns_one else outputs, rows, record)
 
     def _run(
         self, merged: torch.Tensor, sides: Sequence[torch.Tensor], visual: torch.Tensor, sample: int
     ) -> _Sample:
-        given, rows, count = self._given(merged, sides, visual, sample)
+        given, places, count = self._given(merged, sides, visual, sample)
         with begin_call() as told:
             outputs = self._kept((self._pruned if count else self._whole)(*given))
             record, told.record = told.record or CallRecord(False), None
         dropped = told.dropped[-1] if told.dropped else 0
-        return _Sample(outputs, rows - dropped, count - dropped, record)
+        return _Sample(outputs, len(places) - dropped, count - dropped, places, record)
 
     def _seen(self, sides: Sequence[torch.Tensor], visual: torch.Tensor) -> torch.Tensor:
         """[seq] bool: which of a sample's rows any other row sees in some layer; and the last one, behind which there is none.
@@ -108,8 +108,8 @@ class BySample:
 
     def _given(
         self, merged: torch.Tensor, sides: Sequence[torch.Tensor], visual: torch.Tensor, sample: int
-    ) -> tuple[list[torch.Tensor], int, int]:
-        """What the decoder is given for one sample, and how many rows and visual tokens it has."""
+    ) -> tuple[list[torch.Tensor], torch.Tensor, int]:
+        """What the decoder is given for one sample, where its rows stand in the prompt, and how many of them are visual."""
         mine = [held if side.samples is None else held.narrow(side.samples, sample, 1)
                 for side, held in zip(self._parted.sides, sides)]
         seen = self._seen(mine, visual[sample])
@@ -126,7 +126,7 @@ class BySample:
         for held, axes in zip(given, varying):
             for axis in axes if self._sizes_vary else ():
                 may_vary(held, axis)
-        return given, len(rows), int(own.sum())
+        return given, rows, int(own.sum())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +138,21 @@ class _Sample:
     kept: int
     """Visual ones among them."""
 
+    places: torch.Tensor
+    """[rows] int64: where those that it was given stand in the prompt."""
+
     record: CallRecord
+
+
+def _kept(samples: Sequence[_Sample], visual: torch.Tensor) -> torch.Tensor | None:
+    """[batch, seq] bool: visual tokens that are left; None where a sample's graph does not tell. ``visual`` alike."""
+    kept = visual.clone()
+    for row, sample in zip(kept, samples):
+        if sample.record.kept is not None:
+            row.zero_()[sample.places] = sample.record.kept[0]
+        elif sample.record.pruned:
+            return None
+    return kept
 
 
 def _joined(parts: Sequence[torch.Tensor], axis: int | None) -> torch.Tensor:

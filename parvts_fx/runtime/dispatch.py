@@ -51,6 +51,23 @@ class Making:
     """Whether that is meant for prompts of any size from the first one on."""
 
 
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    """A compiled form of the rewritten graph."""
+
+    compiled: Compiled
+    tells_rows: bool
+    """Whether the rows that are left stand behind the graph's own results."""
+
+    def run(self, given: Sequence[Any], visual: torch.Tensor) -> tuple[Any, torch.Tensor | None]:
+        """What the graph returned as it came; [batch, seq] bool, the visual tokens that are left, where the graph tells."""
+        outputs = self.compiled(*given)
+        if not self.tells_rows:
+            return outputs, None
+        *results, rows = outputs
+        return type(outputs)(results), torch.zeros_like(visual).scatter(1, rows, True) & visual
+
+
 class Dispatch:
     """Runs the rewritten graph where it may be used for the prompt at hand, and the unrewritten one elsewhere.
 
@@ -81,7 +98,7 @@ class Dispatch:
 
         self._further: Compiled | None = None
         self._unrewritten: Compiled | None = None
-        self._by_count: dict[int | None, Compiled | None] = {}
+        self._by_count: dict[int | None, _Form | None] = {}
         """Compiled forms by the number of visual tokens; its key is None for the one that reads it off the sizes, and its
         value None for a number that could not be rewritten."""
 
@@ -93,7 +110,8 @@ class Dispatch:
     def _hold(self, done: Rewriting, lowered: Compiled | None = None) -> None:
         """Have a compiled form of the rewriting."""
         assert done.module is not None and done.merge is not None, "it has been rewritten"
-        self._by_count[None if done.precondition else done.merge.count] = lowered or self._compile(done.module)
+        self._by_count[None if done.precondition else done.merge.count] = _Form(
+            lowered or self._compile(done.module), done.tells_rows)
 
     def _compile(self, graph: GraphModule) -> Compiled:
         """As it is; for other sizes again."""
@@ -119,19 +137,19 @@ class Dispatch:
             if not reason:
                 return outputs
         if compiled is None or count is None:
-            current_call().tell_record(CallRecord(False, reason, size, visual=visual))
+            current_call().tell_record(CallRecord(False, reason, size, visual=visual, kept=visual))
             if reason != KEPT_ALL and (count is None or reason != self._refused.get(count)):
                 tell_unrewritten(reason, self._options.strict)
             return self._run_unrewritten(inputs)
-        outputs = compiled(*given)
-        current_call().tell_record(CallRecord(True, "", size, self._options.subject_count(count), visual))
+        outputs, kept = compiled.run(given, visual)
+        current_call().tell_record(CallRecord(True, "", size, self._options.subject_count(count), visual, kept))
         current_call().tell_pruning(self._dropped(count))
         note_short_caches(outputs, self._caches)
         return outputs
 
     def _choose(
         self, inputs: Sequence[object], given: Sequence[Any], visual: torch.Tensor, count: int | None
-    ) -> tuple[Compiled | None, str]:
+    ) -> tuple[_Form | None, str]:
         """The compiled form for the prompt at hand, or None and why there is none."""
         if count is not None and not any(map(self._dropped, visual.sum(1).tolist())):
             return None, KEPT_ALL
@@ -223,7 +241,7 @@ class Dispatch:
 
     def _compile_for(
         self, count: int, inputs: Sequence[object], handed_mask: torch.Tensor
-    ) -> tuple[Compiled | None, str]:
+    ) -> tuple[_Form | None, str]:
         """The compiled form for another number of visual tokens, or None and the reason."""
         if len(self._by_count) >= _MOST_COUNTS:
             return None, (f"the number of visual tokens depends on data here, and {_MOST_COUNTS} different numbers have "

@@ -29,6 +29,9 @@ class CallRecord:
     visual: torch.Tensor | None = dataclasses.field(default=None, repr=False, compare=False)
     """[batch, prompt_tokens] bool: where visual tokens stand; None where no graph has told."""
 
+    kept: torch.Tensor | None = dataclasses.field(default=None, repr=False, compare=False)
+    """The same: those of them that are left in the end, all of them where nothing was pruned."""
+
     @property
     def graph(self) -> str:
         """Which graph ran: "rewritten", or "unrewritten", the model as it is."""
