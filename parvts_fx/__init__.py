@@ -6,6 +6,7 @@
 from parvts_fx.api import compile, explain, override, uncompile
 from parvts_fx.errors import NotRewritten, ParvtsWarning, Refusal
 from parvts_fx.options import Options
+from parvts_fx.patches import show
 from parvts_fx.rewriting import rewrite
 from parvts_fx.runtime.record import CallRecord, last_call
 from parvts_fx.scores import register_rule
@@ -13,6 +14,6 @@ from parvts_fx.stages import Stage
 
 __all__ = [
     "CallRecord", "NotRewritten", "Options", "ParvtsWarning", "Refusal", "Stage", "compile", "explain", "last_call",
-    "override", "register_rule", "rewrite", "uncompile",
+    "override", "register_rule", "rewrite", "show", "uncompile",
 ]
 __version__ = "0.1.0"
