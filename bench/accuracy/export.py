@@ -1,4 +1,8 @@
-"""Ship a trained model: ``python -m bench.accuracy.export accuracy_out/seed0`` writes half-precision weights and a card."""
+"""Ship a trained model: ``python -m bench.accuracy.export accuracy_out/seed0`` writes half-precision weights and a card.
+
+Beside them it writes the processor's files, so that transformers' AutoProcessor and ``parvts-fx try`` load the folder by itself;
+without a trained folder it writes these alone.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from pathlib import Path
 import torch
 
 from bench.accuracy.examples import Examples, grade, sample_examples
-from bench.accuracy.model import build_tokenizer
+from bench.accuracy.model import build_processor, build_tokenizer
 from bench.accuracy.questions import SHARES
 from bench.accuracy.train import FACTS
 from bench.accuracy.ways import WEIGHTS, generate, load
@@ -27,6 +31,7 @@ width 128; 144 visual tokens a picture of 96 x 96 pixels. float16 safetensors; l
 What it is for: to measure what dropping visual tokens costs (`python -m bench.accuracy.evaluate`) and to show it
 (`python -m bench.demo`). It knows the synthetic pictures of `bench/accuracy/scenes.py`, the {words} words of
 `bench/accuracy/questions.py`, and nothing else. It was trained on generated pictures alone: no data of anyone's.
+The processor's files lie beside the weights.
 
 How it was trained: `python -m bench.accuracy.train --seed {seed}` with torch {torch}, {minutes:.0f} minutes of one core:
 {steps}. The vision tower first learned what each patch shows, as real towers
@@ -43,6 +48,7 @@ def write(trained: Path, target: Path) -> None:
     """Convert, measure, describe."""
     facts = json.loads((trained / FACTS).read_text())
     load(trained).half().save_pretrained(target)
+    write_processor(target)
     model = load(target)
     examples: Examples = sample_examples(PICTURES, SEED)
     right = grade(lambda batch: generate(model, batch), examples, 40).reshape(PICTURES, len(SHARES))
@@ -55,12 +61,20 @@ def write(trained: Path, target: Path) -> None:
         steps=", ".join(f"{count} steps of {name}" for name, count in facts["steps"].items())))
 
 
+def write_processor(target: Path) -> None:
+    """The tokenizer, how pictures are prepared, and the form of a prompt, as transformers reads them."""
+    build_processor().save_pretrained(target)
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.accuracy.export", description=__doc__)
-    parser.add_argument("trained", type=Path, help="folder that the training wrote")
+    parser = argparse.ArgumentParser(prog="python -m bench.accuracy.export", description=__doc__.splitlines()[0])
+    parser.add_argument("trained", type=Path, nargs="?", help="folder that the training wrote; without it the processor alone")
     parser.add_argument("--to", type=Path, default=WEIGHTS, help="folder for weights and card")
     options = parser.parse_args(arguments)
-    write(options.trained, options.to)
+    if options.trained is None:
+        write_processor(options.to)
+    else:
+        write(options.trained, options.to)
     print(f"Written: {options.to}")
     return 0
 

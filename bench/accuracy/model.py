@@ -12,6 +12,12 @@ from bench.accuracy.questions import BEGIN, END, IMAGE_TOKEN, PAD, UNKNOWN, voca
 from bench.accuracy.scenes import IMAGE, PATCH
 
 LAYERS, WIDTH, HEADS, MLP = 8, 128, 4, 352
+TEMPLATE = """{% for message in messages %}{% if message['role'] == 'user' %}USER:{% else %}ASSISTANT:{% endif %}\
+{% if message['content'] is string %} {{ message['content'] }} {% else %}{% for part in message['content'] %}\
+{% if part['type'] == 'image' %} <image>{% else %} {{ part['text'] }}{% endif %}{% endfor %} {% endif %}{% endfor %}\
+{% if add_generation_prompt %}ASSISTANT:{% endif %}"""
+"""What :func:`prompt` writes, for messages of which the first holds the picture and a question."""
+
 MEAN = STD = 0.5
 """How pixels in 0..1 are normalised, the same for each channel."""
 
@@ -52,7 +58,7 @@ def build_processor() -> transformers.LlavaProcessor:
         image_std=[STD] * 3)
     return transformers.LlavaProcessor(
         image_processor=images, tokenizer=build_tokenizer(), patch_size=PATCH, vision_feature_select_strategy="default",
-        num_additional_image_tokens=1, image_token=words[IMAGE_TOKEN])
+        num_additional_image_tokens=1, image_token=words[IMAGE_TOKEN], chat_template=TEMPLATE)
 
 
 def prompt(question: str) -> str:
