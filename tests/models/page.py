@@ -1,4 +1,4 @@
-"""Writes ``docs/supported-models.md`` from the matrix's findings."""
+"""Writes ``docs/supported-models.md`` from the matrix's findings, and what ``parvts-fx models`` prints of them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ import torch
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as NAMES
 
+from parvts_fx.command.listing import FILE
 from tests.models.generating import SCHEDULES
 from tests.models.matrix import TOLERANCE, Finding
 
 DOCS = Path(__file__).parents[2] / "docs"
 RESULTS, PAGE = DOCS / "supported-models.json", DOCS / "supported-models.md"
+LIST = DOCS.parent / "parvts_fx" / "command" / FILE
+"""Part of the package, where docs are not."""
 
 
 def load() -> dict[str, Finding]:
@@ -73,3 +76,11 @@ def write_page(found: dict[str, Finding]) -> None:
         lines.append(f"| {name} | {entry.verdict} | {errors} | {entry.trait} | {notes} |")
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text("\n".join(lines) + "\n")
+    write_list()
+
+
+def write_list() -> None:
+    """The short form of what :func:`save` has written."""
+    held = json.loads(RESULTS.read_text())
+    short = [{name: model[name] for name in ("name", "verdict", "trait", "reason")} for model in held["models"]]
+    LIST.write_text(json.dumps(held | {"models": short}, indent=1) + "\n")

@@ -1,0 +1,102 @@
+"""What ``parvts-fx try`` has found, and the one sentence that it comes to."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from parvts_fx.command.measuring import Flops, Side
+from parvts_fx.runtime.record import CallRecord
+
+_MATTERS = 1.05
+"""By how much the medians must differ to be called different."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One prompt, answered with all visual tokens and with few."""
+
+    settings: dict[str, Any]
+    pruned: bool
+    reason: str
+    """Why nothing was pruned; empty where something was."""
+
+    prompt_tokens: int
+    visual_tokens: int | None
+    """None where no graph has told."""
+
+    kept_tokens: int | None
+    flops: Flops | None
+    """None where no graph was rewritten in a single call."""
+
+    whole: Side
+    few: Side
+    patches: Path | None
+    plan: Path | None
+    """Pictures, where they could be drawn."""
+
+    notes: list[str]
+
+    @classmethod
+    def of(
+        cls, settings: dict[str, Any], ids: torch.Tensor, record: CallRecord, flops: Flops | None, sides: tuple[Side, Side],
+        patches: Path | None, plan: Path | None, notes: Sequence[str],
+    ) -> Result:
+        """Args: ``ids``, the prompt's [1, tokens]."""
+        count = sum(record.visual_tokens) if record.visual is not None else None
+        kept = sum(record.kept_tokens) if record.visual is not None else None
+        return cls(settings, record.pruned, record.reason, record.prompt_tokens or ids.shape[1], count, kept,
+                   flops if record.pruned else None, *sides, patches, plan, list(notes))
+
+    @property
+    def equal(self) -> bool:
+        """Whether both answers have the same tokens."""
+        return self.whole.tokens == self.few.tokens
+
+    @property
+    def first_token_ratio(self) -> float:
+        """How many times sooner the first token is there."""
+        return self.whole.first_token.median / self.few.first_token.median
+
+    @property
+    def step_ratio(self) -> float | None:
+        if self.whole.step is None or self.few.step is None:
+            return None
+        return self.whole.step.median / self.few.step.median
+
+    @property
+    def verdict(self) -> str:
+        """Whether it pays here, in one sentence."""
+        if not self.pruned:
+            return f"Nothing was pruned, so there is nothing to gain here: {self.reason.splitlines()[0]}."
+        times = f"the first token comes {_times(self.first_token_ratio)}"
+        if self.flops is not None:
+            times += f" (FLOPs allow {self.flops.allow:.2f}x)"
+        if self.step_ratio is not None and not 1 / _MATTERS <= self.step_ratio <= _MATTERS:
+            times += f", each further one {_times(self.step_ratio)}"
+        same = "and the answer is the same" if self.equal else "but the answer is another one: judge it, or keep more tokens"
+        if self.first_token_ratio < _MATTERS:
+            return f"It does not pay here: {times}, {same}."
+        return f"It pays here: {times}, {same}." if self.equal else f"It is quicker here: {times}, {same}."
+
+    def as_json(self) -> dict[str, Any]:
+        """Numbers, lists and text alone."""
+        flops = None if self.flops is None else dataclasses.asdict(self.flops) | {"allow": self.flops.allow}
+        return {
+            **self.settings, "pruned": self.pruned, "reason": self.reason, "prompt_tokens": self.prompt_tokens,
+            "visual_tokens": self.visual_tokens, "kept_tokens": self.kept_tokens, "flops": flops,
+            "all": dataclasses.asdict(self.whole), "few": dataclasses.asdict(self.few), "answers_equal": self.equal,
+            "first_token_ratio": self.first_token_ratio, "step_ratio": self.step_ratio,
+            "pictures": [str(path) for path in (self.patches, self.plan) if path is not None], "notes": self.notes,
+            "verdict": self.verdict,
+        }
+
+
+def _times(ratio: float) -> str:
+    if ratio >= 1:
+        return f"{ratio:.2f}x sooner"
+    return f"{1 / ratio:.2f}x later"
