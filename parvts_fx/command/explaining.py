@@ -8,6 +8,7 @@ from rich.console import Console
 
 import parvts_fx
 from parvts_fx.command.errors import BadInput, because
+from parvts_fx.command.measuring import prefill_of
 from parvts_fx.command.preparing import prepare, pruning
 from parvts_fx.command.progress import progress
 
@@ -24,7 +25,7 @@ def run(given: argparse.Namespace) -> int:
         prepared = prepare(given)
         advance("trace a call")
         with because("the model does not take this prompt"):
-            report = parvts_fx.explain(prepared.model, options=options, **prepared.prefill_inputs)
+            report = parvts_fx.explain(prepared.model, options=options, **prefill_of(prepared.model, prepared.inputs))
     console = Console()
     console.print(report)
     if given.plan is not None:

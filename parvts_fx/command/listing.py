@@ -47,5 +47,6 @@ def run(given: argparse.Namespace) -> int:
     console.print(table)
     counts = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common())
     versions = f"transformers {held['transformers']} and torch {held['torch']}"
-    console.print(Text(f"{len(held['models'])} examined with {versions}: {counts}. Models outside this list work the same way: what is looked for is data flow, not a name."))
+    console.print(Text(f"{len(held['models'])} examined with {versions}: {counts}. Models outside this list work the same way: "
+                       "what is looked for is data flow, not a name."))
     return 0

@@ -177,19 +177,42 @@ def _synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
+class _Reached(Exception):
+    """The model is about to be called."""
+
+
+def prefill_of(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """What ``generate`` calls the model with for its first token: features that it has computed in front of it, positions, an
+    empty cache. The inputs themselves where it calls a part of the model."""
+    found: list[dict[str, Any]] = []
+
+    def keep(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not args:
+            found.append(kwargs)
+        raise _Reached
+
+    handle = model.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        with because("the model cannot answer this prompt"):
+            model.generate(**inputs, **_greedy(1))
+    except BadInput as error:
+        if not isinstance(error.__cause__, _Reached):
+            raise
+    finally:
+        handle.remove()
+    return found[0] if found else inputs
+
+
 def count_flops(model: Any, inputs: dict[str, Any], report: Report | None) -> Flops | None:
-    """FLOPs of the eager model's call up to the next token's logits, and how many of them pruning leaves.
+    """FLOPs of the eager model up to its first token, and how many of them pruning leaves; None where no graph was rewritten.
 
     Args:
-        inputs: those that the report is of.
-
-    Returns:
-        None where no graph was rewritten.
+        report: of the call that ``generate`` begins with.
     """
     found = report.prefill if report is not None else None
     if found is None or not found.flops_before or not found.flops_after:
         return None
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it does not know the CPU's attention
-        model(**inputs)
+        model.generate(**inputs, **_greedy(1))
     total = counter.get_total_flops()
     return Flops(total, total - found.flops_before + found.flops_after)

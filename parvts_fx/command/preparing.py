@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,6 @@ class Prepared:
 
     pictures: list[Any]
     """As they were read, PIL images; a video's frames are not among them."""
-
-    @property
-    def prefill_inputs(self) -> dict[str, Any]:
-        """What the model itself takes where ``generate`` wants the next token alone."""
-        takes = inspect.signature(self.model.forward).parameters
-        return self.inputs | ({"logits_to_keep": 1} if "logits_to_keep" in takes else {})
 
     def text_of(self, ids: torch.Tensor) -> str:
         """Generated ids [tokens] as text."""

@@ -41,7 +41,7 @@ def run(given: argparse.Namespace) -> int:
         prepared = prepare(given)
         advance("trace a call")
         report, why_none = _explained(prepared, options)
-        flops = measuring.count_flops(prepared.model, prepared.prefill_inputs, report)
+        flops = measuring.count_flops(prepared.model, prepared.inputs, report)
         whole, pruned = measuring.twin_of(prepared.model), prepared.model
         measuring.compile_plainly(whole, given.lowering)
         parvts_fx.compile(pruned, lowering=given.lowering, linear_kernels=given.linear_kernels, **options)
@@ -61,8 +61,9 @@ def run(given: argparse.Namespace) -> int:
 
 def _explained(prepared: Prepared, options: dict[str, Any]) -> tuple[Report | None, str]:
     """What pruning does to a call, or why that cannot be told: some models' ``generate`` does what no call of theirs does."""
+    inputs = measuring.prefill_of(prepared.model, prepared.inputs)
     try:
-        return parvts_fx.explain(prepared.model, options=options, **prepared.prefill_inputs), ""
+        return parvts_fx.explain(prepared.model, options=options, **inputs), ""
     except (ValueError, RuntimeError, TypeError, LookupError) as error:
         if str(error).startswith("parvts_fx: option"):
             raise
