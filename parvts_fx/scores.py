@@ -160,7 +160,7 @@ def placed(hidden: torch.Tensor, visual: torch.Tensor, places: torch.Tensor) -> 
     """
     picture, known = places[..., 0], places[..., 1] >= 0
     apart = places[..., None, 1:] - places[..., None, :, 1:]
-    side = places[..., 1].amax(1, keepdim=True)[..., None].float() + 1
+    side = places[..., 1].amax(1, keepdim=True).clamp(min=0)[..., None].float() + 1  # no grid at all must not be 0 / 0
     near = torch.exp(-(apart.float() ** 2).sum(-1) / (2 * (side / 4) ** 2))
     further = 0.3 * (1 - torch.where(picture[:, :, None] == picture[:, None], near, 0.0)) * (known[:, :, None] & known[:, None])
     centred = _centred(hidden, visual)

@@ -156,6 +156,16 @@ def test_attended_needs_a_tower_in_the_graph(model):
         pooled.model(**pooled.inputs)
 
 
+@pytest.mark.parametrize("runs", [(6,), (6, 8), (2, 3, 5)])
+def test_placed_is_balanced_where_no_picture_is_a_square(runs):
+    """Their grids are not known: nothing is added to distances, and no score is lost on the way."""
+    visual = torch.cat([torch.tensor([False] + [True] * run) for run in runs])[None]
+    hidden = torch.randn(1, visual.shape[1], 12, generator=torch.Generator().manual_seed(3))
+    found = scores.placed(hidden, visual, scores.places_of(visual))[visual]
+    torch.testing.assert_close(found, scores.balanced(hidden, visual)[visual])
+    assert found.isfinite().all() and len(set(found.tolist())) > 1
+
+
 def test_norm():
     hidden, visual = drawn()
     torch.testing.assert_close(scores.norm(hidden, visual), hidden.pow(2).sum(-1).sqrt())
