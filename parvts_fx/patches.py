@@ -58,7 +58,8 @@ def draw_patches(pictures: Sequence[Any], kept: Sequence[torch.Tensor], path: st
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('parvts_fx: pictures need matplotlib: pip install "parvts_fx[demo]"') from error
-    figure = Figure(figsize=(4.2 * len(pictures), 8.6), layout="constrained")
+    tallest = max(pixels.shape[0] / pixels.shape[1] for pixels in pictures)
+    figure = Figure(figsize=(4.2 * len(pictures), min(24.0, 8.0 * tallest + 0.8)), layout="constrained")
     axes = figure.subplots(2, len(pictures), squeeze=False)
     for column, (pixels, patches) in enumerate(zip(pictures, kept, strict=True)):
         axes[0, column].imshow(pixels)
@@ -171,6 +172,6 @@ def _why_none(runs: Sequence[int], number: int, pictures: int, height: int, widt
     counts = f"{runs[0]} visual tokens" if len(runs) == 1 else f"runs of {', '.join(map(str, runs[:4]))}" + (
         " ..." if len(runs) > 4 else "") + " visual tokens"
     remedy = (" (they would be a square: give the picture as the processor cuts or stretches it)"
-              if runs[0] > 1 and grid_of(runs[0], 1, 1) else
+              if runs[0] > 1 and len(runs) == pictures - number + 1 and grid_of(runs[0], 1, 1) else
               " (tiles, features that end rows, and learned queries have no place on a grid)")
     return f"parvts_fx.show: {counts} are no grid of the shape of {which}, {height} x {width}{remedy}"

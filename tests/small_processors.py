@@ -54,7 +54,7 @@ def _gemma3() -> Any:
     images = hf.Gemma3ImageProcessor(size={"height": 16, "width": 16})
     words = tokenizer({"<patch>": IMAGE, "<begin>": START, "<end>": END}, image_token="<patch>", boi_token="<begin>",
                       eoi_token="<end>")
-    return hf.Gemma3Processor(images, words, chat_template=CHAT.replace("PLACE", "<begin>"), image_seq_length=4)
+    return hf.Gemma3Processor(images, words, chat_template=CHAT.replace("PLACE", "<begin>"), image_seq_length=16)
 
 
 def _idefics3() -> Any:
