@@ -107,17 +107,17 @@ def kept_patches(visual: torch.Tensor, kept: torch.Tensor, sizes: Sequence[Seque
     left = [kept[row, run.start:run.stop].cpu() for row in range(len(visual)) for run in _runs(visual[row].tolist())]
     if len(left) < len(sizes):
         left = _parted(left, sizes)
-    grids = list[torch.Tensor]()
+    grids, by_rows = list[torch.Tensor](), len(left) > len(sizes)
     for number, (height, width) in enumerate(sizes, 1):
-        grid = _first_grid(left, height, width)
+        grid = _first_grid(left, height, width, by_rows)
         if grid is None:
             raise ValueError(_why_none([len(run) for run in left], number, len(sizes), height, width))
         taken, shape = grid
         grids.append(torch.cat(left[:taken]).view(shape))
         left = left[taken:]
     if left:
-        raise ValueError(f"parvts_fx.show: {sum(map(len, left))} visual tokens are left over behind the {len(sizes)} pictures "
-                         "given: give all pictures of the prompt, in order; tiles of a picture cannot be drawn")
+        raise ValueError(f"parvts_fx.show: {sum(map(len, left))} visual tokens are left over behind the pictures given "
+                         f"({len(sizes)}): give all pictures of the prompt, in order; tiles of a picture cannot be drawn")
     return grids
 
 
@@ -138,17 +138,17 @@ def _parted(runs: Sequence[torch.Tensor], sizes: Sequence[Sequence[int]]) -> lis
     return [part for run in runs for part in run.split(total // count)]
 
 
-def _first_grid(runs: Sequence[torch.Tensor], height: int, width: int) -> tuple[int, tuple[int, int]] | None:
+def _first_grid(runs: Sequence[torch.Tensor], height: int, width: int, by_rows: bool) -> tuple[int, tuple[int, int]] | None:
     """How many of the first runs hold a picture of this size, and its rows and columns: one run, or one for each row."""
     if not runs:
         return None
-    shape = grid_of(len(runs[0]), height, width)
-    if shape is not None:
-        return 1, shape
     columns = len(runs[0])
+    if not by_rows:
+        shape = grid_of(columns, height, width)
+        return None if shape is None else (1, shape)
     alike = len(list(itertools.takewhile(lambda run: len(run) == columns, runs)))
-    rows = [count for count in range(2, alike + 1) if (count, columns) == grid_of(count * columns, height, width)]
-    return (rows[0], (rows[0], columns)) if rows and columns > 1 else None
+    rows = [count for count in range(2, alike + 1) if columns > 1 and (count, columns) == grid_of(count * columns, height, width)]
+    return (rows[-1], (rows[-1], columns)) if rows else None
 
 
 def grid_of(tokens: int, height: int, width: int) -> tuple[int, int] | None:

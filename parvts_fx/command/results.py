@@ -30,6 +30,9 @@ class Result:
     """None where no graph has told."""
 
     kept_tokens: int | None
+    kept: list[int] | None
+    """Places in the prompt of the visual tokens that are left; None where no graph has told."""
+
     flops: Flops | None
     """None where no graph was rewritten in a single call."""
 
@@ -49,7 +52,8 @@ class Result:
         """Args: ``ids``, the prompt's [1, tokens]."""
         count = sum(record.visual_tokens) if record.visual is not None else None
         kept = sum(record.kept_tokens) if record.visual is not None else None
-        return cls(settings, record.pruned, record.reason, record.prompt_tokens or ids.shape[1], count, kept,
+        places = None if record.kept is None else record.kept[0].nonzero()[:, 0].tolist()
+        return cls(settings, record.pruned, record.reason, record.prompt_tokens or ids.shape[1], count, kept, places,
                    flops if record.pruned else None, *sides, patches, plan, list(notes))
 
     @property
@@ -88,7 +92,7 @@ class Result:
         flops = None if self.flops is None else dataclasses.asdict(self.flops) | {"allow": self.flops.allow}
         return {
             **self.settings, "pruned": self.pruned, "reason": self.reason, "prompt_tokens": self.prompt_tokens,
-            "visual_tokens": self.visual_tokens, "kept_tokens": self.kept_tokens, "flops": flops,
+            "visual_tokens": self.visual_tokens, "kept_tokens": self.kept_tokens, "kept": self.kept, "flops": flops,
             "all": dataclasses.asdict(self.whole), "few": dataclasses.asdict(self.few), "answers_equal": self.equal,
             "first_token_ratio": self.first_token_ratio, "step_ratio": self.step_ratio,
             "pictures": [str(path) for path in (self.patches, self.plan) if path is not None], "notes": self.notes,
