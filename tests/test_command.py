@@ -27,7 +27,9 @@ from bench.accuracy.ways import WEIGHTS, generate
 from bench.accuracy.ways import load as load_trained
 from bench.answers import words
 from parvts_fx.command import listing, main, prompts, visuals
+from parvts_fx.command.measuring import Flops, Side, Spread
 from parvts_fx.command.preparing import load
+from parvts_fx.command.results import Result
 from parvts_fx.runtime.record import KEPT_ALL
 from tests.models.page import PAGE
 from tests.models.page import load as load_findings
@@ -121,8 +123,29 @@ def test_the_trained_models_processor_writes_what_the_evaluation_lays_out(scene:
         assert torch.equal(by_hand["input_ids"], batch["input_ids"])
 
 
-SMALL = {  # pictures, visual tokens, whether they can be drawn
-    "llava": (2, 32, True), "paddleocr_vl": (1, 8, True), "gemma3": (1, 16, True), "idefics3": (1, 48, False)}
+@pytest.mark.parametrize("first, step, tokens, words", [
+    (((3.0, 2.9, 3.1), (1.5, 1.4, 1.6)), ((1.0, 0.9, 1.1), (1.0, 0.9, 1.1)), [5],
+     "It pays here: the first token comes 2.00x sooner (FLOPs allow 4.00x), and the answer is the same."),
+    (((3.0, 2.9, 3.1), (1.5, 1.4, 1.6)), ((1.0, 0.9, 1.1), (2.0, 1.9, 2.1)), [6],
+     "It is quicker here: the first token comes 2.00x sooner (FLOPs allow 4.00x), each further one 2.00x later, but the answer is "
+     "another one: judge it, or keep more tokens."),
+    (((3.0, 2.9, 3.1), (3.0, 2.9, 3.1)), None, [5],
+     "It does not pay here: the first token comes 1.00x sooner (FLOPs allow 4.00x), and the answer is the same."),
+    (((3.0, 2.0, 9.0), (2.5, 1.0, 3.2)), None, [5],
+     "Whether it pays cannot be told here: the first token comes 1.20x sooner (FLOPs allow 4.00x), which is within the scatter of "
+     "the calls, and the answer is the same.")])
+def test_the_sentence(first: Any, step: Any, tokens: list[int], words: str) -> None:
+    """By medians that differ by more than they scatter; wide scatter is noted."""
+    spreads = [[Spread(*one) for one in pair] if pair else [None, None] for pair in (first, step)]
+    sides = [Side("", ids, spreads[0][side], spreads[1][side], None) for side, ids in enumerate(([5], tokens))]
+    record = parvts_fx.CallRecord(True, visual=torch.ones(1, 4).bool(), subject_tokens=2)
+    result = Result.of({}, torch.zeros(1, 6), record, Flops(8, 2), (sides[0], sides[1]), None, None, [])
+    assert result.verdict == words and (result.visual_tokens, result.kept_tokens, result.kept) == (4, 2, None)
+    assert bool(result.notes) == (first[0][2] == 9.0)
+
+
+SMALL = {  # pictures, visual tokens, whether they can be drawn, tokens of the answer
+    "llava": (1, 16, True, 3), "paddleocr_vl": (2, 16, True, 1), "gemma3": (1, 16, True, 1), "idefics3": (1, 48, False, 1)}
 
 
 @pytest.mark.supports("Command", "parvts-fx try: prompts by the processor of llava (no chat template), paddleocr_vl, gemma3, "
@@ -130,20 +153,20 @@ SMALL = {  # pictures, visual tokens, whether they can be drawn
 @pytest.mark.parametrize("name", SMALL)
 def test_small_models(capsys: Any, tmp_path: Path, wide: Path, name: str) -> None:
     """Random weights, four families; the answers are those of direct calls with inputs from the processor itself."""
-    count, visual, is_drawn = SMALL[name]
+    count, visual, is_drawn, tokens = SMALL[name]
     folder = save(name, tmp_path / name)
-    found = tried(capsys, tmp_path, folder, *["--image", wide] * count, "--prompt", "w7 w8 w9", "--new-tokens", 3,
+    found = tried(capsys, tmp_path, folder, *["--image", wide] * count, "--prompt", "w7 w8 w9", "--new-tokens", tokens,
                   "--keep-ratio", "1/4", "--migration-depth", 1)
     model, processor = load(str(folder), torch.device("cpu"), None, False)
     pictures = [Image.open(wide)] * count
-    place = {"llava": "<image>\n<image>\n", "paddleocr_vl": "user <begin><image><end> ", "gemma3": "user <begin> ",
+    place = {"llava": "<image>\n", "paddleocr_vl": "user <begin><image><end> <begin><image><end> ", "gemma3": "user <begin> ",
              "idefics3": "user <image> "}[name]
     inputs = processor(text=[place + ("w7 w8 w9" if name == "llava" else "w7 w8 w9 answer")], images=[pictures],
                        return_tensors="pt")
     size = inputs["input_ids"].shape[1]
-    whole = model.generate(**inputs, max_new_tokens=3, do_sample=False)[0, size:]
+    whole = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)[0, size:]
     parvts_fx.compile(model, lowering="eager", keep_ratio=1 / 4, migration_depth=1, strict=True)
-    few = model.generate(**inputs, max_new_tokens=3, do_sample=False)[0, size:]
+    few = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)[0, size:]
     record = parvts_fx.last_call(model)
     assert (found["all"]["tokens"], found["few"]["tokens"]) == (whole.tolist(), few.tolist())
     assert (found["visual_tokens"], found["kept_tokens"]) == (visual, visual // 4) == (*record.visual_tokens, *record.kept_tokens)
@@ -155,7 +178,7 @@ def test_small_models(capsys: Any, tmp_path: Path, wide: Path, name: str) -> Non
 def test_the_reason_where_nothing_is_pruned(capsys: Any, tmp_path: Path, wide: Path) -> None:
     """That of the model's record, in the one sentence: where all is kept, and where pictures enter by cross-attention."""
     folder = save("llava", tmp_path / "llava")
-    arguments = "--image", wide, "--prompt", "w7 w8 w9", "--new-tokens", 2
+    arguments = "--image", wide, "--prompt", "w7 w8 w9", "--new-tokens", 1
     found = tried(capsys, tmp_path, folder, *arguments, "--keep-tokens", 16)
     assert not found["pruned"] and found["reason"] == KEPT_ALL and KEPT_ALL in found["verdict"] and found["flops"] is None
     assert found["answers_equal"] and found["pictures"] == []
@@ -197,7 +220,7 @@ def test_the_page(capsys: Any, tmp_path: Path, square: Path) -> None:
     page, kept = tmp_path / "page.html", tmp_path / "found.json"
     code, out, error = run(
         capsys, "try", WEIGHTS, "--image", square, "--prompt", "what <b> & colour", "--lowering", "eager", "--repeats", 1,
-        "--new-tokens", 3, "--out", tmp_path / "out", "--html", page, "--json", kept)
+        "--new-tokens", 1, "--out", tmp_path / "out", "--html", page, "--json", kept)
     assert (code, error) == (0, "") and str(page) in out and "visual tokens" in out
     found, read = json.loads(kept.read_text()), Page()
     read.feed(page.read_text())

@@ -36,6 +36,10 @@ class Spread:
     def of(cls, values: Sequence[float]) -> Spread | None:
         return cls(statistics.median(values), min(values), max(values)) if values else None
 
+    def is_within(self, other: Spread) -> bool:
+        """Whether the median is one of the times that the other took."""
+        return other.least <= self.median <= other.most
+
 
 @dataclasses.dataclass(frozen=True)
 class Side:

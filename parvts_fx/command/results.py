@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 
-from parvts_fx.command.measuring import Flops, Side
+from parvts_fx.command.measuring import Flops, Side, Spread
 from parvts_fx.runtime.record import CallRecord
 
 _MATTERS = 1.05
 """By how much the medians must differ to be called different."""
+
+_SCATTERS = 1.5
+"""How many times the fastest call the slowest must take to be told."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +55,8 @@ class Result:
         """Args: ``ids``, the prompt's [1, tokens]."""
         count = sum(record.visual_tokens) if record.visual is not None else None
         kept = sum(record.kept_tokens) if record.visual is not None else None
+        if any(side.first_token.most > _SCATTERS * side.first_token.least for side in sides):
+            notes = [*notes, "the times scatter widely: other work on this machine may disturb them (try --repeats 15)"]
         places = None if record.kept is None else record.kept[0].nonzero()[:, 0].tolist()
         return cls(settings, record.pruned, record.reason, record.prompt_tokens or ids.shape[1], count, kept, places,
                    flops if record.pruned else None, *sides, patches, plan, list(notes))
@@ -80,11 +85,13 @@ class Result:
         times = f"the first token comes {_times(self.first_token_ratio)}"
         if self.flops is not None:
             times += f" (FLOPs allow {self.flops.allow:.2f}x)"
-        if self.step_ratio is not None and not 1 / _MATTERS <= self.step_ratio <= _MATTERS:
+        if self.step_ratio is not None and self.whole.step and self.few.step and _differ(self.whole.step, self.few.step):
             times += f", each further one {_times(self.step_ratio)}"
         same = "and the answer is the same" if self.equal else "but the answer is another one: judge it, or keep more tokens"
         if self.first_token_ratio < _MATTERS:
             return f"It does not pay here: {times}, {same}."
+        if not _differ(self.whole.first_token, self.few.first_token):
+            return f"Whether it pays cannot be told here: {times}, which is within the scatter of the calls, {same}."
         return f"It pays here: {times}, {same}." if self.equal else f"It is quicker here: {times}, {same}."
 
     def as_json(self) -> dict[str, Any]:
@@ -98,6 +105,12 @@ class Result:
             "pictures": [str(path) for path in (self.patches, self.plan) if path is not None], "notes": self.notes,
             "verdict": self.verdict,
         }
+
+
+def _differ(one: Spread, other: Spread) -> bool:
+    """Whether two medians are further apart than both matters and scatters."""
+    ratio = one.median / other.median
+    return not 1 / _MATTERS <= ratio <= _MATTERS and not one.is_within(other) and not other.is_within(one)
 
 
 def _times(ratio: float) -> str:
