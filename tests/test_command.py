@@ -127,13 +127,13 @@ def test_the_trained_models_processor_writes_what_the_evaluation_lays_out(scene:
     (((3.0, 2.9, 3.1), (1.5, 1.4, 1.6)), ((1.0, 0.9, 1.1), (1.0, 0.9, 1.1)), [5],
      "It pays here: the first token comes 2.00x sooner (FLOPs allow 4.00x), and the answer is the same."),
     (((3.0, 2.9, 3.1), (1.5, 1.4, 1.6)), ((1.0, 0.9, 1.1), (2.0, 1.9, 2.1)), [6],
-     "It is quicker here: the first token comes 2.00x sooner (FLOPs allow 4.00x), each further one 2.00x later, but the answer is "
-     "another one: judge it, or keep more tokens."),
+     "It is quicker here: the first token comes 2.00x sooner (FLOPs allow 4.00x), each further one 2.00x later, but the answer "
+     "is another one: judge it, or keep more tokens."),
     (((3.0, 2.9, 3.1), (3.0, 2.9, 3.1)), None, [5],
      "It does not pay here: the first token comes 1.00x sooner (FLOPs allow 4.00x), and the answer is the same."),
     (((3.0, 2.0, 9.0), (2.5, 1.0, 3.2)), None, [5],
-     "Whether it pays cannot be told here: the first token comes 1.20x sooner (FLOPs allow 4.00x), which is within the scatter of "
-     "the calls, and the answer is the same.")])
+     "Whether it pays cannot be told here: the first token comes 1.20x sooner (FLOPs allow 4.00x), which is within the scatter "
+     "of the calls, and the answer is the same.")])
 def test_the_sentence(first: Any, step: Any, tokens: list[int], words: str) -> None:
     """By medians that differ by more than they scatter; wide scatter is noted."""
     spreads = [[Spread(*one) for one in pair] if pair else [None, None] for pair in (first, step)]
