@@ -84,7 +84,8 @@ def _with_forms(
 ) -> Callable[..., Any]:
     """A module's compiled call, which follows what is overridden for the model."""
     watched = watched_call(call, options, module, on_call, disabled=bool(arguments.get("disable")))
-    return Forms(model, watched, functools.partial(_form, module, on_call, arguments))
+    part = None if module is model else uncompiled_call(module)
+    return Forms(model, part, watched, functools.partial(_form, module, on_call, arguments))
 
 
 def _form(module: torch.nn.Module, on_call: OnCall | None, arguments: Mapping[str, Any], options: Options) -> Callable[..., Any]:

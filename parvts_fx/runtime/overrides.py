@@ -48,17 +48,21 @@ class Forms:
 
     Args:
         owner: the model that was compiled; a part of it follows.
+        part: how that part runs as it is, where Dynamo captures it as a piece of something else; None for the model itself.
         call: the form for the options that it was compiled with.
         make: compiles one for others.
     """
 
-    def __init__(self, owner: torch.nn.Module, call: Callable[..., Any], make: Callable[[Options], Callable[..., Any]]):
-        self._owner, self._call, self._make = owner, call, make
+    def __init__(self, owner: torch.nn.Module, part: Callable[..., Any] | None, call: Callable[..., Any],
+                 make: Callable[[Options], Callable[..., Any]]):
+        self._owner, self._part, self._call, self._make = owner, part, call, make
         self._others: list[tuple[Options, Callable[..., Any]]] = []
         self._lock = threading.Lock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
+            if self._part is not None:
+                return self._part(*args, **kwargs)
             return _inside_another(self._owner, self, args, kwargs)
         options = next((options for model, options in reversed(_OVERRIDES.get()) if model is self._owner), None)
         return (self._call if options is None else self._form(options))(*args, **kwargs)
