@@ -98,6 +98,18 @@ tree_leaves = _find("torch.utils._pytree", "tree_leaves")
 """The tensors in nested arguments and outputs. Without it a call of ``parvts_fx.compile``'s model raises."""
 
 
+if TYPE_CHECKING:
+    from torch.utils._python_dispatch import TorchDispatchMode
+else:
+    TorchDispatchMode = _find("torch.utils._python_dispatch", "TorchDispatchMode", object)
+    """Without it, models that are spread over processes talk to each other in proofs."""
+
+
+def process_group(name: str) -> Any:
+    """The group of processes that collective operations name so."""
+    return _get("torch.distributed.distributed_c10d", "_resolve_process_group")(name)
+
+
 def memory_of(tensor: torch.Tensor) -> int:
     """Equal for tensors that share memory, fake ones too. No public name tells: fake memory has no address."""
     return tensor.untyped_storage()._cdata

@@ -15,6 +15,7 @@ from parvts_fx.analysis.samples import samples_of, stream_axis
 from parvts_fx.analysis.tower import trace_attended
 from parvts_fx.analysis.values import value
 from parvts_fx.errors import Refusal
+from parvts_fx.passes.agree import agreed
 from parvts_fx.passes.attend import attention_weights
 from parvts_fx.passes.clusters import choose_clusters, note_sizes
 from parvts_fx.passes.insert_partition import partition
@@ -41,6 +42,7 @@ def choose(emitter: Emitter, choice: Choice) -> None:
     else:
         places = _places(emitter, here) if reads_places(stage.stage.rule) else None
         scores = trace_rule(emitter, stage, hidden, visual, attention, places)
+    scores = agreed(emitter, scores)
     merged, features = _sizes(emitter)
     count, before = emitter.decoder.merge.count, [placed.stage for placed in emitter.plan.stages[:stage.number]]
 

@@ -29,6 +29,7 @@ from parvts_fx.analysis.calls import fused_arguments, is_softmax
 from parvts_fx.analysis.samples import Samples, along, samples_of, stream_axis
 from parvts_fx.analysis.values import leaves, value, with_leaves
 from parvts_fx.errors import Refusal
+from parvts_fx.passes.agree import agreed
 from parvts_fx.passes.rows import live
 
 if TYPE_CHECKING:
@@ -125,7 +126,9 @@ def choose_clusters(emitter: Emitter, merging: Merging, hidden: Node, visual: No
         return clusters(hidden, visual, kept, places[..., 0], known, count, subjects)
 
     given = [hidden, visual, parts["subject"], places, parts["text"], *([] if sizes is None else [sizes])]
-    emitter.clusters[number] = editor.inline(assign, *given)
+    emitter.clusters[number] = {
+        name: agreed(emitter, held) if value(held).is_floating_point() else held
+        for name, held in editor.inline(assign, *given).items()}
 
 
 def note_sizes(emitter: Emitter, number: int) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch.fx import Node
 
 from parvts_fx.analysis.commuting import Layout, Together, outputs_of
-from parvts_fx.analysis.small_runs import NOISES, SAMPLES, TOKENS, Extent, SmallRuns, Unproven, is_part_of_tuple, really
+from parvts_fx.analysis.small_runs import NOISES, SAMPLES, TOKENS, Extent, SmallRuns, Unproven, is_part_of_tuple, is_plain, really
 from parvts_fx.analysis.values import changed_in_place, is_index, is_tensor, leaves, value
 
 _TOGETHER = 96
@@ -110,7 +110,9 @@ class _Search:
         if not reads_open and is_part_of_tuple(node):
             self.layouts[node] = self.parts.get(node.args[0], {}).get(node.args[1], {})
             return False
-        if self._closes(node) if reads_open else self._alone(node):
+        # no noise can stand for a tensor that is spread over processes: it is run together with what reads it
+        stands = not isinstance(example, torch.Tensor) or is_plain(example)
+        if stands and (self._closes(node) if reads_open else self._alone(node)):
             return False
         if written is not None and reads_open:
             return True

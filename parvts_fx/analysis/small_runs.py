@@ -19,6 +19,7 @@ import sympy
 import torch
 from torch.fx import GraphModule, Node
 
+from parvts_fx.analysis.collectives import without_others
 from parvts_fx.analysis.tokens import AtMost, AxisLabels, Count, Filling, TokenMap
 from parvts_fx.analysis.values import ancestors, call, hint, hint_shape, is_index, is_tensor, leaves, symbols, value, with_leaves
 from parvts_fx.torch_private import FakeTensor, disable_current_modes, expression, traced_numbers
@@ -31,6 +32,7 @@ integers that are all 0, for axes of one entry."""
 _LARGE, _LARGEST, _SMALL = 1 << 18, 1 << 29, 32
 _BUFFER = 1 << 20
 _HALVES = (torch.float16, torch.bfloat16)
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 _PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor)
 
 
@@ -97,7 +99,7 @@ def _coins() -> torch.Tensor:
 @contextlib.contextmanager
 def really() -> Iterator[None]:
     """Real tensors, no gradients, and torch's random state as it was."""
-    with disable_current_modes(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with disable_current_modes(), torch.no_grad(), torch.random.fork_rng(devices=[]), without_others():
         yield
 
 
@@ -162,8 +164,10 @@ class SmallRuns:
             for axis, size in enumerate(shape))
 
     def number(self, reader: Node, index: int, leaf: Any, scale: Scale) -> Any:
-        """An integer leaf for so many tokens and samples."""
+        """An integer leaf for so many tokens and samples; an object that is no number (a mesh of devices) as it is."""
         own = value(leaf) if isinstance(leaf, Node) else leaf
+        if isinstance(leaf, Node) and leaf.op == "placeholder" and not isinstance(own, _NUMBERS):
+            return real_object(own)
         if isinstance(own, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             follows = isinstance(own, torch.SymFloat) and leaf not in self.tokens.probed
             own = self.scalar(leaf, scale.tokens) if follows else hint(own)
@@ -281,12 +285,20 @@ class SmallRuns:
 
     def given(self, node: Node) -> torch.Tensor | None:
         """The real tensor behind a placeholder that is no plain tensor (a quantised weight)."""
-        if type(value(node)) in _PLAIN:
+        if is_plain(value(node)):
             return None
         real = self._given.get(node)
         if not isinstance(real, torch.Tensor) or isinstance(real, FakeTensor):
             raise Unproven(f"a tensor of the subclass {type(value(node)).__name__} is not at hand")
         return real.to("cpu")
+
+
+def real_object(held: Any) -> Any:
+    """What a graph's input that is neither tensor nor number stands for."""
+    real = getattr(held, "real_obj", None)
+    if real is None:
+        raise Unproven(f"an object of the class {type(held).__name__} is not at hand")
+    return real
 
 
 def shrunk(shapes: list[tuple[int, ...]], numbers: list[int]) -> dict[int, int]:
@@ -316,6 +328,11 @@ def local_argument(leaf: Any, scale: Scale | None) -> Any:
     if isinstance(leaf, torch.dtype) and scale is not None:
         return scale.dtype(leaf)
     return leaf
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is no subclass of somebody's, whose content noise cannot stand for."""
+    return type(tensor) in _PLAIN
 
 
 def is_part_of_tuple(node: Node) -> bool:

@@ -1,0 +1,24 @@
+"""What must be alike in all processes over which a model is spread."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.fx import Node
+
+from parvts_fx.analysis.collectives import groups_of
+
+if TYPE_CHECKING:
+    from parvts_fx.passes.emit import Emitter
+
+
+def agreed(emitter: Emitter, decides: Node) -> Node:
+    """What the first process of each group has come to, of numbers that decide which rows are left and what they take over.
+
+    Every process computes them from the same states, but sums of several processes need not be equal to the last bit in each.
+    """
+    for group in groups_of(emitter.decoder.nodes):
+        told = emitter.editor.call(torch.ops._c10d_functional.broadcast.default, decides, 0, group)
+        decides = emitter.editor.call(torch.ops._c10d_functional.wait_tensor.default, told)
+    return decides

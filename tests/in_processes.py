@@ -1,0 +1,54 @@
+"""One of several processes over which models are spread by tensor parallelism: ``torchrun ... -m tests.in_processes FOLDER``.
+
+FOLDER holds a saved model for each name in its ``models.json``. Writes what came of each into ``FOLDER/RANK.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import parvts_fx
+from tests.models.builders import BUILDERS
+
+OPTIONS = dict(lowering="eager", keep_tokens=3, migration_depth=1, strict=True)
+NEW = 6
+
+
+def quarrelsome(hidden: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+    """Ranks tokens from front to back in the first process, and from back to front in all others."""
+    order = torch.arange(hidden.shape[1], dtype=torch.float32).expand(hidden.shape[:2])
+    return order if dist.is_initialized() and dist.get_rank() else -order
+
+
+def run(name: str, folder: Path | None, **options: Any) -> dict[str, Any]:
+    """Greedy tokens and the rows that are left, of a model as it is built or as it is loaded into all processes."""
+    torch._dynamo.reset()
+    built = BUILDERS[name]()
+    model = built.model
+    if folder is not None:
+        model = type(model).from_pretrained(folder / name, tp_plan="auto", dtype=torch.float32).eval()
+        model.generation_config = built.model.generation_config
+    parvts_fx.compile(model, **{**OPTIONS, **options})
+    tokens = model.generate(**built.inputs, max_new_tokens=NEW, do_sample=False)[:, -NEW:]
+    record = parvts_fx.last_call(model)
+    spread = sum(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
+    return {"tokens": tokens.tolist(), "kept": record.kept.nonzero().tolist(), "pruned": record.pruned, "spread": spread}
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    names = json.loads((folder / "models.json").read_text())
+    found = {name: run(name, folder) for name in names}
+    found["quarrelsome"] = run(names[0], folder, score=quarrelsome)
+    (folder / f"{dist.get_rank()}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
