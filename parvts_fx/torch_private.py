@@ -110,6 +110,22 @@ def process_group(name: str) -> Any:
     return _get("torch.distributed.distributed_c10d", "_resolve_process_group")(name)
 
 
+def of_first_process(call: Callable[..., Any], held: Any, group: Any) -> Any:
+    """What the first process of a group holds, as collective operations of graphs do it; ``call`` runs or writes an operation."""
+    told = call(torch.ops._c10d_functional.broadcast.default, held, 0, group)
+    return call(torch.ops._c10d_functional.wait_tensor.default, told)
+
+
+def operation_name(overload: Any) -> str:
+    """With its namespace: "aten::add"."""
+    return overload._schema.name
+
+
+def named_arguments(overload: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What an operation was given, by the names of its schema."""
+    return {**dict(zip([argument.name for argument in overload._schema.arguments], args)), **kwargs}
+
+
 def memory_of(tensor: torch.Tensor) -> int:
     """Equal for tensors that share memory, fake ones too. No public name tells: fake memory has no address."""
     return tensor.untyped_storage()._cdata

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch.fx import Node
 
 from parvts_fx.analysis.collectives import groups_of
+from parvts_fx.torch_private import of_first_process
 
 if TYPE_CHECKING:
     from parvts_fx.passes.emit import Emitter
@@ -19,6 +19,5 @@ def agreed(emitter: Emitter, decides: Node) -> Node:
     Every process computes them from the same states, but sums of several processes need not be equal to the last bit in each.
     """
     for group in groups_of(emitter.decoder.nodes):
-        told = emitter.editor.call(torch.ops._c10d_functional.broadcast.default, decides, 0, group)
-        decides = emitter.editor.call(torch.ops._c10d_functional.wait_tensor.default, told)
+        decides = of_first_process(emitter.editor.call, decides, group)
     return decides

@@ -14,7 +14,14 @@ import torch
 import torch.distributed
 from torch.fx import Node
 
-from parvts_fx.torch_private import OpOverload, OpOverloadPacket, TorchDispatchMode, process_group
+from parvts_fx.torch_private import (
+    OpOverload,
+    OpOverloadPacket,
+    TorchDispatchMode,
+    named_arguments,
+    operation_name,
+    process_group,
+)
 
 _NAMESPACES = ("_c10d_functional", "_c10d_functional_autograd")
 
@@ -30,8 +37,7 @@ class EveryProcessAlike(TorchDispatchMode):
     ) -> Any:
         if getattr(func, "namespace", "") not in _NAMESPACES:
             return func(*args, **(kwargs or {}))
-        arguments = dict(zip([argument.name for argument in func._schema.arguments], args)) | (kwargs or {})
-        name = func._schema.name.partition("::")[2]
+        arguments, name = named_arguments(func, args, kwargs or {}), operation_name(func).partition("::")[2]
         result = _result(name.rstrip("_"), arguments)
         return arguments["input"].copy_(result) if name.endswith("_") else result
 
@@ -39,7 +45,7 @@ class EveryProcessAlike(TorchDispatchMode):
 def _result(name: str, given: dict[str, Any]) -> Any:
     if name.endswith("_coalesced"):
         return [_result(name.removesuffix("_coalesced"), {**given, "input": held}) for held in given["inputs"]]
-    held = given.get("input", given.get("tensor"))
+    held: Any = given.get("input", given.get("tensor"))
     match name:
         case "wait_tensor" | "broadcast" | "_wrap_tensor_autograd":
             return held
@@ -74,7 +80,7 @@ def groups_of(nodes: Iterable[Node]) -> list[Any]:
         packet = isinstance(node.target, OpOverloadPacket)
         overload = getattr(node.target, "default", None) if packet else node.target
         if isinstance(overload, OpOverload) and overload.namespace in _NAMESPACES:
-            given = {**dict(zip([argument.name for argument in overload._schema.arguments], node.args)), **node.kwargs}
+            given = named_arguments(overload, node.args, node.kwargs)
             if "group_name" in given:
                 found[given["group_name"]] = None
     return list(found)

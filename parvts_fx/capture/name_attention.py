@@ -12,7 +12,7 @@ from torch.fx import Graph, Node
 from parvts_fx.analysis.values import value
 from parvts_fx.capture.editing import Editor
 from parvts_fx.pipeline import PassResult, Work
-from parvts_fx.torch_private import OpOverload
+from parvts_fx.torch_private import OpOverload, named_arguments, operation_name
 
 _KERNELS = "aten::_scaled_dot_product_"
 _NAMES = {"query": "query", "key": "key", "value": "value", "attn_mask": "attn_mask", "attn_bias": "attn_mask",
@@ -54,12 +54,12 @@ def kernels(graph: Graph) -> list[Node]:
     """The kernels of which nothing but the attention's result is read."""
     return [
         node for node in graph.nodes
-        if isinstance(node.target, OpOverload) and node.target._schema.name.startswith(_KERNELS)
+        if isinstance(node.target, OpOverload) and operation_name(node.target).startswith(_KERNELS)
         and all(user.target is operator.getitem and (user.args[1] == 0 or not user.users) for user in node.users)
     ]
 
 
 def _arguments(node: Node) -> dict[str, Any]:
     """By the names of the call that a kernel stands for; those that are not given have its defaults."""
-    given = {**dict(zip([argument.name for argument in node.target._schema.arguments], node.args)), **node.kwargs}
+    given = named_arguments(node.target, node.args, node.kwargs)
     return {_NAMES[name]: held for name, held in given.items() if name in _NAMES}
