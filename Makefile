@@ -12,7 +12,7 @@ floor := torch==2.11.0 transformers==5.17.0
 pinned := --constraint constraints.txt
 newest := --upgrade --upgrade-strategy eager
 
-.PHONY: demo test test-versions fuzz lint types clean
+.PHONY: demo test test-versions fuzz lint types docs clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python -m bench.demo
@@ -61,5 +61,9 @@ types: $(VENV)/.types
 	ln -s $(addprefix $(CURDIR)/,$(filter-out %__pycache__,$(wildcard parvts_fx/*)) passes backends) .types/parvts_fx/
 	cd .types && ../$(VENV)/bin/python -m mypy --config-file ../pyproject.toml --python-executable ../$(VENV)/bin/python -p parvts_fx
 
+# The pages of docs/ as a site, in site/. A link that leads nowhere is an error.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --quiet --strict
+
 clean:
-	rm -rf $(VENV) .venvs .types demo_out .pytest_cache
+	rm -rf $(VENV) .venvs .types site demo_out .pytest_cache

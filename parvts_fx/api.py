@@ -196,7 +196,8 @@ def explain(model: torch.nn.Module, /, *args: Any, options: Mapping[str, Any] | 
 
     Args:
         model: as for :func:`compile`; whatever it is compiled with stays in place.
-        args, inputs: what to call it with, as in ``model(*args, **inputs)``.
+        *args: what to call it with, as in ``model(*args, **inputs)``.
+        **inputs: the same, by name.
         options: the backend's options; None for those that the model was compiled with by :func:`compile`, or else the defaults.
 
     Returns:
