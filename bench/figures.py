@@ -1,7 +1,7 @@
-"""What has been measured as tables, for terminals and for the README: ``python -m bench.figures`` writes the latter.
+"""What has been measured as tables, for terminals and for pages: ``python -m bench.figures`` writes the latter.
 
-Reads ``compare.json``, ``compile_time.json`` and ``flops.json`` in ``bench/results/``; a test fails when the README
-differs from them.
+Reads ``compare.json``, ``compile_time.json``, ``flops.json``, ``merging.json`` and ``merging_seed1.json`` in
+``bench/results/``; a test fails when a page differs from them.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,14 @@ from bench.methods import QUICKER
 from bench.tables import Sheet, mebibytes, milliseconds, percent, seconds
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+PAGES = {
+    ROOT / "README.md": ("speed", "accuracy in short"),
+    ROOT / "docs" / "options.md": ("by kind",),
+    ROOT / "docs" / "figures.md": ("methods", "kept", "lengths", "flops", "compile time", "accuracy"),
+}
+"""The tables of each page, by the name in their markers."""
+
 Row = dict[str, Any]
 
 TITLES = {
@@ -28,6 +36,24 @@ TITLES = {
     "parvts fusion 0.5, prefix twice": "parvts, `fusion=0.5` without `share_prefix`",
     "parvts + kernels": "**parvts + kernels (default)**",
 }
+
+IN_SHORT = ["inductor", "inductor + kernels", "FastV", "parvts", "parvts + kernels"]
+
+ANSWERS = {
+    "parvts, merged": "**parvts**", "parvts": "`merge=None`", "parvts, balanced": "the same, `score=\"balanced\"`",
+    "pruned before layer 0": "pruned before layer 0", "FastV's schedule": "FastV's schedule",
+    "PyramidDrop's schedule": "PyramidDrop's", "random": "random", "downsampled": "downsampled",
+}
+ANSWERS_IN_SHORT = {
+    "parvts, merged": "**parvts**", "pruned before layer 0, merged": "`migration_depth=0`", "parvts": "`merge=None`",
+    "FastV's schedule": "FastV's schedule", "FastV's schedule, merged": "the same, merged", "random": "random",
+}
+KINDS = {
+    "subject": "the large thing", "ground": "the background", "summary": "both, in four words",
+    "corner": "one small thing, by its place", "word": "letters of a patch each", "count": "small things, counted by colour",
+    "relation": "where small things stand", "list": "four small things",
+}
+"""Of questions (:mod:`bench.accuracy.questions`), and what they ask for."""
 
 
 def title(name: str) -> str:
@@ -62,6 +88,20 @@ def methods(results: dict[str, Any]) -> list[Sheet]:
             f"{row['compile_seconds']:.0f} s" if row["compile_seconds"] else "",
         ] for row in rows]))
     return sheets
+
+
+def speed(results: dict[str, Any]) -> Sheet:
+    """The prefill of a few methods, all batch sizes side by side."""
+    batches = list(dict.fromkeys(row["batch"] for row in results["rows"]))
+    of = {(row["method"], row["batch"]): row for row in results["rows"]}
+    headings = ["prefill", *(heading for batch in batches for heading in (f"batch {batch}", "ratio"))]
+    rows = []
+    for name in IN_SHORT:
+        first, equal = of[name, batches[0]], f"inductor {QUICKER}" if name == f"parvts {QUICKER}" else None
+        cells = [cell for batch in batches for cell in (
+            seconds(of[name, batch]["prefill"]), ratio(of[name, batch], of.get((equal, batch))))]
+        rows.append([title(name), *cells, allowed(first), mebibytes(first["cache_bytes"])])
+    return Sheet("Prefill", [*headings, "FLOPs allow", f"KV cache, batch {batches[0]}"], rows)
 
 
 def kept(results: dict[str, Any]) -> Sheet:
@@ -128,25 +168,59 @@ def schedules(results: dict[str, Any]) -> Sheet:
           f"{rows[0]['prefill']['median'] / row['prefill']['median']:.2f}x" if row is not rows[0] else ""] for row in rows])
 
 
+def accuracy(results: dict[str, Any], named: dict[str, str]) -> Sheet:
+    """Right answers in per cent of the full model's, by the share of visual tokens kept."""
+    from bench.accuracy.results import share_of
+
+    ways = {(way["name"], way["kept"]): way for way in results["ways"].values()}
+    full = next(way for way in results["ways"].values() if way["name"] == "full")
+    shares = [Fraction(part, 9) for part in (3, 2, 1)]
+    return Sheet("Right answers, % of the full model's", ["visual tokens kept", *named.values()], [
+        [str(share), *(f"{share_of(ways[name, int(share * full['kept'])], full, results['settings']['pictures']):.1f}"
+                       for name in named)] for share in shares])
+
+
+def by_kind(seeds: list[dict[str, Any]]) -> Sheet:
+    """Right answers of the defaults by kind of question, of each trained model."""
+    from bench.accuracy.results import share_of_kinds
+
+    points, cells = [(Fraction(1, 3), 48), (Fraction(2, 9), 32), (Fraction(1, 9), 16), (Fraction(1, 18), 8)], {}
+    for _, kept in points:
+        for results in seeds:
+            way = next(way for way in results["ways"].values() if (way["name"], way["kept"]) == ("parvts, merged", kept))
+            full = next(way for way in results["ways"].values() if way["name"] == "full")
+            for kind, share in share_of_kinds(way, full, results["settings"]["pictures"]).items():
+                cells.setdefault((kind, kept), []).append(f"{share:.0f}")
+    headings = ["kind", "asks for", *(f"{share} kept" for share, _ in points)]
+    return Sheet("Right answers by kind, % of the full model's", headings, [
+        [kind, what, *(" / ".join(cells[kind, kept]) for _, kept in points)] for kind, what in KINDS.items()])
+
+
 def tables() -> dict[str, str]:
-    """The README's tables by the name in their markers."""
+    """The tables by the name in their markers."""
     compared = json.loads((RESULTS / "compare.json").read_text())
+    answers, others = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("merging", "merging_seed1"))
     return {
+        "speed": speed(compared["methods"]).markdown(),
         "methods": "\n\n".join(sheet.markdown() for sheet in methods(compared["methods"])),
         "kept": kept(compared["kept"]).markdown(), "lengths": lengths(compared["lengths"]).markdown(),
         "compile time": compile_time(json.loads((RESULTS / "compile_time.json").read_text())).markdown(),
         "flops": flops(json.loads((RESULTS / "flops.json").read_text())).markdown(),
+        "accuracy": accuracy(answers, ANSWERS).markdown(), "accuracy in short": accuracy(answers, ANSWERS_IN_SHORT).markdown(),
+        "by kind": by_kind([answers, others]).markdown(),
     }
 
 
-def fill(text: str) -> str:
-    """The README's text with its tables as they have been measured."""
+def fill(page: Path) -> str:
+    """A page's text with its tables as they have been measured."""
     from tests.supported import replaced
 
-    for name, lines in tables().items():
-        text = replaced(text, lines, f"<!-- {name}:begin -->", f"<!-- {name}:end -->")
+    text, found = page.read_text(), tables()
+    for name in PAGES[page]:
+        text = replaced(text, found[name], f"<!-- {name}:begin -->", f"<!-- {name}:end -->")
     return text
 
 
 if __name__ == "__main__":
-    README.write_text(fill(README.read_text()))
+    for page in PAGES:
+        page.write_text(fill(page))

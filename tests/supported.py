@@ -1,7 +1,7 @@
-"""The README's table of what is supported, generated from the tests that show it.
+"""The table of what holds in docs/supported.md, generated from the tests that show it; the README's count of architectures.
 
 A test says what it shows with ``@pytest.mark.supports("area", "claim")``. ``python -m tests.supported`` writes the
-table; a test fails when the README differs from it, and the suite fails when a claim does not hold.
+table; a test fails when the page differs from it, and the suite fails when a claim does not hold.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import pytest
 from tests.models.page import counts, load
 
 ROOT = Path(__file__).resolve().parents[1]
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "supported.md"
 BEGIN, END = "<!-- supported:begin -->", "<!-- supported:end -->"
 MODELS = "<!-- models:begin -->", "<!-- models:end -->"
 
@@ -45,13 +46,12 @@ def table() -> str:
 
 
 def replaced(text: str, rows: str, begin: str = BEGIN, end: str = END) -> str:
-    """The README's text with other lines between its markers."""
+    """A page's text with other lines between its markers."""
     head, rest = text.split(begin)
     _, tail = rest.split(end)
     return f"{head}{begin}\n{rows}\n{end}{tail}"
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    text = replaced(readme.read_text(), table())
-    readme.write_text(replaced(text, counts(load()), *MODELS))
+    PAGE.write_text(replaced(PAGE.read_text(), table()))
+    README.write_text(replaced(README.read_text(), counts(load()), *MODELS))

@@ -34,6 +34,17 @@ def _share(right: np.ndarray, base: np.ndarray, axis: int = -1) -> Any:
     return 100 * right.mean(axis) / base.mean(axis)
 
 
+def share_of(row: Row, full: Row, pictures: int) -> float:
+    """Right answers in per cent of the full model's."""
+    return float(_share(unpack(row, pictures).mean(1), unpack(full, pictures).mean(1)))
+
+
+def share_of_kinds(row: Row, full: Row, pictures: int) -> dict[str, float]:
+    """The same by kind of question."""
+    right, base = unpack(row, pictures).mean(0), unpack(full, pictures).mean(0)
+    return dict(zip(SHARES, (100 * right / np.maximum(base, 1e-9)).tolist()))
+
+
 def summarise(rows: Sequence[Row], full: Row, pictures: int) -> list[Row]:
     """The rows with accuracy in per cent of the full model's, overall and by kind, and 95 % intervals."""
     base = unpack(full, pictures)
@@ -41,7 +52,7 @@ def summarise(rows: Sequence[Row], full: Row, pictures: int) -> list[Row]:
     for row in rows:
         right = unpack(row, pictures)
         low, high = _interval(_share, right.mean(1), base.mean(1))
-        by_kind = {kind: 100 * right[:, i].mean() / max(base[:, i].mean(), 1e-9) for i, kind in enumerate(SHARES)}
+        by_kind = share_of_kinds(row, full, pictures)
         summaries.append({**row, "accuracy": 100 * right.mean(), "share": _share(right.mean(1), base.mean(1)), "low": low,
                           "high": high, "by_kind": by_kind, "by_kind_alone": dict(zip(SHARES, 100 * right.mean(0))),
                           "flops_share": 100 * row["decoder_flops"] / full["decoder_flops"]})
