@@ -156,11 +156,13 @@ def placed(hidden: torch.Tensor, visual: torch.Tensor, places: torch.Tensor) -> 
     """As "balanced", but what is alike and far apart in the picture is no longer redundant.
 
     To the cosine distance of two tokens comes up to 0.3 for how far apart they stand: ``0.3 (1 - exp(-g^2 / 2 s^2))``, with g
-    in patches and s a quarter of the grid's side; all of it between two pictures, nothing where a grid is not known.
+    in patches and s a quarter of the side of a square as large as the grid; all of it between two pictures, nothing where a grid
+    is not known.
     """
     picture, known = places[..., 0], places[..., 1] >= 0
     apart = places[..., None, 1:] - places[..., None, :, 1:]
-    side = places[..., 1].amax(1, keepdim=True).clamp(min=0)[..., None].float() + 1  # no grid at all must not be 0 / 0
+    rows, columns = (held.amax(1, keepdim=True).clamp(min=0).float() + 1 for held in places[..., 1:].unbind(-1))
+    side = (rows * columns).sqrt()[..., None]  # where no grid is known at all it must not be 0 / 0
     near = torch.exp(-(apart.float() ** 2).sum(-1) / (2 * (side / 4) ** 2))
     further = 0.3 * (1 - torch.where(picture[:, :, None] == picture[:, None], near, 0.0)) * (known[:, :, None] & known[:, None])
     centred = _centred(hidden, visual)
@@ -254,21 +256,3 @@ def _centred(hidden: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
     weight = visual[..., None].float()
     mean = (tokens * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
     return (tokens - mean) * weight
-
-
-def places_of(visual: torch.Tensor) -> torch.Tensor:
-    """[batch, seq, 3] int64: of each visual token the number of its picture, its row and its column.
-
-    A picture is a run of visual tokens. Where it holds a square number of them they are taken for the rows of a square; the
-    grid of any other is not known, and its rows and columns are -1, as they are of text.
-
-    Args:
-        visual: [batch, seq] bool, of a whole prompt.
-    """
-    picture = (visual & ~F.pad(visual[:, :-1], (1, 0))).long().cumsum(1)
-    counts = torch.zeros_like(F.pad(picture, (0, 1))).scatter_add(1, picture, visual.long())
-    length = counts.gather(1, picture)
-    number = visual.long().cumsum(1) - 1 - (counts.cumsum(1) - counts).gather(1, picture)
-    side = length.double().sqrt().round().long().clamp(min=1)
-    known = visual & (side * side == length)
-    return torch.stack([picture, torch.where(known, number // side, -1), torch.where(known, number % side, -1)], -1)

@@ -22,7 +22,8 @@ from parvts_fx.passes.insert_partition import partition
 from parvts_fx.passes.plan import Choice
 from parvts_fx.passes.rows import LAST, TEXT, RowSet, live, non_subject
 from parvts_fx.passes.trace_rule import trace_rule
-from parvts_fx.scores import ATTENDED, asks_all_text, places_of, reads_places
+from parvts_fx.places import places_of
+from parvts_fx.scores import ATTENDED, asks_all_text, reads_places
 
 if TYPE_CHECKING:
     from parvts_fx.passes.emit import Emitter
@@ -124,7 +125,9 @@ def _places(emitter: Emitter, here: str) -> Node:
     editor, index = emitter.editor, emitter.sets[here].index
     assert emitter.visual is not None, "a choice has needed it"
     if emitter.places is None:
-        emitter.places = editor.inline(places_of, emitter.visual)
+        grid = emitter.decoder.grid
+        known = [] if grid is None or grid not in emitter.outside else [emitter.outside[grid]]
+        emitter.places = editor.inline(lambda visual, *known: places_of(visual, *known), emitter.visual, *known)
     if index is None:
         return emitter.places
     return editor.inline(lambda places, rows: places.gather(1, rows[..., None].expand(-1, -1, 3)), emitter.places, index)

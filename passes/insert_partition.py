@@ -11,7 +11,7 @@ from torch.fx import Node
 from parvts_fx.analysis.records import Attention
 from parvts_fx.passes.plan import Choice, Plan
 from parvts_fx.pipeline import PassResult
-from parvts_fx.scores import reads_attention, reads_hidden
+from parvts_fx.scores import reads_attention, reads_hidden, reads_places
 from parvts_fx.stages import PlacedStage
 
 
@@ -92,6 +92,8 @@ class InsertPartition:
         attention = self._attention(plan, stage) if reads_attention(rule) else None
         reads_link = stage.at == 0 or stage.stage.merge is not None or reads_hidden(rule)
         read: list[Node] = [link, *plan.decoder.merge.masks] if stage.at == 0 else [link] if reads_link else []
+        if plan.decoder.grid is not None and reads_places(rule):
+            read.append(plan.decoder.grid)
         if attention is not None:  # in front of the call: its keys may be a buffer that is written into until then
             read.append(attention.output.prev)
         return Choice(stage, link, attention, reads_link, max(read))

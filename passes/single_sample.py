@@ -106,6 +106,8 @@ def part(module: GraphModule, decoder: Decoder) -> Parted:
     for node in decoder.nodes:
         if node is not decoder.merge.output:
             writer.write(node)
+    if decoder.grid is not None:
+        writer.hand_on(decoder.grid)
     returned = output_node(module.graph).args[0]
     results = list(returned) if isinstance(returned, (tuple, list)) else [returned]
     own = [node for node in dict.fromkeys(results) if isinstance(node, Node) and node in writer.inside]
@@ -144,6 +146,7 @@ class _Writer:
         self.inside = set(decoder.nodes)
         self.graph = Graph(tracer_cls=getattr(module.graph, "_tracer_cls", None))
         embeddings, visual, features = map(self.graph.placeholder, ("merged_embeddings", "visual_tokens", FEATURES))
+        self._visual = visual
         self.length = self.graph.call_method("size", (embeddings, 1))
         # the embeddings hold these features already: this says where, and how many they are
         everywhere = self.graph.call_method("unsqueeze", (visual, -1))
@@ -151,6 +154,7 @@ class _Writer:
         self.new: dict[Node, Any] = {decoder.merge.output: merged}
         self.sides: dict[Side, Node] = {}
         self._first = self.length
+        self._handed_on: list[Node] = []
         self._numbers: dict[tuple[int, int], Any] = {}
         self._of_attention = {
             node: attention.bindings.get(node, {}) for layer in decoder.layers for attention in layer.attentions
@@ -198,7 +202,9 @@ class _Writer:
         samples = None
         if isinstance(of_samples, AxisLabels):
             ((samples, _),) = of_samples.axes
-        side = Side(leaf, samples, axes)
+        return self._side_of(Side(leaf, samples, axes))
+
+    def _side_of(self, side: Side) -> Node:
         if side not in self.sides:
             with self.graph.inserting_before(self._first):
                 self.sides[side] = self.graph.placeholder(f"side_{len(self.sides)}")
@@ -249,8 +255,15 @@ class _Writer:
             raise Refusal("a result holds several entries for each sample", node)
         return Result(place, None if samples is None else samples.axis, True)
 
+    def hand_on(self, grid: Node) -> None:
+        """Let the graph have what tells the places of tokens [3 or 4, batch, seq], which no operation of the decoder need read:
+        as one result more, since inputs that nobody reads are left out of what is captured, and next to what tells visual tokens,
+        so that both are known to have the same length."""
+        held = self._side_of(Side(grid, 1, (2,)))
+        self._handed_on.append(self.graph.call_function(torch.where, (self._visual, held, 0)))
+
     def finish(self, results: Sequence[Node]) -> GraphModule:
-        self.graph.output(tuple(self.new[node] for node in results))
+        self.graph.output((*(self.new[node] for node in results), *self._handed_on))
         return GraphModule(self.module, self.graph)
 
 

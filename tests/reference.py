@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from parvts_fx.scores import places_of, reads_places, rule_named
+from parvts_fx.places import places_of
+from parvts_fx.scores import reads_places, rule_named
 from parvts_fx.stages import Stage
 from tests.clusters_reference import Clusters, clusters_of, pictures_of
 

@@ -11,7 +11,7 @@ import torch
 import parvts_fx
 from parvts_fx.analysis.samples import Samples
 from parvts_fx.passes.clusters import clusters, taken_over
-from parvts_fx.scores import places_of
+from parvts_fx.places import places_of
 from parvts_fx.stages import Stage
 from tests import llava
 from tests.clusters_reference import clusters_of, pictures_of

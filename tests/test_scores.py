@@ -10,6 +10,7 @@ import torch
 import parvts_fx
 from parvts_fx import scores
 from parvts_fx.passes.insert_partition import partition
+from parvts_fx.places import places_of
 from parvts_fx.stages import Stage
 from tests import llava
 from tests.comparing import assert_equal_prefill, check, compile_with_parvts, expected, uncompile
@@ -80,7 +81,7 @@ def test_rules_look_at_the_samples_visual_tokens_alone(name):
     Of rules that read the question, the text behind the first visual token matters, in whatever order.
     """
     hidden, visual = drawn()
-    known = scores.places_of(visual)
+    known = places_of(visual)
 
     def rule(hidden, visual, places=known):
         return scores.rule_named(name)(hidden, visual, *([places] if scores.reads_places(name) else []))
@@ -161,7 +162,7 @@ def test_placed_is_balanced_where_no_picture_is_a_square(runs):
     """Their grids are not known: nothing is added to distances, and no score is lost on the way."""
     visual = torch.cat([torch.tensor([False] + [True] * run) for run in runs])[None]
     hidden = torch.randn(1, visual.shape[1], 12, generator=torch.Generator().manual_seed(3))
-    found = scores.placed(hidden, visual, scores.places_of(visual))[visual]
+    found = scores.placed(hidden, visual, places_of(visual))[visual]
     torch.testing.assert_close(found, scores.balanced(hidden, visual)[visual])
     assert found.isfinite().all() and len(set(found.tolist())) > 1
 

@@ -9,6 +9,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from parvts_fx.analysis.attention import copies_of_joins, find_attentions
 from parvts_fx.analysis.calls import attention_nodes
+from parvts_fx.analysis.grids import find_grid
 from parvts_fx.analysis.independence import find_meetings
 from parvts_fx.analysis.last_rows import is_state, keeps_rows_apart, nodes_without_tokens, reads_tokens
 from parvts_fx.analysis.layers import find_entry, find_layers
@@ -104,7 +105,8 @@ def find_decoder(
     meeting = {mixer.output for mixer in mixers if mixer.attention is None}
     Tables(runs).check(nodes, meeting, attentions, layers)
     decoder = Decoder(merge, tuple(nodes), tuple(layers), final, output, tokens, window_caches_follow, period, samples,
-                      sample_layouts, find_entry(nodes, layers, merge.output), unordered)
+                      sample_layouts, find_entry(nodes, layers, merge.output), unordered,
+                      find_grid(module, nodes, merge.output, layers[0].input))
     _check(module, decoder)
     return decoder
 

@@ -181,6 +181,9 @@ class Decoder:
     unordered: frozenset[Node] = frozenset()
     """Whose rows are not their tokens' own, though those of what follows are: experts' sorts. None can be taken by itself."""
 
+    grid: Node | None = None
+    """[3 or 4, batch, seq] integers, of which the last two may be rows and columns of pictures: multimodal rotary positions."""
+
     @property
     def visual_tokens(self) -> int | torch.SymInt:
         """Visual tokens per sample, once their number is known (:attr:`VisualMerge.count`).
