@@ -245,10 +245,19 @@ class GraphBreak:
 _EXCLUDED = re.compile(r"Skip calling function `<function (\S+)")
 
 
-def graph_breaks() -> Sequence[GraphBreak]:
-    """Of the whole process, in order. Without Dynamo's list of them, none."""
+_graph_breaks: Sequence[Any] = _find("torch._dynamo.utils", "graph_break_reasons", ())
+"""Dynamo's list of them. Without it, there are none."""
+
+
+def count_graph_breaks() -> int:
+    """Of the whole process so far; asked in every call."""
+    return len(_graph_breaks)
+
+
+def graph_breaks(start: int) -> Sequence[GraphBreak]:
+    """Of the whole process, in order, without the first ones."""
     found = []
-    for held in _find("torch._dynamo.utils", "graph_break_reasons", ()):
+    for held in _graph_breaks[start:]:
         excluded, what = _EXCLUDED.search(held.reason), held.reason.partition("\n")[0]
         place = next((frame for frame in reversed(held.user_stack) if not _is_of_torch(frame.filename)), None)
         found.append(GraphBreak(

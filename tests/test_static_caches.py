@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import StaticCache
+from transformers import CompileConfig, StaticCache
 
 import parvts_fx
 from tests import llava
@@ -40,6 +40,20 @@ def test_generating(model: Any) -> None:
     cache, rows = static.past_key_values, prompt.visual.shape[1] - 16 + 3
     assert isinstance(cache, StaticCache) and cache.layers[0].keys.shape[2] > rows + 5
     assert int(cache.get_query_offset()) == rows + 5 and int(cache.get_seq_length()) == prompt.visual.shape[1] + 5
+
+
+@pytest.mark.supports("Caches", "static caches whose decode steps generate compiles by itself, as it does on GPUs")
+def test_steps_that_generate_compiles(model: Any, recwarn: pytest.WarningsRecorder) -> None:
+    prompt = llava.prompt(model, ROWS)
+    parvts_fx.compile(model, lowering="eager", strict=True, **OPTIONS)
+    growing = generated(model, prompt.inputs)
+    config = CompileConfig(backend="eager", mode=None)
+    config._compile_all_devices = True  # what lets it compile on a CPU
+    for _ in range(2):
+        static = generated(model, prompt.inputs, cache_implementation="static", compile_config=config)
+        assert torch.equal(static, growing) and parvts_fx.last_call(model).pruned
+    assert hasattr(model, "_compiled_call"), "generate has compiled its steps"
+    assert not [warning for warning in recwarn if issubclass(warning.category, parvts_fx.ParvtsWarning)]
 
 
 def test_a_prompt_and_steps_by_hand(model: Any) -> None:

@@ -19,7 +19,7 @@ import torch
 
 from parvts_fx.analysis.modality import Origin
 from parvts_fx.runtime.record import CallRecord
-from parvts_fx.torch_private import WeakReference, disable_current_modes, graph_breaks
+from parvts_fx.torch_private import WeakReference, count_graph_breaks, disable_current_modes
 
 Known = TypeVar("Known")
 
@@ -177,7 +177,7 @@ class Call:
                     unreceived()
 
         if self.is_watched and self.merges_behind is None:
-            self.merges_behind = len(graph_breaks())
+            self.merges_behind = count_graph_breaks()
         for call in self.around():
             call.handed.drop(embeddings)
         self.handed.note(embeddings, handed, died)

@@ -25,8 +25,8 @@ from parvts_fx.torch_private import (
     GuardOnDataDependentSymNode,
     TorchDynamoException,
     as_newer_torch,
+    count_graph_breaks,
     dynamo_config,
-    graph_breaks,
     messages_while_capturing,
     sizes_in_strings,
     told_of_compiling,
@@ -86,8 +86,8 @@ class _Watched:
         self._tries = not once and not options.overwrites
 
     def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        prompts, has_pictures, is_step = _read(args, kwargs, self._returned)
-        breaks = len(graph_breaks())
+        prompts, has_pictures, is_step = read_call(args, kwargs, self._returned)
+        breaks = count_graph_breaks()
         args, kwargs = with_cached_columns(self._model.forward, args, kwargs)
         lent = lend_growing_cache(kwargs) if has_pictures else None
         given = kwargs if lent is None else lent.kwargs
@@ -207,7 +207,7 @@ class _Frames:
         return True
 
 
-def _read(
+def read_call(
     args: Sequence[object], kwargs: Mapping[str, object], returned: TensorTable[bool]
 ) -> tuple[list[torch.Tensor], bool, bool]:
     """What may be the ids of a call, whether it is given a prompt's ids beside numbers that are neither a mask nor

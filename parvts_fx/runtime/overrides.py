@@ -14,6 +14,8 @@ import torch
 
 from parvts_fx.errors import warn
 from parvts_fx.options import Options
+from parvts_fx.runtime.call import TensorTable
+from parvts_fx.runtime.compiled_call import read_call
 
 _OVERRIDES: contextvars.ContextVar[tuple[tuple[torch.nn.Module, Options], ...]] = contextvars.ContextVar(
     "parvts_fx_overrides", default=())
@@ -32,7 +34,8 @@ def overriding(model: torch.nn.Module, options: Options) -> Iterator[None]:
 @functools.partial(torch.compiler.disable, reason="it was compiled with parvts_fx.compile")
 def _inside_another(model: torch.nn.Module, call: Forms, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Where Dynamo captures code of somebody else's that calls the model: it runs as it was compiled."""
-    if model not in _TOLD:
+    _, has_pictures, _ = read_call(args, kwargs, TensorTable())
+    if has_pictures and model not in _TOLD:  # generate compiles its own decode steps on static caches: of these nothing is said
         _TOLD.add(model)
         warn("parvts_fx: this model was compiled with parvts_fx.compile and is called inside of another torch.compile, which "
              "ends its graph there: the model runs by its own options, whatever the outer ones are. Compile it once: "

@@ -6,7 +6,7 @@ import collections
 from collections.abc import Sequence
 
 from parvts_fx.runtime.call import Call
-from parvts_fx.torch_private import GraphBreak, graph_breaks, why_nothing_is_compiled
+from parvts_fx.torch_private import GraphBreak, count_graph_breaks, graph_breaks, why_nothing_is_compiled
 
 NOT_MERGED = ("no captured graph merges visual features into a decoder's embeddings: the model has no decoder that reads them "
               "(it only compares pictures with text, say), they enter by cross-attention or an encoder, or they are merged in "
@@ -35,10 +35,8 @@ class Unseen:
             return f"nothing is compiled: {off}"
         if told.merges_behind is None:
             return NOT_MERGED
-        breaks = graph_breaks()
-        behind = min(told.merges_behind, len(breaks))
-        if len(breaks) > breaks_before:
-            self._known.add(_causes(breaks[behind:]))
+        if count_graph_breaks() > breaks_before:
+            self._known.add(_causes(graph_breaks(told.merges_behind)))
         causes, = self._known if len(self._known) == 1 else ("",)
         return _NOT_TAKEN + (causes or _CHANGED)
 
