@@ -39,22 +39,21 @@ def because(what: str, kinds: tuple[type[Exception], ...] = (Exception,)) -> Ite
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Leave the terminal to what is told on purpose: no warnings, for what they say of a prompt is in its record; of
-    transformers' and Dynamo's logs errors alone (TORCH_LOGS asks for more)."""
+    """Leave the terminal to what is told on purpose: no warnings, for what they say of a prompt is in its record; of what
+    libraries log, errors alone (TORCH_LOGS asks for more)."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     bars = transformers.logging.is_progress_bar_enabled()
     transformers.logging.disable_progress_bar()
-    dynamo = logging.getLogger("torch._dynamo")
-    level = dynamo.level
+    disabled = logging.root.manager.disable
     if not os.environ.get("TORCH_LOGS"):
-        dynamo.setLevel(logging.ERROR)
+        logging.disable(max(disabled, logging.WARNING))
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             yield
     finally:
-        dynamo.setLevel(level)
+        logging.disable(disabled)
         transformers.logging.set_verbosity(verbosity)
         if bars:
             transformers.logging.enable_progress_bar()
