@@ -32,13 +32,13 @@ def find_grid(module: GraphModule, nodes: Sequence[Node], merged: Node, link: No
     able = [
         node for node in module.graph.nodes
         if node < first and node not in behind and is_tensor(node) and value(node).dtype in (torch.int64, torch.int32)
-        and value(node).dim() == 3 and value(node).shape[0] in _KINDS
+        and value(node).dim() == 3 and _is_same(value(node).shape[0], *_KINDS)
         and _is_same(value(node).shape[1], batch) and _is_same(value(node).shape[2], size)]
     return able[-1] if able else None
 
 
-def _is_same(one: int | torch.SymInt, other: int | torch.SymInt) -> bool:
-    """Whether two sizes are one, as far as the graph knows; no guard is added."""
-    if isinstance(one, int) or isinstance(other, int):
-        return isinstance(one, int) and isinstance(other, int) and one == other
-    return expression(one) == expression(other)
+def _is_same(one: int | torch.SymInt, *others: int | torch.SymInt) -> bool:
+    """Whether a size is one of others, as far as the graph knows; a symbolic one is not compared, which would add a guard."""
+    return any(one == other if isinstance(one, int) and isinstance(other, int) else
+               not isinstance(one, int) and not isinstance(other, int) and expression(one) == expression(other)
+               for other in others)
