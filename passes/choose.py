@@ -126,7 +126,7 @@ def _places(emitter: Emitter, here: str) -> Node:
     assert emitter.visual is not None, "a choice has needed it"
     if emitter.places is None:
         grid = emitter.decoder.grid
-        known = [] if grid is None or grid not in emitter.outside else [emitter.outside[grid]]
+        known = [] if grid is None else [emitter.mapped(grid)]
         emitter.places = editor.inline(lambda visual, *known: places_of(visual, *known), emitter.visual, *known)
     if index is None:
         return emitter.places

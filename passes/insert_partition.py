@@ -92,7 +92,7 @@ class InsertPartition:
         attention = self._attention(plan, stage) if reads_attention(rule) else None
         reads_link = stage.at == 0 or stage.stage.merge is not None or reads_hidden(rule)
         read: list[Node] = [link, *plan.decoder.merge.masks] if stage.at == 0 else [link] if reads_link else []
-        if plan.decoder.grid is not None and reads_places(rule):
+        if plan.decoder.grid is not None and (reads_places(rule) or stage.stage.merge is not None):
             read.append(plan.decoder.grid)
         if attention is not None:  # in front of the call: its keys may be a buffer that is written into until then
             read.append(attention.output.prev)

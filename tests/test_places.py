@@ -113,6 +113,16 @@ def test_models_tell_the_places(name: str, near: str) -> None:
     assert kept_of(model) == wanted
 
 
+def test_a_later_stage_knows_the_places(near: str) -> None:
+    """Also where the stage in front, which merges and so needs to know the pictures apart, reads no places."""
+    built = BUILDERS["qwen2_5_vl"]()
+    stages = (parvts_fx.Stage(at=0, keep=23, rule="uniform", merge="clusters"), parvts_fx.Stage(at=1, keep=1, rule=near))
+    parvts_fx.compile(built.model, lowering="eager", strict=True, stages=stages)
+    built.model.generate(**prompt(built.inputs["pixel_values"].shape[1], (8, 12), 0), max_new_tokens=1)
+    (kept,), = kept_of(built.model)
+    assert kept in (6 * 2 + 1, 6 * 2 + 0, 6 * 2 + 2), "the third row's second column, or beside it where that is the one dropped"
+
+
 def kept_of(model: Any) -> list[list[int]]:
     """The numbers of the kept tokens among a row's visual ones."""
     record = parvts_fx.last_call(model)
