@@ -26,10 +26,11 @@ from rich.progress import Progress
 
 import parvts_fx
 from bench import answers
-from bench.measuring import flops_of, in_turns, seconds
+from bench.measuring import in_turns, seconds
 from bench.models import PATCH, TEXT_AFTER, TEXT_BEFORE
 from bench.plots import plot_patches
 from bench.tables import Sheet, progress, quieten
+from parvts_fx.api import flops_of
 from tests import reference
 
 IMAGE = 336

@@ -17,9 +17,7 @@ from typing import Any
 import torch
 import transformers
 from torch._inductor.utils import fresh_cache
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
 from bench.methods import Backend, Method, Recorder, inductor
 from bench.models import Decode, Prefill, Scene, Tower, shallow_copy, step_positions
@@ -184,13 +182,6 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> int:
         held += event.nbytes()
         most = max(most, held)
     return most
-
-
-def flops_of(call: Callable[[], Any]) -> tuple[int, Any]:
-    """Floating-point operations of an eager call, and its result."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it does not know CPU's attention
-        result = call()
-    return counter.get_total_flops(), result
 
 
 _ATTENTION = ("flash", "fmha", "attention", "sdpa", "cudnn_generated")

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+
+from parvts_fx.patches import dimmed
 
 Row = dict[str, Any]
 
@@ -73,8 +76,8 @@ def plot_patches(pixels: Any, kept: Any, path: Path, title: str = "", stands_for
     """
     pixels, kept = np.asarray(pixels), np.asarray(kept)
     patch = np.ones([size // count for size, count in zip(pixels.shape, kept.shape)], dtype=int)
-    dimmed = np.where(np.kron(kept, patch)[..., None] == 1, pixels, pixels * 0.25)
-    panels = [(f"what the model sees: {kept.size} patches", pixels), (f"subject group: {kept.sum()} patches", dimmed)]
+    panels = [(f"what the model sees: {kept.size} patches", pixels),
+              (f"subject group: {kept.sum()} patches", dimmed(pixels, torch.from_numpy(kept)))]
     if stands_for is not None:
         whole = np.kron(np.asarray(stands_for), patch)
         colours = np.zeros_like(pixels)

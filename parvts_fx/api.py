@@ -238,10 +238,15 @@ def count_flops(module: GraphModule, shared_prefix: int = 0) -> int:
             it runs; 0 gives the most that it may take.
     """
     inputs = [value(node) for node in module.graph.nodes if node.op == "placeholder"]
+    with fake_mode_of(module.graph), torch.no_grad():
+        return flops_of(lambda: WithPrefix(module, shared_prefix).run(*inputs))[0]
+
+
+def flops_of(call: Callable[[], Any]) -> tuple[int, Any]:
+    """Floating-point operations of an eager call, by torch's FlopCounterMode, and its result."""
     with (
-        fake_mode_of(module.graph), torch.no_grad(),
         sdpa_kernel(SDPBackend.MATH),  # the counter knows bmm on every device, but not the CPU's fused attention
         FlopCounterMode(display=False) as counter,
     ):
-        WithPrefix(module, shared_prefix).run(*inputs)
-    return counter.get_total_flops()
+        result = call()
+    return counter.get_total_flops(), result

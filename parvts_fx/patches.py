@@ -64,7 +64,7 @@ def draw_patches(pictures: Sequence[Any], kept: Sequence[torch.Tensor], path: st
     for column, (pixels, patches) in enumerate(zip(pictures, kept, strict=True)):
         axes[0, column].imshow(pixels)
         axes[0, column].set_title(f"{patches.shape[0]} x {patches.shape[1]} visual tokens")
-        axes[1, column].imshow(pixels * _brightness(patches, pixels.shape[:2])[..., None])
+        axes[1, column].imshow(dimmed(pixels, patches))
         axes[1, column].set_title(f"{int(patches.sum())} of {patches.numel()} are kept")
     for each in axes.flat:
         each.axis("off")
@@ -73,10 +73,10 @@ def draw_patches(pictures: Sequence[Any], kept: Sequence[torch.Tensor], path: st
     return figure
 
 
-def _brightness(patches: torch.Tensor, size: Sequence[int]) -> Any:
-    """[height, width] float: of every pixel of a picture that is so large."""
-    rows, columns = (torch.arange(length) * count // length for length, count in zip(size, patches.shape))
-    return torch.where(patches.cpu()[rows][:, columns], 1.0, _DIMMED).numpy()
+def dimmed(pixels: Any, patches: torch.Tensor) -> Any:
+    """A picture, an array [height, width, 3] of numbers, with all but its kept patches, [rows, columns] bool, dark."""
+    rows, columns = (torch.arange(length) * count // length for length, count in zip(pixels.shape, patches.shape))
+    return pixels * torch.where(patches.cpu()[rows][:, columns], 1.0, _DIMMED).numpy()[..., None]
 
 
 def _pixels(image: Any) -> Any:

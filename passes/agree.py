@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from torch.fx import Node
 
-from parvts_fx.analysis.collectives import groups_of
 from parvts_fx.torch_private import of_first_process
 
 if TYPE_CHECKING:
@@ -18,6 +17,6 @@ def agreed(emitter: Emitter, decides: Node) -> Node:
 
     Every process computes them from the same states, but sums of several processes need not be equal to the last bit in each.
     """
-    for group in groups_of(emitter.decoder.nodes):
+    for group in emitter.groups:
         decides = of_first_process(emitter.editor.call, decides, group)
     return decides

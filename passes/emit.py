@@ -10,6 +10,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 
+from parvts_fx.analysis.collectives import groups_of
 from parvts_fx.analysis.last_rows import last_rows_of
 from parvts_fx.analysis.records import Attention
 from parvts_fx.analysis.samples import Samples
@@ -109,6 +110,7 @@ class Emitter:
         takes_and_returns_as(self.graph, self.old)
         self.editor = Editor(module, self.graph)
         self.inside = set(self.decoder.nodes)
+        self.groups = groups_of(self.decoder.nodes)
         self.fresh = self.inside - set(descendants(self.old, [self.decoder.merge.output]))
         self.outside: dict[Node, Node] = {}
         self.calls: list[Call] = []

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from parvts_fx.analysis.masks import Mask, masks_of
+from parvts_fx.analysis.masks import Mask, all_masks
 from parvts_fx.analysis.records import Decoder
 from parvts_fx.analysis.samples import samples_of
 from parvts_fx.analysis.tokens import AtMost, AxisLabels, Count, Filling
@@ -113,8 +113,7 @@ def part(module: GraphModule, decoder: Decoder) -> Parted:
     own = [node for node in dict.fromkeys(results) if isinstance(node, Node) and node in writer.inside]
     others = [node for node in dict.fromkeys(results) if isinstance(node, Node) and node not in writer.inside]
     sides = tuple(writer.sides)
-    masks = dict.fromkeys(mask for layer in decoder.layers for attention in layer.attentions for mask in masks_of(attention))
-    known = [(place, mask) for mask in masks for place, side in enumerate(sides) if side.node is mask.node]
+    known = [(place, mask) for mask in all_masks(decoder.layers) for place, side in enumerate(sides) if side.node is mask.node]
     front = _front(module, decoder, [decoder.merge.output, *(side.node for side in sides), *others])
     placed = [
         node if not isinstance(node, Node) else writer.result(node, own.index(node)) if node in writer.inside else

@@ -26,9 +26,10 @@ from bench.accuracy.examples import VISUAL, grade, sample_examples
 from bench.accuracy.model import LAYERS
 from bench.accuracy.results import plot, summarise, tables
 from bench.accuracy.ways import WEIGHTS, Way, load, prepare
-from bench.measuring import flops_of, machine
+from bench.measuring import machine
 from bench.methods import named
 from bench.tables import progress
+from parvts_fx.api import flops_of
 from parvts_fx.options import Options
 from parvts_fx.scores import AUTO, known_rules, reads_attention
 

@@ -23,8 +23,8 @@ from torch.fx import GraphModule
 import parvts_fx
 from bench.accuracy.examples import LONGEST_ANSWER, Answer
 from bench.accuracy.scenes import GRID, IMAGE
-from bench.measuring import flops_of
 from bench.models import rectangle
+from parvts_fx.api import flops_of
 from parvts_fx.places import places_of
 from parvts_fx.scores import ATTENDED, reads_places, rule_named
 from parvts_fx.stages import Stage

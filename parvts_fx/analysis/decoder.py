@@ -106,7 +106,7 @@ def find_decoder(
     Tables(runs).check(nodes, meeting, attentions, layers)
     decoder = Decoder(merge, tuple(nodes), tuple(layers), final, output, tokens, window_caches_follow, period, samples,
                       sample_layouts, find_entry(nodes, layers, merge.output), unordered,
-                      find_grid(module, nodes, merge.output, layers[0].input))
+                      find_grid(nodes, merge.output, layers[0].input))
     _check(module, decoder)
     return decoder
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from collections.abc import Iterable
 
 import torch
 from torch.fx import Node
 
 from parvts_fx.analysis.attention import KEY, QUERY
 from parvts_fx.analysis.calls import is_fused_attention
-from parvts_fx.analysis.records import Attention
+from parvts_fx.analysis.records import Attention, Layer
 from parvts_fx.analysis.tokens import AxisLabels
 from parvts_fx.analysis.values import has_target, leaves, value
 
@@ -60,6 +61,11 @@ def masks_of(attention: Attention) -> list[Mask]:
     """The masks that are understood; there may be others, which forbid more."""
     return [mask for node in attention.nodes for index, binding in attention.bindings.get(node, {}).items()
             if (mask := _as_mask(node, index, binding)) is not None]
+
+
+def all_masks(layers: Iterable[Layer]) -> list[Mask]:
+    """Those of all attention calls, each once."""
+    return list(dict.fromkeys(mask for layer in layers for attention in layer.attentions for mask in masks_of(attention)))
 
 
 def _as_mask(node: Node, index: int, binding: object) -> Mask | None:

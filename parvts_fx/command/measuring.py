@@ -10,9 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
+from parvts_fx.api import flops_of
 from parvts_fx.command.errors import BadInput, because
 from parvts_fx.report import Report
 from parvts_fx.torch_private import dynamo_config
@@ -216,7 +215,5 @@ def count_flops(model: Any, inputs: dict[str, Any], report: Report | None) -> Fl
     found = report.prefill if report is not None else None
     if found is None or not found.flops_before or not found.flops_after:
         return None
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it does not know the CPU's attention
-        model.generate(**inputs, **_greedy(1))
-    total = counter.get_total_flops()
+    total, _ = flops_of(lambda: model.generate(**inputs, **_greedy(1)))
     return Flops(total, total - found.flops_before + found.flops_after)

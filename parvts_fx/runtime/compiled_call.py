@@ -188,15 +188,15 @@ class _Frames:
     def capturing(self) -> Iterator[None]:
         self._current = None
         config = dynamo_config()
-        limit = max(_RECOMPILE_LIMIT, config.recompile_limit)
-        settings = config.patch(
-            **_SETTINGS[0], recompile_limit=limit, ignore_logging_functions=messages_while_capturing())
+        limit, ignored = max(_RECOMPILE_LIMIT, config.recompile_limit), config.ignore_logging_functions
+        settings = config.patch(**_SETTINGS[0], recompile_limit=limit, ignore_logging_functions=ignored)  # puts it back
         with told_of_compiling(self._start), settings, as_newer_torch(), sizes_in_strings:
             yield
 
     def _start(self, given: Any) -> None:
         self._current = str(given.compile_id).partition("/")[0]
-        for name, held in _SETTINGS[self._levels.get(self._current, 0)].items():
+        settings = _SETTINGS[self._levels.get(self._current, 0)]
+        for name, held in {**settings, "ignore_logging_functions": messages_while_capturing()}.items():
             setattr(dynamo_config(), name, held)
 
     def relax(self) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from parvts_fx.analysis.calls import fused_arguments, is_fused_attention
-from parvts_fx.analysis.masks import Mask, masks_of
+from parvts_fx.analysis.masks import Mask, all_masks
 from parvts_fx.analysis.records import Decoder
 from parvts_fx.analysis.values import ancestors, is_tensor, needed_for, output_node, reads_sizes_alone, value
 from parvts_fx.errors import Refusal
@@ -75,10 +75,9 @@ def _hands_out_keys(module: GraphModule, decoder: Decoder) -> bool:
 
 def _masks(decoder: Decoder) -> tuple[list[Mask], bool]:
     """The masks of all attention calls, and whether each of them may have one: a fused call without sees every key."""
-    calls = [attention for layer in decoder.layers for attention in layer.attentions]
     without = (is_fused_attention(node) and fused_arguments(node)["attn_mask"] is None
-               for attention in calls for node in attention.nodes)
-    return list(dict.fromkeys(mask for attention in calls for mask in masks_of(attention))), not any(without)
+               for layer in decoder.layers for attention in layer.attentions for node in attention.nodes)
+    return all_masks(decoder.layers), not any(without)
 
 
 def _padded(mask: Mask, values: torch.Tensor, batch: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
