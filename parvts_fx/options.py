@@ -12,7 +12,7 @@ import torch
 
 from parvts_fx.analysis.modality import MODALITIES, VISUAL
 from parvts_fx.schedules import SCHEDULES
-from parvts_fx.stages import PlacedStage, Stage, check_order, placed
+from parvts_fx.stages import PlacedStage, Stage, check_order, counts_left, placed
 from parvts_fx.torch_private import inductor_settings
 
 SHORT_FORM = ("keep_ratio", "keep_tokens", "migration_depth", "fusion", "paths", "score", "merge")
@@ -227,10 +227,7 @@ class Options:
 
     def subject_count(self, visual: int) -> int:
         """Number of visual tokens that are left in the end, of ``visual`` ones (an int or a torch.SymInt)."""
-        left = visual
-        for stage in self.schedule:
-            left = stage.kept(left, visual)
-        return left
+        return counts_left(self.schedule, visual)[-1]
 
     @property
     def overwrites(self) -> bool:

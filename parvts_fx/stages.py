@@ -7,13 +7,17 @@ A schedule is a tuple of :class:`Stage`, one for each time.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
 
 Rule = Callable[..., torch.Tensor]
+
+_LARGEST_PARTS, _MOST_VISUALS = 10_000, 1 << 17
 
 
 def _fail(field: str, value: object, expected: str, remedy: str, number: int | None = None) -> None:
@@ -98,16 +102,6 @@ class Stage:
         """The subject path's constant weight."""
         return float(self.fusion)
 
-    def kept(self, live: Any, original: Any) -> Any:
-        """How many of ``live`` visual tokens stay, of ``original`` ones that the sample had (ints or torch.SymInt)."""
-        if isinstance(self.keep, int):
-            return torch.sym_min(live, self.keep)
-        if isinstance(original, int):
-            share = max(1, math.floor(self.keep * original + 0.5))
-        else:  # the same arithmetic; sym_int rounds towards zero
-            share = torch.sym_max(1, torch.sym_int(self.keep * torch.sym_float(original) + 0.5))
-        return torch.sym_min(live, share)
-
 
 @dataclasses.dataclass(frozen=True)
 class PlacedStage:
@@ -137,6 +131,45 @@ class PlacedStage:
     def runs_both(self, layer: int) -> bool:
         """Whether a layer runs subject and non-subject rows."""
         return self.at <= layer < self.end
+
+
+def counts_left(stages: Sequence[Stage], visuals: Any) -> list[Any]:
+    """How many of a sample's visual tokens (an int, or a torch.SymInt that is no 0) are left in front of the first stage and
+    behind each.
+
+    Symbolic counts stand in every size behind the drop, and Inductor simplifies these for every kernel: nothing is written
+    that need not be, no minimum of what cannot be larger, and no floating-point number where whole ones do.
+    """
+    left = [visuals]
+    for number, stage in enumerate(stages):
+        kept = stage.keep if isinstance(stage.keep, int) else _share(stage.keep, visuals)
+        shares = [one.keep for one in stages[:number + 1] if isinstance(one.keep, float)]
+        never_more = not isinstance(visuals, int) and len(shares) == number + 1 and min(shares) == stage.keep
+        left.append(kept if never_more else torch.sym_min(left[-1], kept))
+    return left
+
+
+def _share(share: float, visuals: Any) -> Any:
+    """``max(1, floor(share * visuals + 0.5))``, in floating-point numbers."""
+    if isinstance(visuals, int):
+        return max(1, math.floor(share * visuals + 0.5))
+    fraction = _as_fraction(share)
+    if fraction is None:  # sym_int rounds towards zero
+        return torch.sym_max(1, torch.sym_int(share * torch.sym_float(visuals) + 0.5))
+    times, parts = fraction
+    return torch.sym_max(1, (2 * times * visuals + parts) // (2 * parts))
+
+
+@functools.cache
+def _as_fraction(share: float) -> tuple[int, int] | None:
+    """Numerator and denominator by which whole numbers give what floating-point ones give, for any number of tokens that a
+    prompt may have; None if there are none."""
+    found = Fraction(share).limit_denominator(_LARGEST_PARTS)
+    times, parts = found.numerator, found.denominator
+    # rounding errors can only tell where a product lies half way between two whole numbers
+    halves = () if parts % 2 else range(parts // 2 * pow(times, -1, parts) % parts, _MOST_VISUALS, parts)
+    alike = all((2 * times * count + parts) // (2 * parts) == math.floor(share * count + 0.5) for count in halves)
+    return (times, parts) if times / parts == share and alike else None
 
 
 def check_order(stages: Sequence[Stage]) -> None:
@@ -185,24 +218,17 @@ def dropping(stages: Sequence[PlacedStage], visuals: int | torch.SymInt) -> tupl
     if not isinstance(visuals, int):
         return tuple(stages)
     found: list[PlacedStage] = []
-    left = visuals
-    for placed_stage in stages:
-        kept = placed_stage.stage.kept(left, visuals)
-        if kept < left:
+    left = counts_left([placed_stage.stage for placed_stage in stages], visuals)
+    for placed_stage, before, behind in zip(stages, left, left[1:]):
+        if behind < before:
             found.append(dataclasses.replace(placed_stage, number=len(found)))
-        left = kept
     return tuple(found)
 
 
 def weighs_nothing(stages: Sequence[Stage], visuals: int) -> bool:
     """Whether a stage with constant weights drops none of so many tokens: then there is nothing to weigh its text with."""
-    left = visuals
-    for stage in stages:
-        kept = stage.kept(left, visuals)
-        if kept == left and stage.fusion != "attention":
-            return True
-        left = kept
-    return False
+    left = counts_left(stages, visuals)
+    return any(before == behind and stage.fusion != "attention" for stage, before, behind in zip(stages, left, left[1:]))
 
 
 def _layers(given: int | float, layers: int) -> int:

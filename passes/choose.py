@@ -24,6 +24,7 @@ from parvts_fx.passes.rows import LAST, TEXT, RowSet, live, non_subject
 from parvts_fx.passes.trace_rule import trace_rule
 from parvts_fx.places import places_of
 from parvts_fx.scores import ATTENDED, asks_all_text, reads_places
+from parvts_fx.stages import counts_left
 
 if TYPE_CHECKING:
     from parvts_fx.passes.emit import Emitter
@@ -45,15 +46,13 @@ def choose(emitter: Emitter, choice: Choice) -> None:
         scores = trace_rule(emitter, stage, hidden, visual, attention, places)
     scores = agreed(emitter, scores)
     merged, features = _sizes(emitter)
-    count, before = emitter.decoder.merge.count, [placed.stage for placed in emitter.plan.stages[:stage.number]]
+    count, stages = emitter.decoder.merge.count, [placed.stage for placed in emitter.plan.stages[:stage.number + 1]]
 
     def split(
         prompt: torch.Tensor, scores: torch.Tensor, visual: torch.Tensor, *features: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        left = visuals = _visuals(prompt, features, count)
-        for earlier in before:
-            left = earlier.kept(left, visuals)
-        return partition(scores, visual, stage.stage.kept(left, visuals), left)
+        *_, left, kept = counts_left(stages, _visuals(prompt, features, count))
+        return partition(scores, visual, kept, left)
 
     tensors = editor.inline(split, merged, scores, visual, *features)
     emitter.partitions[stage.number] = tensors

@@ -17,7 +17,7 @@ from parvts_fx.analysis.records import Attention, Decoder, Layer
 from parvts_fx.analysis.values import concrete, value
 from parvts_fx.errors import Refusal
 from parvts_fx.options import Options
-from parvts_fx.stages import PlacedStage
+from parvts_fx.stages import PlacedStage, counts_left
 
 
 class PlanError(RuntimeError):
@@ -124,10 +124,7 @@ class Plan:
 
     def visual_count(self, level: int) -> int | torch.SymInt:
         """How many visual tokens a sample has on a level."""
-        visuals = left = self.decoder.visual_tokens
-        for stage in self.stages[:level]:
-            left = stage.stage.kept(left, visuals)
-        return concrete(left)
+        return concrete(counts_left([stage.stage for stage in self.stages], self.decoder.visual_tokens)[level])
 
     @property
     def text_count(self) -> int | torch.SymInt:
