@@ -31,7 +31,7 @@ _LEAST_TURNS, _MOST_TURNS, _ENOUGH = 4, 12, 0.15
 _ROWS, _MULTIPLICATIONS = 128, 1 << 30
 """Of more rows than the first only so many are measured as make up the second: the choice does not hang on the others."""
 
-_LIBRARY = torch.library.Library("parvts_fx", "DEF")
+_LIBRARY = torch.library.Library("parvts_fx", "FRAGMENT")
 _LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
 

@@ -13,6 +13,8 @@ import torch
 from torch.fx import GraphModule
 
 from parvts_fx.backends.linear import pick_kernels
+from parvts_fx.backends.sizes import compile_with_names
+from parvts_fx.backends.uncompiled import leave_choices_uncompiled
 from parvts_fx.options import Options
 from parvts_fx.torch_private import inductor_settings, registered_backend, run_inductor, vector_instructions_probe
 
@@ -35,7 +37,11 @@ def inductor(module: GraphModule, example_inputs: Sequence[object], options: Opt
     if on_cpu:
         probe_processor()
     settings = {**(_known(_ON_CPU) if on_cpu else {}), **options.lowering_options}
-    return run_inductor(module, example_inputs, options.mode, settings)
+
+    def compile(graph: GraphModule, inputs: Sequence[object]) -> Compiled:
+        return run_inductor(leave_choices_uncompiled(graph) if on_cpu else graph, inputs, options.mode, settings)
+
+    return compile_with_names(module, example_inputs, compile)
 
 
 def _known(settings: Mapping[str, Any]) -> dict[str, Any]:

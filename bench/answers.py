@@ -64,10 +64,12 @@ def show_answers(keep_ratio: float, seed: int = 11) -> Shown:
     examples = lay_out([scene], questions)
     batch = next(examples.batches(len(questions)))
     whole = words(generate(model, batch))
-    dropped, pruned = (
-        words(generate(parvts_fx.compile(copy.deepcopy(model), strict=True, keep_ratio=keep_ratio, **options), batch))
-        for options in ({"merge": None, "score": "balanced"}, {}))
-    torch._dynamo.reset()  # else what follows in this process counts towards one recompile limit with these models
+    answered = []
+    for options in ({"merge": None, "score": "balanced"}, {}):
+        pruning = parvts_fx.compile(copy.deepcopy(model), strict=True, keep_ratio=keep_ratio, **options)
+        answered.append(words(generate(pruning, batch)))
+        torch._dynamo.reset()  # else the next model is taken for this one with other sizes, and shares its limit of compiles
+    dropped, pruned = answered
     rows, stands_for, expected = _reference(model, batch, keep_ratio)
     kept = torch.zeros(batch["input_ids"].shape[1], dtype=torch.bool)
     kept[rows] = True

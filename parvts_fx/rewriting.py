@@ -15,8 +15,9 @@ from torch.fx import GraphModule, Node
 from parvts_fx.analysis import Decoder, VisualMerge, find_decoder
 from parvts_fx.analysis.calls import attention_nodes
 from parvts_fx.analysis.decoder import attention_follows
-from parvts_fx.analysis.values import hint, output_node, value
+from parvts_fx.analysis.values import concrete, hint, output_node, value
 from parvts_fx.capture import capture, copy_graph_module
+from parvts_fx.capture.editing import COUNTS
 from parvts_fx.capture.invert_permutations import InvertPermutations
 from parvts_fx.capture.name_attention import NameAttention, kernels
 from parvts_fx.capture.separate_caches import SeparateCaches
@@ -160,11 +161,16 @@ def rewrite_graph(
         return Rewriting(GraphReport("untouched", _UNSEEN, **facts))
     facts["analysis_milliseconds"] = 1e3 * (time.perf_counter() - start)
     _refuse_gradients(example_inputs, module)
-    if merge.visual_tokens is None or hint(merge.visual_tokens) is None:  # rewrite for the prompt at hand
+    tokens, count = merge.visual_tokens, None
+    if tokens is None or hint(tokens) is None:  # rewrite for the prompt at hand
         visual = _visual(work, merge, given)
-        if same_count(visual) is None:
+        count = same_count(visual)
+        if count is None:
             return _for_no_batch(uneven(visual), work, merge, stream, facts)
-        merge = dataclasses.replace(merge, count=same_count(visual))
+    elif isinstance(tokens, torch.SymInt) and isinstance(concrete(value(merge.output).shape[1]), int):
+        count = hint(tokens)  # prompts of one length have one number of them, as a rule: nothing need be symbolic
+    if count is not None:
+        merge = dataclasses.replace(merge, count=count)
         decoder = dataclasses.replace(decoder, merge=merge)
     if hint(decoder.visual_tokens) == 0:
         return _for_no_batch("there are fewer visual tokens than samples", work, merge, stream, facts)
@@ -222,6 +228,7 @@ def _write(
     run_pipeline(build_pipeline(options) if passes is None else passes, job)
     if job.written is None:
         raise PlanError("parvts_fx: the pipeline lacks the pass emit, without which no graph is written")
+    work.meta[COUNTS] = job.plan.text_count, [job.plan.visual_count(level) for level in range(job.plan.final + 1)]
     work.recompile()
     told_by = "" if decoder.period is None else decoder.period.told_by
     report = GraphReport(

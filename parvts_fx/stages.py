@@ -142,11 +142,15 @@ def counts_left(stages: Sequence[Stage], visuals: Any) -> list[Any]:
     """
     left = [visuals]
     for number, stage in enumerate(stages):
-        kept = stage.keep if isinstance(stage.keep, int) else _share(stage.keep, visuals)
-        shares = [one.keep for one in stages[:number + 1] if isinstance(one.keep, float)]
-        never_more = not isinstance(visuals, int) and len(shares) == number + 1 and min(shares) == stage.keep
-        left.append(kept if never_more else torch.sym_min(left[-1], kept))
+        left.append(_kept(stages[:number], stage, left[-1], visuals))
     return left
+
+
+def _kept(before: Sequence[Stage], stage: Stage, live: Any, visuals: Any) -> Any:
+    kept = stage.keep if isinstance(stage.keep, int) else _share(stage.keep, visuals)
+    shares = [one.keep for one in (*before, stage) if isinstance(one.keep, float)]
+    never_more = not isinstance(visuals, int) and len(shares) == len(before) + 1 and min(shares) == stage.keep
+    return kept if never_more else torch.sym_min(live, kept)
 
 
 def _share(share: float, visuals: Any) -> Any:

@@ -152,6 +152,80 @@ def traced_numbers(size: torch.SymInt | torch.SymFloat) -> Mapping[sympy.Symbol,
     return size.node.shape_env.backed_var_to_val
 
 
+def is_symbol(size: int | torch.SymInt) -> bool:
+    """Whether a size has a name, and is no formula of others."""
+    return isinstance(size, torch.SymInt) and expression(size).is_Symbol
+
+
+class NamedSizes:
+    """Symbols of their own for sizes that are formulas, while a graph is lowered.
+
+    Afterwards the formulas take the symbols' places in all that has been assumed meanwhile, so that it is guarded like
+    everything else. Without the private names no size gets one: graphs of any size compile, and take longer.
+    """
+
+    def __init__(self) -> None:
+        self._formulas: dict[sympy.Symbol, sympy.Expr] = {}
+        self._replaced: dict[sympy.Symbol, sympy.Expr] = {}
+        self._environment: Any = None
+
+    def add(self, size: torch.SymInt) -> torch.SymInt | None:
+        """A name for a size; None where it cannot have one: it stands for at least 2, as those of tensors' sizes do."""
+        environment, hint = size.node.shape_env, traced_number(size)
+        try:
+            source = _get("torch._dynamo.source", "ConstantSource")(f"parvts_fx_size_{len(self._formulas)}")
+            dynamic = _get("torch.fx.experimental.symbolic_shapes", "DimDynamic").DYNAMIC
+            if hint is None or hint < 2 or not size >= 2:
+                return None
+            symbol = environment.create_symbol(hint, source, dynamic)
+            named = environment.create_symintnode(symbol, hint=hint, source=source)
+        except (TorchMoved, AttributeError, TypeError):
+            return None
+        self._environment = environment
+        self._formulas[symbol] = expression(size)
+        return named
+
+    def replace(self, size: torch.SymInt, total: torch.SymInt) -> None:
+        """Have a sum of names in the place of a symbol, in what :meth:`renamed` gives."""
+        self._replaced[expression(size)] = expression(total)
+
+    def renamed(self, held: Any) -> Any:
+        """An example input of such a size: a size or a fake tensor. Others come as they are."""
+        if isinstance(held, torch.SymInt):
+            return self._size(held)
+        if not isinstance(held, FakeTensor) or not any(
+                isinstance(size, torch.SymInt) and expression(size).free_symbols & self._replaced.keys()
+                for size in (*held.shape, *held.stride())):
+            return held
+        with held.fake_mode:
+            return torch.empty_strided(
+                [self._size(size) for size in held.shape], [self._size(step) for step in held.stride()], dtype=held.dtype,
+                device=held.device)
+
+    def _size(self, size: int | torch.SymInt) -> int | torch.SymInt:
+        if isinstance(size, int) or not expression(size).free_symbols & self._replaced.keys():
+            return size
+        return self._environment.create_symintnode(
+            expression(size).xreplace(self._replaced), hint=traced_number(size), source=None)
+
+    def forget(self) -> None:
+        """Put the formulas into the symbols' places."""
+        environment, formulas = self._environment, self._formulas
+        if not formulas:
+            return
+        for symbol, found in list(environment.replacements.items()):
+            if symbol in formulas or found.free_symbols & formulas.keys():
+                del environment.replacements[symbol]
+                again = sympy.expand(found.xreplace(formulas))
+                if symbol not in formulas and symbol not in again.free_symbols:  # else it says that it is what it is
+                    environment.replacements[symbol] = again
+        assumed = [guard for guard in environment.guards if guard.expr.free_symbols & formulas.keys()]
+        environment.guards[:] = [guard for guard in environment.guards if guard not in assumed]
+        environment._update_version_counter()
+        for guard in assumed:
+            environment.evaluate_expr(guard.expr.xreplace(formulas))
+
+
 WeakReference: Callable[..., Any] = _find("torch.utils.weak", "WeakIdRef", weakref.ref)
 """A weak reference that knows that a tensor's Python object may come back to life. Python's own does for what we look up."""
 

@@ -193,7 +193,8 @@ class Emitter:
                 self._write(node)
             for choice in choices.get(node, ()):
                 self._merge(node, choice.stage.number)  # it reads what the stages in front of it have left
-                choose(self, choice)
+                with self.editor.choosing():
+                    choose(self, choice)
                 if choice.stage.number in self.twins:
                     share_prefix(self.twins[choice.stage.number])
             self._merge(node, self.plan.final)

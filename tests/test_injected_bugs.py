@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from parvts_fx import rewriting
+from parvts_fx import rewriting, stages
 from parvts_fx.analysis.records import Attention
 from parvts_fx.analysis.values import ancestors, is_symbolic_int, value
 from parvts_fx.capture.editing import Editor
@@ -238,8 +238,8 @@ def cut_with(difference: int, only: int = 0) -> Patch:
     return wrap(Plan, "cut_of", bug)
 
 
-def kept_of_the_live(original: Callable, self: Stage, left: Any, original_count: Any) -> Any:
-    return original(self, left, left)
+def kept_of_the_live(original: Callable, before: Sequence[Stage], stage: Stage, live: Any, visuals: Any) -> Any:
+    return original(before, stage, live, live)
 
 
 def whole_outputs(original: Callable, self: Emitter, node: Node) -> Any:
@@ -501,7 +501,7 @@ BUGS: dict[str, tuple[Patch, Comparison]] = {
     "second choice's rows by their positions": (wrap(RowSets, "places", by_positions_of_the_prompt), TWICE),
     "second choice reads the prompt's first rows as visual": (wrap(choose, "_visual", first_of_the_mask), TWICE),
     "second choice reads the embeddings": (wrap(InsertPartition, "_choice", of_the_embeddings), TWICE),
-    "share of what is left": (wrap(Stage, "kept", kept_of_the_live), SHARES),
+    "share of what is left": (wrap(stages, "_kept", kept_of_the_live), SHARES),
     "second stage: text sees the subject group alone": (
         attending(lambda queries, keys: live(2) if (queries, keys) == (TEXT, live(1)) else keys), TWICE),
     "second stage: groups see each other": (

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import torch
@@ -19,6 +20,13 @@ from parvts_fx.torch_private import enable_python_dispatcher, make_fx
 
 Size: TypeAlias = "int | Node"
 
+CHOOSES = "parvts_chooses"
+"""In the ``meta`` of nodes that choose among tokens: no number that the model computes goes through them."""
+
+COUNTS = "parvts_counts"
+"""In the ``meta`` of a rewritten graph: a sample's rows of text, and its visual tokens in front of the first stage and behind
+each."""
+
 
 class Editor:
     """Adds nodes to one graph.
@@ -33,6 +41,16 @@ class Editor:
         self.graph = module.graph if graph is None else graph
         self.mode = fake_mode_of(module.graph)
         self._evaluated = EvaluationCache()
+        self._chooses = False
+
+    @contextlib.contextmanager
+    def choosing(self) -> Iterator[None]:
+        """What is inlined meanwhile chooses among tokens."""
+        before, self._chooses = self._chooses, True
+        try:
+            yield
+        finally:
+            self._chooses = before
 
     # -- single nodes -----------------------------------------------------------------------------------------------
 
@@ -124,4 +142,6 @@ class Editor:
                     (node.args, node.kwargs), lambda leaf: copies[leaf] if isinstance(leaf, Node) else leaf)
                 copies[node] = self.graph.call_function(node.target, args, kwargs)
                 copies[node].meta["example_value"] = node.meta.get("val")
+                if self._chooses:
+                    copies[node].meta[CHOOSES] = True
         raise AssertionError("a traced graph has an output")
