@@ -48,7 +48,7 @@ def compile_with_names(
     return lambda *inputs: compiled(*inputs, *(read(inputs) for read in readers))
 
 
-def _parts(module: GraphModule) -> list[int | torch.SymInt]:
+def _parts(module: GraphModule) -> list[Any]:
     """How many rows are text, how many stay in the end, and how many leave at each stage, the last one first; none where a
     prompt's length has no name that they could take the place of."""
     if COUNTS not in module.meta:
@@ -61,9 +61,16 @@ def _parts(module: GraphModule) -> list[int | torch.SymInt]:
 
 
 def _rename(
-    module: GraphModule, parts: Sequence[int | torch.SymInt], names: NamedSizes, example_inputs: Sequence[Any]
+    module: GraphModule, parts: Sequence[Any], names: NamedSizes, example_inputs: Sequence[Any]
 ) -> list[Any]:
-    """Have the graph read its numbers of visual tokens off new inputs; example inputs whose sizes are sums of these."""
+    """Have the graph read its numbers of visual tokens off new inputs.
+
+    Args:
+        parts: what :func:`_parts` gives, symbolic ones by their new names.
+
+    Returns:
+        example inputs whose sizes are sums of these names.
+    """
     text, visuals = module.meta[COUNTS]
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     own: list[int | Node] = []

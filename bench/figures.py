@@ -146,6 +146,16 @@ def compile_time(results: dict[str, Any]) -> Sheet:
     return Sheet("What compiling costs", ["layers", "analysis, passes, checks", "first call, Inductor", "parvts", "ratio"], rows)
 
 
+def picture_sizes(results: dict[str, Any]) -> Sheet:
+    """Calls with pictures of other sizes, and the same ones again."""
+    count = len(results["pictures"])
+    headings = ["", "first picture", "second", f"each of the other {count - 2}", f"all {count}", "one of them again"]
+    return Sheet("Pictures of many sizes, compiling included", headings, [[
+        title(row["method"]), f"{row['first'][0]:.1f} s", f"{row['first'][1]:.1f} s",
+        f"{statistics.median(row['first'][2:]):.2f} s (at most {max(row['first'][2:]):.2f})", f"{sum(row['first']):.0f} s",
+        f"{statistics.median(row['again']):.2f} s (at most {max(row['again']):.2f})"] for row in results["rows"]])
+
+
 def flops(results: dict[str, Any]) -> Sheet:
     """FLOPs that are left of the full prompt's, by configuration and tokens kept."""
     rows = results["results"]

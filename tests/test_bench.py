@@ -14,7 +14,7 @@ from rich.console import Console
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import compare, gpu, merging_cost, schedules, uneven_batches
+from bench import compare, figures, gpu, merging_cost, picture_sizes, schedules, uneven_batches
 from bench.configurations import SMALL
 from bench.demo import build_model
 from bench.floor import Floor, decoder_weights
@@ -300,3 +300,15 @@ def test_uneven_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert [(row["method"], row["batch"]) for row in found["rows"]] == [
         (method, batch) for method in ("inductor", "parvts") for batch in ("even", "uneven")]
     assert "times the even one" in uneven_batches.sheet(found).title
+
+
+def test_picture_sizes(tmp_path: Path) -> None:
+    """Each method in a process of its own; that every prompt is pruned is asserted in there."""
+    file = tmp_path / "sizes.json"
+    found = picture_sizes.main(["--layers", "4", "--width", "128", "--text", "8", "--sizes", "3", "--most", "10",
+                                "--lowering", "eager", "--out", str(file)])
+    assert json.loads(file.read_text())["settings"]["sizes"] == 3 == len(set(found["pictures"]))
+    assert [(row["method"], len(row["first"]), len(row["again"])) for row in found["rows"]] == [
+        ("inductor", 3, 3), ("parvts", 3, 3)]
+    sheet = figures.picture_sizes(found)
+    assert [row[0] for row in sheet.rows] == ["Inductor", "**parvts**"] and len(sheet.headings) == len(sheet.rows[0])

@@ -107,36 +107,42 @@ def test_only_what_joins_features_is_given_joined_ones(model: Callable, same: bo
     def call(kwargs: Any) -> Any:
         return {"logits": model(kwargs["outputs"]["image"].pooler_output)}
 
-    trial = joined.trial(given)
     assert joined.joined(given) is given
-    joined.try_out(trial, call, call(given), given)
+    joined.try_out(given, call)
     later = joined.joined(given)["outputs"]["image"].pooler_output
     assert len(later) == (1 if same else 2) and torch.equal(torch.cat(later), torch.cat(PICTURES))
     assert given["outputs"]["image"].pooler_output is PICTURES, "what the caller holds stays"
-    assert joined.trial(given) is None, "once is enough"
+    joined.try_out(given, lambda kwargs: pytest.fail("once is enough"))
 
 
-@pytest.mark.parametrize("options, calls", [
-    ({}, [2, 1]), ({"mode": "reduce-overhead"}, [2, 2]), ({"triton.cudagraphs": True}, [2, 2])], ids=str)
-def test_nothing_is_tried_out_where_a_second_call_would_overwrite_the_first(options: dict, calls: list[int]) -> None:
-    """How many tensors later calls are given."""
-    seen = []
+class Joining(torch.nn.Module):
+    """Tells how many tensors it is given."""
 
-    def call(outputs: Any) -> torch.Tensor:
-        seen.append(len(outputs["image"]))
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def forward(self, outputs: Any) -> torch.Tensor:
+        self.seen.append(len(outputs["image"]))
         return torch.cat(outputs["image"])
 
-    run = watched_call(call, parse_options(options), torch.nn.Identity())
+
+@pytest.mark.parametrize("options", [{}, {"mode": "reduce-overhead"}], ids=str)
+def test_trials_run_uncompiled(options: dict[str, Any]) -> None:
+    """The compiled form is given joined features from the first call on, and is never called twice in one."""
+    model, compiled = Joining(), Joining()
+    run = watched_call(compiled, parse_options(options), model)
     for _ in range(2):
         assert run(outputs={"image": PICTURES}).equal(torch.cat(PICTURES))
-    assert [seen[0], seen[-1]] == calls and len(seen) == (2 if options else 3)
+    assert (model.seen, compiled.seen) == ([2, 1], [1, 1])
 
 
 @pytest.mark.parametrize("held", [
     PICTURES[:1], (PICTURES[0], torch.ones(3, 5)), (torch.ones(3, dtype=torch.int64),) * 2, "text", None], ids=str)
 def test_what_is_not_joined(held: Any) -> None:
-    assert JoinedFeatures().trial({"outputs": {"image": held}}) is None
-    assert JoinedFeatures().trial({"past_key_values": PICTURES}) is None, "an argument itself may be a cache"
+    joined, given = JoinedFeatures(), {"outputs": {"image": held}, "past_key_values": PICTURES}  # that may be a cache
+    joined.try_out(given, lambda kwargs: pytest.fail("nothing is tried out"))
+    assert joined.joined(given) is given
 
 
 def test_strings_are_formatted_late_only_inside() -> None:
@@ -169,7 +175,7 @@ def test_features_that_a_call_returns_come_back_as_they_were() -> None:
     def call(kwargs: Any) -> Any:
         return {"logits": torch.cat(kwargs["outputs"]["image"]), "image_hidden_states": kwargs["outputs"]["image"]}
 
-    joined.try_out(joined.trial(given), call, call(given), given)
+    joined.try_out(given, call)
     later = joined.joined(given)
     output = joined.parted(call(later), given, later)
     assert later is not given and output["image_hidden_states"] is PICTURES and output["logits"].shape == (8, 4)

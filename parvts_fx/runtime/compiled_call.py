@@ -83,7 +83,7 @@ class _Watched:
         self._returned: TensorTable[bool] = TensorTable()
         self._features = JoinedFeatures()
         self._by_sample = True
-        self._tries = not once and not options.overwrites
+        self._tries = not once
 
     def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         prompts, has_pictures, is_step = read_call(args, kwargs, self._returned)
@@ -91,11 +91,10 @@ class _Watched:
         args, kwargs = with_cached_columns(self._model.forward, args, kwargs)
         lent = lend_growing_cache(kwargs) if has_pictures else None
         given = kwargs if lent is None else lent.kwargs
-        trial = self._features.trial(given) if self._tries else None
+        if self._tries:
+            self._features.try_out(given, functools.partial(self._run_uncompiled, args))
         joined = self._features.joined(given)
         output, caches, told = self._run(args, joined, prompts if has_pictures else [], by_sample=lent is None)
-        if trial is not None:
-            self._features.try_out(trial, functools.partial(self._again, args, lent is None), output, joined)
         if lent is not None:
             output, caches = lent.give_back(output, sum(told.dropped[-1:])), [lent.static]
         self._note(output, caches, told)
@@ -143,13 +142,11 @@ class _Watched:
         except (RuntimeError, ValueError, TypeError, IndexError) as own:
             raise own from error
 
-    def _again(self, args: Sequence[Any], by_sample: bool, kwargs: Mapping[str, Any]) -> Any:
+    @torch.compiler.disable
+    def _run_uncompiled(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """A call that is a trial."""
-        with paused(), self._frames.capturing(), begin_call() as told:
-            told.by_sample = by_sample and self._by_sample
-            output = self._call(*args, **kwargs)
-            told.record = None
-        return output
+        with paused(), begin_call():
+            return uncompiled_call(self._model)(*args, **kwargs)
 
     def _note(self, output: Any, caches: Sequence[Any], told: Call) -> None:
         """What later calls need to know of caches, and which numbers have been returned."""

@@ -42,23 +42,19 @@ class JoinedFeatures:
                 output[name] = as_given[id(held[0])]
         return output
 
-    def trial(self, kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
-        """A call's keyword arguments with joined features, on caches of their own. To be made in front of a call that may be
-        tried out; None if it need not or cannot be."""
-        if self._same is not None or (joined := _joined(kwargs)) is None:
-            return None
-        try:
-            return {name: copy.deepcopy(held) if is_cache(held) else held for name, held in joined.items()}
-        except Exception:  # a cache that cannot be copied: nothing is lost
-            self._same = False
-            return None
+    def try_out(self, kwargs: Mapping[str, Any], call: Call) -> None:
+        """See whether joined features make a difference, if that is not known yet and these arguments can tell.
 
-    def try_out(self, trial: Mapping[str, Any], call: Call, output: Any, kwargs: Mapping[str, Any]) -> None:
-        """Make the call with joined features, and see whether it comes to the same as it did without (``output``)."""
+        Args:
+            call: the model, uncompiled, as a function of its keyword arguments.
+        """
+        if self._same is not None or (joined := _joined(kwargs)) is None:
+            return
         try:
-            again = call(trial)
-            self._same = _agree(_results(output, kwargs), _results(again, trial))
-        except Exception:  # the model needs them one by one
+            one, other = ({name: copy.deepcopy(held) if is_cache(held) else held for name, held in given.items()}
+                          for given in (kwargs, joined))
+            self._same = _agree(_results(call(one), one), _results(call(other), other))
+        except Exception:  # the model needs them one by one, or a cache cannot be copied: nothing is lost
             self._same = False
 
 
