@@ -1,7 +1,7 @@
 """What has been measured as tables, for terminals and for pages: ``python -m bench.figures`` writes the latter.
 
-Reads ``compare.json``, ``compile_time.json``, ``flops.json``, ``merging.json`` and ``merging_seed1.json`` in
-``bench/results/``; a test fails when a page differs from them.
+Reads ``compare.json``, ``compile_time.json``, ``picture_sizes.json``, ``flops.json``, ``merging.json`` and
+``merging_seed1.json`` in ``bench/results/``; a test fails when a page differs from them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = {
     ROOT / "README.md": ("speed", "accuracy in short"),
     ROOT / "docs" / "options.md": ("by kind",),
-    ROOT / "docs" / "figures.md": ("methods", "kept", "lengths", "flops", "compile time", "accuracy"),
+    ROOT / "docs" / "figures.md": (
+        "methods", "kept", "lengths", "flops", "compile time", "picture sizes", "accuracy"),
 }
 """The tables of each page, by the name in their markers."""
 
@@ -215,6 +216,7 @@ def tables() -> dict[str, str]:
         "methods": "\n\n".join(sheet.markdown() for sheet in methods(compared["methods"])),
         "kept": kept(compared["kept"]).markdown(), "lengths": lengths(compared["lengths"]).markdown(),
         "compile time": compile_time(json.loads((RESULTS / "compile_time.json").read_text())).markdown(),
+        "picture sizes": picture_sizes(json.loads((RESULTS / "picture_sizes.json").read_text())).markdown(),
         "flops": flops(json.loads((RESULTS / "flops.json").read_text())).markdown(),
         "accuracy": accuracy(answers, ANSWERS).markdown(), "accuracy in short": accuracy(answers, ANSWERS_IN_SHORT).markdown(),
         "by kind": by_kind([answers, others]).markdown(),

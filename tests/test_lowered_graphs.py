@@ -123,10 +123,10 @@ def test_results_share_no_memory() -> None:
 
 def test_whole_numbers_round_as_floating_point_ones_do() -> None:
     """Where they do not, as for 0.29 of 50, the graph computes in floating-point numbers."""
-    shares = [times / parts for parts in (*range(1, 25), 100) for times in range(1, parts + 1)]
+    shares = [times / parts for parts in (3, 7, 9, 10, 50, 100) for times in range(1, parts + 1)]
     environment = torch.fx.experimental.symbolic_shapes.ShapeEnv()
     for share in shares:
-        for count in (1, 2, 3, 5, 9, 14, 50, 144, 576, 2880):
+        for count in (1, 2, 5, 50, 576):
             size = environment.create_unspecified_symint_and_symbol(
                 count, torch._dynamo.source.ConstantSource(f"size_{share}_{count}"), torch.fx.experimental.symbolic_shapes.
                 DimDynamic.DYNAMIC)
