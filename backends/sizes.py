@@ -41,8 +41,7 @@ def compile_with_names(
         if not readers or any(part is None for part in added):
             return compile(module, example_inputs)
         copy = copy_graph_module(module)
-        inputs = _rename(copy, added, names, example_inputs)
-        compiled = compile(copy, inputs)
+        compiled = compile(copy, _rename(copy, added, names, example_inputs))
     finally:
         names.forget()
     return lambda *inputs: compiled(*inputs, *(read(inputs) for read in readers))
@@ -60,9 +59,7 @@ def _parts(module: GraphModule) -> list[Any]:
     return [text, visuals[-1], *reversed(leaving)]
 
 
-def _rename(
-    module: GraphModule, parts: Sequence[Any], names: NamedSizes, example_inputs: Sequence[Any]
-) -> list[Any]:
+def _rename(module: GraphModule, parts: Sequence[Any], names: NamedSizes, example_inputs: Sequence[Any]) -> list[Any]:
     """Have the graph read its numbers of visual tokens off new inputs.
 
     Args:
@@ -79,13 +76,11 @@ def _rename(
             with module.graph.inserting_after(placeholders[-1]):
                 placeholders.append(module.graph.placeholder(f"rows_{number}"))
             placeholders[-1].meta["example_value"] = part
-            placeholders[-1]._dynamo_source = None  # type: ignore[attr-defined]
         own.append(placeholders[-1] if isinstance(part, torch.SymInt) else part)
     for level, count in enumerate(reversed(visuals), start=1):  # the first are those that are left in the end
-        renamed = sum(parts[1:level + 1])
+        if is_symbol(count):
+            names.replace(count, sum(parts[1:level + 1]))
         if isinstance(count, torch.SymInt):
-            if is_symbol(count):
-                names.replace(count, renamed)
             _read_off(module, count, own[1:level + 1], placeholders[-1])
     names.replace(text + visuals[0], sum(parts))
     inputs = []

@@ -10,11 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -26,7 +22,7 @@ import parvts_fx
 from bench import figures
 from bench.demo import build_model
 from bench.flops import CONFIGURATIONS, capture_prefill, rewrite
-from bench.measuring import machine
+from bench.measuring import in_own_process, machine
 from bench.models import Prefill, build_scene
 from bench.tables import quieten
 from parvts_fx.options import parse_options
@@ -59,15 +55,6 @@ def first_call(kind: str, layers: int, width: int) -> float:
     return seconds[0] - seconds[1]
 
 
-def in_own_process(kind: str, layers: int, width: int) -> float:
-    """The same in a fresh process with empty caches."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "bench.compile_time", "--one", kind, str(layers), str(width)]
-        done = subprocess.run(command, env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder},
-                              capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.compile_time", description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3, help="measurements of each")
@@ -87,7 +74,7 @@ def main() -> None:
         found = {kind: [] for kind in KINDS}
         for _ in range(repeats):
             for kind in KINDS:
-                found[kind].append(in_own_process(kind, layers, width))
+                found[kind].append(float(in_own_process("bench.compile_time", "--one", kind, str(layers), str(width))))
         whole.append({"layers": layers, "width": width, "seconds": found})
     held = {"machine": machine(torch.device("cpu")), "rewriting": rewriting, "whole": whole}
     console.print(figures.compile_time(held))

@@ -8,7 +8,9 @@ import gc
 import os
 import platform
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -251,6 +253,20 @@ def many_compiles() -> Iterator[None]:
     """Let Dynamo compile one code object for as many methods and sizes as are compared."""
     with torch._dynamo.config.patch(recompile_limit=200, accumulated_recompile_limit=1000):
         yield
+
+
+def in_own_process(module: str, *arguments: str) -> str:
+    """The last line that ``python -m module`` prints, in a fresh process with empty compile caches.
+
+    Raises:
+        RuntimeError: it fails; with what it has said.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True,
+                              env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder})
+    if done.returncode:
+        raise RuntimeError(f"python -m {module} {' '.join(arguments)} failed:\n{done.stderr}")
+    return done.stdout.splitlines()[-1]
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import statistics
-import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +21,7 @@ from rich.progress import track
 
 import parvts_fx
 from bench import figures
-from bench.measuring import machine, many_compiles, seconds
+from bench.measuring import in_own_process, machine, many_compiles, seconds
 from bench.tables import quieten
 from bench.uneven_batches import compiled, first_token, prompts
 
@@ -52,14 +49,6 @@ def calls(given: argparse.Namespace, method: str) -> dict[str, Any]:
     return {"method": method, "first": found[0], "again": found[1]}
 
 
-def in_own_process(arguments: Sequence[str], method: str) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "bench.picture_sizes", *arguments, "--one", method]
-        done = subprocess.run(command, env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder}, stdout=subprocess.PIPE,
-                              text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.picture_sizes", description=__doc__.splitlines()[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -84,7 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         print(json.dumps(found))
         return found
     console = Console()
-    rows = [in_own_process(arguments, method) for method in track(METHODS, "measuring", console=console)]
+    rows = [json.loads(in_own_process("bench.picture_sizes", *arguments, "--one", method))
+            for method in track(METHODS, "measuring", console=console)]
     settings = {name: held for name, held in vars(given).items() if name not in ("out", "one")}
     found = {"machine": machine(torch.device("cpu")), "settings": settings, "pictures": sizes(given.sizes, given.most),
              "rows": rows}

@@ -228,7 +228,7 @@ def _write(
     run_pipeline(build_pipeline(options) if passes is None else passes, job)
     if job.written is None:
         raise PlanError("parvts_fx: the pipeline lacks the pass emit, without which no graph is written")
-    work.meta[COUNTS] = job.plan.text_count, [job.plan.visual_count(level) for level in range(job.plan.final + 1)]
+    work.meta[COUNTS] = job.plan.text_count, job.plan.visual_counts
     work.recompile()
     told_by = "" if decoder.period is None else decoder.period.told_by
     report = GraphReport(

@@ -18,6 +18,7 @@ import torch
 Rule = Callable[..., torch.Tensor]
 
 _LARGEST_PARTS, _MOST_VISUALS = 10_000, 1 << 17
+"""Of a share's denominator; of a sample's visual tokens, to which whole numbers are checked."""
 
 
 def _fail(field: str, value: object, expected: str, remedy: str, number: int | None = None) -> None:
@@ -147,6 +148,7 @@ def counts_left(stages: Sequence[Stage], visuals: Any) -> list[Any]:
 
 
 def _kept(before: Sequence[Stage], stage: Stage, live: Any, visuals: Any) -> Any:
+    """How many of ``live`` tokens a stage keeps, of ``visuals`` that there were; ``before``: the stages in front of it."""
     kept = stage.keep if isinstance(stage.keep, int) else _share(stage.keep, visuals)
     shares = [one.keep for one in (*before, stage) if isinstance(one.keep, float)]
     never_more = not isinstance(visuals, int) and len(shares) == len(before) + 1 and min(shares) == stage.keep
@@ -154,7 +156,7 @@ def _kept(before: Sequence[Stage], stage: Stage, live: Any, visuals: Any) -> Any
 
 
 def _share(share: float, visuals: Any) -> Any:
-    """``max(1, floor(share * visuals + 0.5))``, in floating-point numbers."""
+    """``max(1, floor(share * visuals + 0.5))``: as floating-point numbers round it, whatever it is computed in."""
     if isinstance(visuals, int):
         return max(1, math.floor(share * visuals + 0.5))
     fraction = _as_fraction(share)
@@ -166,8 +168,7 @@ def _share(share: float, visuals: Any) -> Any:
 
 @functools.cache
 def _as_fraction(share: float) -> tuple[int, int] | None:
-    """Numerator and denominator by which whole numbers give what floating-point ones give, for any number of tokens that a
-    prompt may have; None if there are none."""
+    """Numerator and denominator by which whole numbers give what floating-point ones give; None if there are none."""
     found = Fraction(share).limit_denominator(_LARGEST_PARTS)
     times, parts = found.numerator, found.denominator
     # rounding errors can only tell where a product lies half way between two whole numbers

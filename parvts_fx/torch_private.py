@@ -193,14 +193,13 @@ class NamedSizes:
         """An example input of such a size: a size or a fake tensor. Others come as they are."""
         if isinstance(held, torch.SymInt):
             return self._size(held)
-        if not isinstance(held, FakeTensor) or not any(
-                isinstance(size, torch.SymInt) and expression(size).free_symbols & self._replaced.keys()
-                for size in (*held.shape, *held.stride())):
+        sizes = (*held.shape, *held.stride()) if isinstance(held, FakeTensor) else ()
+        renamed = [self._size(size) for size in sizes]
+        if all(new is size for new, size in zip(renamed, sizes)):
             return held
         with held.fake_mode:
             return torch.empty_strided(
-                [self._size(size) for size in held.shape], [self._size(step) for step in held.stride()], dtype=held.dtype,
-                device=held.device)
+                renamed[:held.dim()], renamed[held.dim():], dtype=held.dtype, device=held.device)
 
     def _size(self, size: int | torch.SymInt) -> int | torch.SymInt:
         if isinstance(size, int) or not expression(size).free_symbols & self._replaced.keys():
@@ -219,8 +218,11 @@ class NamedSizes:
                 again = sympy.expand(found.xreplace(formulas))
                 if symbol not in formulas and symbol not in again.free_symbols:  # else it says that it is what it is
                     environment.replacements[symbol] = again
-        assumed = [guard for guard in environment.guards if guard.expr.free_symbols & formulas.keys()]
-        environment.guards[:] = [guard for guard in environment.guards if guard not in assumed]
+        assumed: list[Any] = []
+        others: list[Any] = []
+        for guard in environment.guards:
+            (assumed if guard.expr.free_symbols & formulas.keys() else others).append(guard)
+        environment.guards[:] = others
         environment._update_version_counter()
         for guard in assumed:
             environment.evaluate_expr(guard.expr.xreplace(formulas))

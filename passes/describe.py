@@ -24,11 +24,11 @@ def _layer_report(plan: Plan, index: int) -> LayerReport:
     others = tuple(mixer.output.name for mixer in layer.mixers if mixer.attention is None)
     level = sum(stage.end <= index for stage in plan.stages)
     running = next((stage for stage in plan.stages if stage.runs_both(index)), None)
-    text, left = hint(plan.text_count), hint(plan.visual_count(level))
+    text, left = hint(plan.text_count), hint(plan.visual_counts[level])
     if running is None:
         rows, sees = {"kept" if level else "all": text + left}, "all see all"
     else:
-        subject = hint(plan.visual_count(level + 1))
+        subject = hint(plan.visual_counts[level + 1])
         rows = {"text": text, "subject": subject, "non-subject": left - subject}
         sees = "text sees all, a group its own and text"
         if running.is_weighed:
@@ -36,7 +36,7 @@ def _layer_report(plan: Plan, index: int) -> LayerReport:
             sees = f"each path its own; text joins {running.stage.weight:g} to {1 - running.stage.weight:g}"
         elif not running.is_parallel:
             rows, sees = {"all": text + left}, "all see all"
-    leaving = sum(hint(plan.visual_count(stage.number)) - hint(plan.visual_count(stage.number + 1))
+    leaving = sum(hint(plan.visual_counts[stage.number]) - hint(plan.visual_counts[stage.number + 1])
                   for stage in plan.stages if stage.end == index)
     chooses = next((rule_name(stage.stage.rule) for stage in plan.stages if stage.at == index), "")
     return LayerReport(layer.index, kinds, rows, others, sees, leaving, chooses)

@@ -8,6 +8,7 @@ theirs, and on the last one the rows whose logits are asked for. Passes refine a
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import torch
@@ -122,9 +123,10 @@ class Plan:
         """The level of the rows whose logits are asked for."""
         return len(self.stages) + 1
 
-    def visual_count(self, level: int) -> int | torch.SymInt:
-        """How many visual tokens a sample has on a level."""
-        return concrete(counts_left([stage.stage for stage in self.stages], self.decoder.visual_tokens)[level])
+    @functools.cached_property
+    def visual_counts(self) -> list[int | torch.SymInt]:
+        """How many visual tokens a sample has on each level, but for that of the last rows."""
+        return [concrete(left) for left in counts_left([stage.stage for stage in self.stages], self.decoder.visual_tokens)]
 
     @property
     def text_count(self) -> int | torch.SymInt:
@@ -135,7 +137,7 @@ class Plan:
         """How many rows a sample has on a level."""
         if level == self.last:
             return self.take_count
-        return concrete(self.text_count + self.visual_count(level))
+        return concrete(self.text_count + self.visual_counts[level])
 
     @property
     def layers(self) -> tuple[Layer, ...]:

@@ -86,7 +86,7 @@ def _planned(plan: Plan, name: str) -> int | None:
     counts = {live(level): plan.row_count(level) for level in range(plan.final + 1)}
     counts[TEXT], counts[LAST] = plan.text_count, plan.take_count
     for stage in plan.stages:
-        left, kept = plan.visual_count(stage.number), plan.visual_count(stage.number + 1)
+        left, kept = plan.visual_counts[stage.number], plan.visual_counts[stage.number + 1]
         counts[non_subject(stage.number)] = plan.text_count + left - kept
     return hint(counts[name]) if name in counts else None
 

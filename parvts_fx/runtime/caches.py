@@ -6,6 +6,7 @@ from another one and counts positions from its length, that is said.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -106,6 +107,11 @@ def is_cache(held: object) -> bool:
 
 
 _CACHE_NAMES = ("cache", "past_key_values")  # what outputs call it: from transformers 5.24 on, and before
+
+
+def with_own_caches(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's keyword arguments with copies of its caches, for a call that is not the user's."""
+    return {name: copy.deepcopy(held) if is_cache(held) else held for name, held in kwargs.items()}
 
 
 def find_caches(*given: object) -> list[Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from parvts_fx.errors import NotRewritten, tell_unrewritten
 from parvts_fx.options import Options
 from parvts_fx.runtime.cached_rows import mask_columns, with_cached_columns
-from parvts_fx.runtime.caches import find_caches, is_cache
+from parvts_fx.runtime.caches import find_caches, is_cache, with_own_caches
 from parvts_fx.runtime.call import Call, TensorTable, begin_call
 from parvts_fx.runtime.joined_features import JoinedFeatures
 from parvts_fx.runtime.pruned_caches import remember_pruned
@@ -136,9 +135,9 @@ class _Watched:
     @torch.compiler.disable
     def _raise_own(self, error: RuntimeError, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Raise the model's own error in place of one from a check that was captured, which has lost its words."""
-        given = {name: copy.deepcopy(held) if is_cache(held) else held for name, held in kwargs.items()}
+        own_caches = with_own_caches(kwargs)
         try:
-            uncompiled_call(self._model)(*args, **given)
+            uncompiled_call(self._model)(*args, **own_caches)
         except (RuntimeError, ValueError, TypeError, IndexError) as own:
             raise own from error
 

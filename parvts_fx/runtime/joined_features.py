@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from parvts_fx.runtime.caches import find_caches, is_cache
+from parvts_fx.runtime.caches import find_caches, is_cache, with_own_caches
 from parvts_fx.runtime.call import current_call
 from parvts_fx.torch_private import tree_leaves
 
@@ -51,8 +51,7 @@ class JoinedFeatures:
         if self._same is not None or (joined := _joined(kwargs)) is None:
             return
         try:
-            one, other = ({name: copy.deepcopy(held) if is_cache(held) else held for name, held in given.items()}
-                          for given in (kwargs, joined))
+            one, other = with_own_caches(kwargs), with_own_caches(joined)
             self._same = _agree(_results(call(one), one), _results(call(other), other))
         except Exception:  # the model needs them one by one, or a cache cannot be copied: nothing is lost
             self._same = False
