@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-import transformers
 
 from parvts_fx import NotRewritten
 from tests.comparing import TOLERANCE
-from tests.models.builders import BUILDERS
 from tests.models.generating import Comparison, cache_lengths, compared
+from tests.models.installed import build
 from tests.models.registry import Built
 
 GENERATE = (
@@ -22,21 +21,6 @@ GENERATE = (
 
 FORWARD = ("llava", "qwen2_5_vl", "qwen3_vl", "idefics3", "kosmos-2", "git", "mistral_large4", "kimi_k25")
 """The last one's embeddings arrive at the decoder's graph with placeholders that its features are yet to replace."""
-
-BROKEN = {("llama4", "5.24.0"): "the model's forward reads image_outputs, which its decoder does not return"}
-"""What the installed transformers cannot run at all, compiled or not."""
-
-
-def build(name: str) -> Built:
-    """Skips what the installed transformers does not have yet, and what does not run in it."""
-    if (name, transformers.__version__) in BROKEN:
-        pytest.skip(f"transformers {transformers.__version__}: {BROKEN[name, transformers.__version__]}")
-    try:
-        return BUILDERS[name]()
-    except AttributeError as error:
-        if error.obj is not transformers:
-            raise
-        pytest.skip(f"transformers {transformers.__version__} has no {error.name}")
 
 
 def errors(built: Built, check: Callable[[Comparison], float]) -> dict[str, float | str]:

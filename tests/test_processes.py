@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from tests.in_processes import quarrelsome, run
 from tests.models.builders import BUILDERS
+from tests.models.installed import BROKEN, skip_broken
 from tests.supported import ROOT
 
 NAMES = ["llava", "qwen2_vl", "llama4"]
@@ -22,9 +24,10 @@ NAMES = ["llava", "qwen2_vl", "llama4"]
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes found."""
     folder = tmp_path_factory.mktemp("spread")
-    for name in NAMES:
+    names = [name for name in NAMES if (name, transformers.__version__) not in BROKEN]
+    for name in names:
         BUILDERS[name]().model.save_pretrained(folder / name)
-    (folder / "models.json").write_text(json.dumps(NAMES))
+    (folder / "models.json").write_text(json.dumps(names))
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tests.in_processes",
          str(folder)], cwd=ROOT, capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -35,6 +38,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 @pytest.mark.supports("Processes", "tensor parallelism over two: pruned in each, the same rows, tokens as in one process")
 @pytest.mark.parametrize("name", NAMES)
 def test_as_in_one_process(ranks: list[dict[str, Any]], name: str) -> None:
+    skip_broken(name)
     alone = run(name, None)
     assert alone["pruned"] and not alone["spread"]
     for found in ranks:

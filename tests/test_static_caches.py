@@ -12,7 +12,7 @@ from transformers import CompileConfig, StaticCache
 import parvts_fx
 from tests import llava
 from tests.comparing import TOLERANCE, expected
-from tests.models.builders import BUILDERS
+from tests.models.installed import build
 from tests.reference import relative_error
 
 ROWS = [[3, "image", 5], [2, "image", 2]]
@@ -98,7 +98,7 @@ def test_what_runs_whole_fills_it_as_well(model: Any) -> None:
 @pytest.mark.parametrize(("name", "kept"), [("gemma3", 3), ("gemma3", 12), ("gemma4", 3), ("llama4", 3)])
 def test_windows(name: str, kept: int) -> None:
     """Logits as with a growing cache, step by step: beyond the window, which the rows that are left do not fill, or do."""
-    built = BUILDERS[name]()
+    built = build(name)
     model, window = built.model, 22
     parvts_fx.compile(model, lowering="eager", strict=True, keep_tokens=kept, migration_depth=1)
     how = dict(max_new_tokens=10, do_sample=False, output_logits=True, return_dict_in_generate=True)
