@@ -20,6 +20,7 @@ from parvts_fx.capture import WithPrefix, capture
 from parvts_fx.options import SHORT_FORM, Options, parse_options
 from parvts_fx.report import GraphReport, Report
 from parvts_fx.rewriting import Rewriting
+from parvts_fx.runtime.cached_rows import MASKS, MasksOfGenerate
 from parvts_fx.runtime.compiled_call import watched_call
 from parvts_fx.runtime.overrides import Forms, overriding
 from parvts_fx.runtime.record import OnCall
@@ -70,6 +71,8 @@ def compile(model: Model, *, on_call: OnCall | None = None, **options: Any) -> M
         surround_compiled_call(module, functools.partial(_with_forms, model, module, parsed, own, arguments))
         if _generating_parts(module) and callable(getattr(type(module), "generate", None)):
             module.generate = WatchedGenerate(module, parsed, own)
+        if callable(getattr(type(module), "generate", None)):
+            vars(module)[MASKS] = MasksOfGenerate(module)
     vars(model)[_COPIER] = _Copier(model, again)
     return model
 
@@ -136,6 +139,8 @@ def uncompile(model: Model) -> Model:
         vars(module).pop(_COPIER, None)
         if isinstance(vars(module).get("generate"), WatchedGenerate):
             del module.generate
+        if isinstance(vars(module).get(MASKS), MasksOfGenerate):
+            del vars(module)[MASKS]
     return model
 
 

@@ -3,7 +3,8 @@
 A model is given a mask over all positions of the conversation, [batch, positions], and takes as many of its columns, from the
 front, as the cache has rows. That is right behind pruned prompts as long as all padding stands in front of the first of them.
 Where samples were pruned one by one (:mod:`parvts_fx.runtime.by_sample`), or a further turn is padded, it is not, and the columns
-of each prompt are put in place by which of its rows are cached.
+of each prompt are put in place by which of its rows are cached. For caches of a fixed size ``generate`` makes other masks out of
+that one, in front of the call; so there it is asked to make them out of the right columns.
 """
 
 from __future__ import annotations
@@ -15,9 +16,14 @@ from typing import Any
 import torch
 
 from parvts_fx.runtime.caches import find_caches
+from parvts_fx.runtime.call import TensorTable
 from parvts_fx.runtime.pruned_caches import PrunedPrompt, pruned_prompts
+from parvts_fx.torch_private import tree_leaves
 
 MASK = "attention_mask"
+MASKS = "create_masks_for_generate"
+"""What ``generate`` asks a model for."""
+
 _PADDED = "has_padded_turns"
 """What a cache is marked with that holds a turn with padding behind a pruned prompt."""
 
@@ -34,32 +40,80 @@ def with_cached_columns(
     if cache is None or not cache.get_seq_length():
         return args, kwargs
     prompts, seen = pruned_prompts(cache), int(cache.get_seq_length())
-    known = getattr(cache, _PADDED, False) or any(prompt.rows is not None for prompt in prompts)
+    known = getattr(cache, _PADDED, False) or has_samples(prompts)
     if not known and not args and not _pads_a_turn(kwargs.get(MASK), seen):
         return args, kwargs  # nearly every decode step
     signature = inspect.signature(forward)
     given = signature.bind_partial(*args, **kwargs)
     named = given.arguments if MASK in signature.parameters else dict(kwargs)
     mask = named.get(MASK)
-    if not known and not _pads_a_turn(mask, seen):
+    if not known and not _pads_a_turn(mask, seen) or _is_in_place(mask):
         return args, kwargs
     setattr(cache, _PADDED, True)
-    if mask is None:
-        mask = torch.ones(len(prompts[0].visual), seen + _new_rows(given.arguments), dtype=torch.int64,
-                          device=prompts[0].visual.device)
-    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+    if not can_follow(mask):
         raise ValueError(
             "parvts_fx: a batch goes on from a cache whose samples were pruned one by one, or which holds a padded turn behind a "
             "pruned prompt, and its attention_mask is not [batch, positions]: which of its columns belong to which cached row "
             "cannot be told. Give a mask with two axes.")
-    named[MASK] = _columns(mask, prompts)
+    named[MASK] = _columns(mask, prompts, seen + _new_rows(given.arguments))
     return (given.args, given.kwargs) if MASK in signature.parameters else (args, named)
 
 
-def mask_columns(forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
-    """How many columns a call's mask [batch, positions] has; None where it has none such."""
+class MasksOfGenerate:
+    """A model's ``create_masks_for_generate``, out of the columns of cached rows where samples were pruned one by one.
+
+    An object and not a closure, so that the model can be copied and pickled.
+    """
+
+    def __init__(self, model: torch.nn.Module):
+        self._model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        from transformers import masking_utils  # whoever generates has imported it
+
+        cache, embeddings = kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
+        if isinstance(embeddings, torch.Tensor) and has_samples(prompts := pruned_prompts(cache)):
+            kwargs[MASK] = _columns(kwargs.get(MASK), prompts, int(cache.get_seq_length()) + embeddings.shape[1])
+        make = getattr(type(self._model), MASKS, masking_utils.create_masks_for_generate)
+        return _noted(make(*args, **kwargs))
+
+
+def _noted(mask: Any) -> Any:
+    if isinstance(mask, Mapping):
+        return {name: _noted(held) for name, held in mask.items()}
+    if isinstance(mask, torch.Tensor):
+        mask = mask.contiguous()  # or generate makes it so, and it would be another
+        _IN_PLACE.note(mask, True)
+    return mask
+
+
+_IN_PLACE: TensorTable[bool] = TensorTable()
+"""What it has made."""
+
+
+def can_follow(mask: Any) -> bool:
+    """Whether a call that is given such a mask can go on from a batch whose samples were pruned one by one."""
+    return mask is None or mask_columns(mask) is not None or _is_in_place(mask)
+
+
+def _is_in_place(mask: Any) -> bool:
+    held = [leaf for leaf in tree_leaves(mask) if isinstance(leaf, torch.Tensor)]
+    return bool(held) and all(map(_IN_PLACE.get, held))
+
+
+def has_samples(prompts: Sequence[PrunedPrompt]) -> bool:
+    """Whether any was pruned sample by sample."""
+    return any(prompt.rows is not None for prompt in prompts)
+
+
+def given_mask(forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The mask that a call is given, in whatever form; None where it is given none."""
     signature = inspect.signature(forward)
-    mask = (signature.bind_partial(*args, **kwargs).arguments if MASK in signature.parameters else kwargs).get(MASK)
+    return (signature.bind_partial(*args, **kwargs).arguments if MASK in signature.parameters else kwargs).get(MASK)
+
+
+def mask_columns(mask: Any) -> int | None:
+    """How many columns a mask [batch, positions] has; None for any other."""
     return mask.shape[1] if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
 
 
@@ -68,8 +122,10 @@ def _pads_a_turn(mask: object, seen: int) -> bool:
     return isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] > seen + 1 and not bool(mask[:, seen:].all())
 
 
-def _columns(mask: torch.Tensor, prompts: Sequence[PrunedPrompt]) -> torch.Tensor:
-    """[batch, cached and new rows]: those of a mask [batch, positions]."""
+def _columns(mask: torch.Tensor | None, prompts: Sequence[PrunedPrompt], positions: int) -> torch.Tensor:
+    """[batch, cached and new rows]: those of a mask [batch, positions]; of ones where there is none."""
+    if mask is None:
+        mask = torch.ones(len(prompts[0].visual), positions, dtype=torch.int64, device=prompts[0].visual.device)
     parts, place = [], 0
     for prompt in prompts:
         rows = prompt.rows

@@ -11,7 +11,7 @@ import torch
 
 from parvts_fx.errors import NotRewritten, tell_unrewritten
 from parvts_fx.options import Options
-from parvts_fx.runtime.cached_rows import mask_columns, with_cached_columns
+from parvts_fx.runtime.cached_rows import can_follow, given_mask, mask_columns, with_cached_columns
 from parvts_fx.runtime.caches import find_caches, is_cache, with_own_caches
 from parvts_fx.runtime.call import Call, TensorTable, begin_call
 from parvts_fx.runtime.joined_features import JoinedFeatures
@@ -88,12 +88,12 @@ class _Watched:
         prompts, has_pictures, is_step = read_call(args, kwargs, self._returned)
         breaks = count_graph_breaks()
         args, kwargs = with_cached_columns(self._model.forward, args, kwargs)
-        lent = lend_growing_cache(kwargs) if has_pictures else None
+        lent, mask = (lend_growing_cache(kwargs), given_mask(self._model.forward, args, kwargs)) if has_pictures else (None, None)
         given = kwargs if lent is None else lent.kwargs
         if self._tries:
             self._features.try_out(given, functools.partial(self._run_uncompiled, args))
         joined = self._features.joined(given)
-        output, caches, told = self._run(args, joined, prompts if has_pictures else [], by_sample=lent is None)
+        output, caches, told = self._run(args, joined, prompts if has_pictures else [], mask, lent is None or can_follow(mask))
         if lent is not None:
             output, caches = lent.give_back(output, sum(told.dropped[-1:])), [lent.static]
         self._note(output, caches, told)
@@ -101,20 +101,22 @@ class _Watched:
         return self._features.parted(output, given, joined)
 
     def _run(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], prompts: Sequence[torch.Tensor], by_sample: bool
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], prompts: Sequence[torch.Tensor], mask: Any,
+        by_sample: bool,
     ) -> tuple[Any, list[Any], Call]:
         """What the call returns, the caches that it leaves, and what its graphs have told.
 
         Args:
             prompts: what may be the ids, if they come with pictures.
-            by_sample: False where later calls have masks by position: decode steps on static caches.
+            mask: that of a prompt.
+            by_sample: False where nobody puts the columns of later calls' masks in place.
         """
         while True:
             try:
                 with paused(), self._frames.capturing(), begin_call() as told:
                     if prompts:
                         told.told_by_ids = functools.partial(_rows_of_none_of, self._model, prompts)
-                        told.mask_columns = mask_columns(self._model.forward, args, kwargs)
+                        told.mask_columns = mask_columns(mask)
                     told.by_sample = by_sample and self._by_sample
                     output = self._call(*args, **kwargs)
                     caches = find_caches(output, args, kwargs)
