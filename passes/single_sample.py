@@ -17,13 +17,15 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from parvts_fx.analysis.last_rows import nodes_without_tokens
 from parvts_fx.analysis.masks import Mask, all_masks
 from parvts_fx.analysis.records import Decoder
 from parvts_fx.analysis.samples import samples_of
-from parvts_fx.analysis.tokens import AtMost, AxisLabels, Count, Filling
+from parvts_fx.analysis.tokens import AtMost, AxisLabels, Count, Filling, cached_in_front
 from parvts_fx.analysis.values import (
     ancestors,
     changed_in_place,
+    concrete,
     hint,
     hint_shape,
     is_symbolic_int,
@@ -53,7 +55,7 @@ class Side:
     """The axis of the samples; None for what all samples share."""
 
     axes: tuple[int, ...]
-    """Those along which the prompt's rows lie."""
+    """Those along which the prompt's rows lie, behind cached ones or none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +69,9 @@ class Result:
     """For a result of the decoder's: the axis of its samples; None for a batch of one."""
 
     is_decoders: bool = False
+
+    behind_cached: int | None = None
+    """The axis along which the prompt's rows stand behind cached ones, if any does."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +105,6 @@ def part(module: GraphModule, decoder: Decoder) -> Parted:
     Raises:
         Refusal: the decoder cannot be written for one sample by itself.
     """
-    if any(attention.on_filled_cache for layer in decoder.layers for attention in layer.attentions):
-        raise Refusal("the cache already holds tokens, whose padding is not known")
     writer = _Writer(module, decoder)
     for node in decoder.nodes:
         if node is not decoder.merge.output:
@@ -154,7 +157,9 @@ class _Writer:
         self.sides: dict[Side, Node] = {}
         self._first = self.length
         self._handed_on: list[Node] = []
-        self._numbers: dict[tuple[int, int], Any] = {}
+        self._numbers: dict[tuple[int, int | Node], Any] = {}
+        self._joins = [(node, *found) for node in decoder.nodes if (found := cached_in_front(node)) is not None]
+        self._cached: dict[Any, Node | None] = {}
         self._of_attention = {
             node: attention.bindings.get(node, {}) for layer in decoder.layers for attention in layer.attentions
             for node in attention.nodes}
@@ -214,18 +219,37 @@ class _Writer:
         if of_tokens is None:
             assert of_samples is not None, "one of them is known"
             return of_samples.of(1)
-        multiple = of_tokens.multiple
+        multiple, offset = of_tokens.multiple, self._offset(node, leaf, of_tokens)
         if of_samples is not None:
             batch = hint(value(self.decoder.merge.output).shape[0])
             if of_tokens.offset or multiple % batch:
                 raise Refusal("a number counts the rows of all samples in a way that is not understood", node)
             multiple //= batch
-        key = multiple, of_tokens.offset
+        key = multiple, offset
         if key not in self._numbers:
             number = self.length if multiple == 1 else self.graph.call_function(operator.mul, (self.length, multiple))
-            self._numbers[key] = (
-                self.graph.call_function(operator.add, (number, of_tokens.offset)) if of_tokens.offset else number)
+            self._numbers[key] = self.graph.call_function(operator.add, (number, offset)) if of_tokens.offset else number
         return self._numbers[key]
+
+    def _offset(self, node: Node, leaf: Any, count: Count) -> int | Node:
+        """How many rows a number counts beside the prompt's."""
+        number, size = value(leaf) if isinstance(leaf, Node) else leaf, self.decoder.tokens.size
+        if not count.offset or not isinstance(number, torch.SymInt):
+            return count.offset
+        return self._cached_rows(node, number - count.multiple * size)
+
+    def _cached_rows(self, node: Node, number: torch.SymInt | int) -> int | Node:
+        """A number that counts the rows of a filled cache, read off what holds them."""
+        if isinstance(number := concrete(number), int):
+            return number
+        wanted = expression(number)
+        if wanted not in self._cached:
+            self._cached[wanted] = next((
+                self.graph.call_method("size", (self._leaf(join, 0, tensor), axis)) for join, tensor, axis in self._joins
+                if isinstance(held := value(tensor).shape[axis], torch.SymInt) and expression(held) == wanted), None)
+        if self._cached[wanted] is None:
+            raise Refusal("the decoder reads a number that is neither known nor the length of the prompt or a cache", node)
+        return self._cached[wanted]
 
     def _constant(self, node: Node, leaf: Any) -> Any:
         """What is the same for any sample."""
@@ -236,23 +260,28 @@ class _Writer:
             return self.graph.get_attr(leaf.target)
         if isinstance(held, (int, float, bool, str, torch.dtype, torch.device)) and not isinstance(held, torch.SymInt):
             return held
-        if is_symbolic_int(leaf) and not symbols(held):
-            return hint(held)
+        if is_symbolic_int(leaf):
+            return self._cached_rows(node, held) if symbols(held) else hint(held)
         raise Refusal("the decoder reads something that is neither a tensor nor a number that is known", node)
 
     def result(self, node: Node, place: int) -> Result:
         """
         Raises:
-            Refusal: its samples or its rows cannot be told apart.
+            Refusal: its samples or its rows cannot be told apart, or those of the prompt from cached ones.
         """
         if not is_tensor(node):
             raise Refusal("the graph returns a value of the decoder's that is no tensor", node)
-        if any(not kind.is_plain for kind in self.decoder.tokens.axes.get(node, {}).values()):
+        tokens, axes = self.decoder.tokens, self.decoder.tokens.axes.get(node, {})
+        behind = tokens.is_behind_cached(node)
+        if any(not kind.is_plain for kind in axes.values()) and not behind:
             raise Refusal("a result counts its tokens in a way that is not understood", node)
+        if any(tokens.is_behind_cached(source) for held in nodes_without_tokens(self.decoder.nodes, node, tokens)
+               for source in held.all_input_nodes):
+            raise Refusal("a result holds the last rows of a filled cache: as many of its old ones as a sample's own leave", node)
         samples = samples_of(self.decoder, node)
         if samples is not None and samples.each != 1:
             raise Refusal("a result holds several entries for each sample", node)
-        return Result(place, None if samples is None else samples.axis, True)
+        return Result(place, None if samples is None else samples.axis, True, next(iter(axes)) if behind else None)
 
     def hand_on(self, grid: Node) -> None:
         """Let the graph have what tells the places of tokens [3 or 4, batch, seq], which no operation of the decoder need read:

@@ -165,6 +165,37 @@ def test_padded_turns():
             assert relative_error(logits[row], output.logits[0, -1]) < TOLERANCE
 
 
+UNEVEN: list[list[list[int | str]]] = [
+    [[3], [1], [4]], [[2, "image", 6], [1, "image", 1, "image"], [5]], [[2, "image"], [3], [1, "image", 3]], [[1], [3], [2]]]
+"""Turns of three samples, in the second and third of which these have other numbers of visual tokens."""
+
+
+@pytest.mark.versions
+@pytest.mark.supports("Batches", "rows with other numbers of visual tokens in further turns, on caches whose rows differ already")
+@pytest.mark.parametrize("attention, options, talks", [
+    ("sdpa", "merged", [UNEVEN, UNEVEN[1:], [[[1], [2], [1]], *UNEVEN[1:3]]]), ("eager", "by attention", [UNEVEN])],
+    ids=["merged, three talks", "by attention, eager"])
+@torch.no_grad()
+def test_turns_whose_samples_differ(attention, options, talks):
+    """Each as in a conversation of its own; cached rows become a size like any other from the second talk on."""
+    told: list[Any] = []
+    model = compiled(attention, on_call=told.append, **OPTIONS[options])
+    for talk in talks:
+        together, cache = conversation(model, talk)
+        assert [record.pruned for record in told] == [any("image" in row for row in rows) for rows in talk]
+        assert max(prompt.visual.sum(1).max() for prompt in cache.pruned_prompts) == 32
+        for row in range(3):
+            cache, mask = None, torch.zeros(1, 0, dtype=torch.int64)
+            for seed, (rows, logits) in enumerate(zip(talk, together), start=1):
+                own = llava.prompt(model, rows, seed).row(row)
+                mask = torch.cat([mask, own.inputs["attention_mask"]], 1)
+                positions = (mask.cumsum(1) - 1)[:, -own.visual.shape[1]:]
+                output = model(**{**own.inputs, "attention_mask": mask}, position_ids=positions, past_key_values=cache)
+                cache = output.past_key_values
+                assert relative_error(logits[row], output.logits[0, -1]) < TOLERANCE
+        told.clear()
+
+
 @pytest.mark.versions
 @pytest.mark.supports("Calls", "copies of a cached prefix, branched, pickled and cropped")
 @torch.no_grad()

@@ -13,6 +13,7 @@ import parvts_fx
 from tests import llava
 from tests.comparing import TOLERANCE, expected
 from tests.models.installed import build
+from tests.models.prompts import mixed
 from tests.reference import relative_error
 
 ROWS = [[3, "image", 5], [2, "image", 2]]
@@ -84,14 +85,57 @@ def test_a_prompt_and_steps_by_hand(model: Any) -> None:
 
 def test_what_runs_whole_fills_it_as_well(model: Any) -> None:
     prompt, uneven = llava.prompt(model, ROWS), llava.prompt(model, [[2, "image", 3], [4]])
-    plain = [generated(model, given.inputs) for given in (prompt, uneven)]
+    plain = generated(model, prompt.inputs)
     parvts_fx.compile(model, lowering="eager", keep_ratio=1)
-    assert torch.equal(generated(model, prompt.inputs, cache_implementation="static"), plain[0])
+    assert torch.equal(generated(model, prompt.inputs, cache_implementation="static"), plain)
+
+    def logits_on_a_static_cache() -> torch.Tensor:
+        visible = uneven.inputs["attention_mask"].bool()[:, None, None] & torch.ones(21, 21).tril().bool()
+        mask = torch.nn.functional.pad(visible, (0, 64 - 21))  # the caller's own: which of its later columns are whose?
+        cache = StaticCache(config=model.config.text_config, max_cache_len=64)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", parvts_fx.ParvtsWarning)
+            return model(**{**uneven.with_positions, "attention_mask": mask}, past_key_values=cache).logits
+
+    parvts_fx.uncompile(model)
+    plain = logits_on_a_static_cache()
     parvts_fx.compile(model, lowering="eager", **OPTIONS)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", parvts_fx.ParvtsWarning)
-        assert torch.equal(generated(model, uneven.inputs, cache_implementation="static"), plain[1])
+    assert relative_error(logits_on_a_static_cache(), plain) <= TOLERANCE
     assert not parvts_fx.last_call(model).pruned and "growing cache" in parvts_fx.last_call(model).reason
+
+
+@pytest.mark.supports("Batches", "rows with other numbers of visual tokens on static caches, by generate or by hand")
+@pytest.mark.parametrize("compiles_steps", [False, True], ids=["steps as they are", "steps that generate compiles"])
+def test_generating_where_samples_differ(model: Any, compiles_steps: bool) -> None:
+    prompt = llava.prompt(model, [[2, "image", 3], [4, "image", 1, "image", 2], [5]])
+    parvts_fx.compile(model, lowering="eager", strict=True, **OPTIONS)
+    config = CompileConfig(backend="eager", mode=None)
+    config._compile_all_devices = compiles_steps
+    how = dict(max_new_tokens=5, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    growing = model.generate(**prompt.inputs, **how)
+    for more in ({}, {"num_beams": 2}):
+        static = model.generate(**prompt.inputs, **how, **more, cache_implementation="static", compile_config=config)
+        assert set(parvts_fx.last_call(model).kept_tokens) == {3, 0}
+        if not more:
+            assert max(map(relative_error, static.logits, growing.logits)) <= TOLERANCE
+        else:
+            assert torch.equal(static.sequences, model.generate(**prompt.inputs, **how, **more).sequences)
+    cache = static.past_key_values
+    assert isinstance(cache, StaticCache) and int(cache.get_query_offset()) == 7 + 3 + 4
+
+
+def test_steps_by_hand_where_samples_differ(model: Any) -> None:
+    prompt = llava.prompt(model, [[2, "image", 3], [4, "image", 1, "image", 2], [5]])
+    positions = prompt.with_positions["position_ids"].amax(1, keepdim=True) + 1
+    step = {"input_ids": torch.full((3, 1), 13), "position_ids": positions,
+            "attention_mask": torch.cat([prompt.inputs["attention_mask"], torch.ones(3, 1).long()], 1)}
+    parvts_fx.compile(model, lowering="eager", strict=True, **OPTIONS)
+    with torch.no_grad():
+        logits = []
+        for cache in (None, StaticCache(config=model.config.text_config, max_cache_len=64)):
+            held = model(**prompt.with_positions, past_key_values=cache).past_key_values
+            logits.append(model(**step, past_key_values=held).logits)
+    assert relative_error(logits[1], logits[0]) <= TOLERANCE
 
 
 @pytest.mark.supports("Caches", "static caches with sliding windows, attention by chunks and layers that share keys")
@@ -111,3 +155,17 @@ def test_windows(name: str, kept: int) -> None:
     rows = built.inputs["input_ids"].shape[1] - 16 + kept
     assert (rows > window) == (kept == 12) and rows + 10 > window
     assert isinstance(static.past_key_values, StaticCache) and static.past_key_values.layers[0].is_sliding
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llama4"])
+def test_windows_where_samples_differ(name: str) -> None:
+    """Two pictures, one, and none; beyond the window, in steps whose window or chunk begins elsewhere in each row."""
+    built = build(name)
+    built.inputs.setdefault("attention_mask", torch.ones_like(built.inputs["input_ids"]))
+    given, _ = mixed(built.inputs)
+    parvts_fx.compile(built.model, lowering="eager", strict=True, keep_tokens=3, migration_depth=1)
+    how = dict(max_new_tokens=10, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    growing = built.model.generate(**given, **how)
+    static = built.model.generate(**given, **how, cache_implementation="static")
+    assert parvts_fx.last_call(built.model).pruned and static.past_key_values.layers[0].is_sliding
+    assert max(map(relative_error, static.logits, growing.logits)) <= TOLERANCE

@@ -57,7 +57,8 @@ class Probe:
         self.size_hint = hint(size)
         self.lengths = dict(lengths)
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        cached = frozenset(map(cached_in_front, module.graph.nodes)) - {0}
+        joined = filter(None, map(cached_in_front, module.graph.nodes))
+        cached = frozenset(hint(value(tensor).shape[axis]) for tensor, axis in joined)
         self.found = TokenMap(concrete(size), length=max(lengths.values()), cached=cached)
         self._inner: dict[Node, dict[int, int]] = {}
         """For axes of several entries a token: how many of one token follow one another, where that is known."""

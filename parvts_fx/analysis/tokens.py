@@ -199,16 +199,17 @@ def _in_front(node: Node, tokens: TokenMap) -> tuple[int, ...]:
     return tuple(sorted(tokens.cached)) if any(kind.has_rows_in_front for kind in kinds) else ()
 
 
-def cached_in_front(node: Node) -> int:
-    """How many rows of a tensor that the graph is given a node puts in front of others: a filled cache's; else 0."""
+def cached_in_front(node: Node) -> tuple[Node, int] | None:
+    """The tensor that the graph is given and whose rows a node puts in front of others, those of a filled cache, and along which
+    axis; None for any other node."""
     if not has_target(node, _CATS) or not node.args or not isinstance(node.args[0], (list, tuple)) or len(node.args[0]) < 2:
-        return 0
+        return None
     first, axis = node.args[0][0], node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
     if not isinstance(first, Node) or first.op != "placeholder" or not isinstance(axis, int):
-        return 0
+        return None
     if isinstance(value(first), torch.nn.Parameter) or value(first).dim() < 2:
-        return 0  # a class token, say; an empty cache has one axis
-    return hint(value(first).shape[axis]) or 0
+        return None  # a class token, say; an empty cache has one axis
+    return (first, axis % value(first).dim()) if hint(value(first).shape[axis]) else None
 
 
 def _choice(node: Node, tokens: TokenMap) -> tuple[int, str] | tuple[None, None]:

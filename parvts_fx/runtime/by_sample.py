@@ -67,7 +67,7 @@ class BySample:
         left = [sample.rows for sample in samples]
         rows = torch.arange(max(left), device=visual.device) >= max(left) - torch.tensor(left, device=visual.device)[:, None]
         outputs = [
-            _joined([sample.outputs[held.place] for sample in samples], held.samples)
+            _joined(samples, held)
             if isinstance(held, Result) and held.is_decoders else made[held.place] if isinstance(held, Result) else held
             for held in parted.results]
         pruned = any(sample.record.pruned for sample in samples)
@@ -94,7 +94,7 @@ class BySample:
         """
         if not self._parted.masks:
             return torch.ones_like(visual)
-        told = [mask.seen(sides[place]) for place, mask in self._parted.masks]
+        told = [mask.seen(_last(sides[place], mask.key_axis, len(visual))) for place, mask in self._parted.masks]
         own, others = (torch.stack([held.reshape(-1, held.shape[-1]).any(0) for held in each]) for each in zip(*told))
         own, others = own.all(0), others.any(0)  # the last row of a chunk is seen by none in layers that attend by chunks
         in_front = others.cumsum(0) == 0  # what sees itself alone there is padding
@@ -121,12 +121,25 @@ class BySample:
         given, varying = [embeddings, own, embeddings[own]], [(1,), (1,), (0,), *(side.axes for side in self._parted.sides)]
         for side, held in zip(self._parted.sides, mine):
             for axis in side.axes:
-                held = held.index_select(axis, rows)
+                held = _chosen(held, axis, rows, len(seen))
             given.append(held)
         for held, axes in zip(given, varying):
             for axis in axes if self._sizes_vary else ():
                 may_vary(held, axis)
         return given, rows, int(own.sum())
+
+
+def _last(tensor: torch.Tensor, axis: int, size: int) -> torch.Tensor:
+    """The prompt's rows, in front of which those of a cache may stand."""
+    return tensor.narrow(axis, tensor.shape[axis] - size, size)
+
+
+def _chosen(tensor: torch.Tensor, axis: int, rows: torch.Tensor, size: int) -> torch.Tensor:
+    """Of the prompt's rows some, and all that stand in front of them."""
+    cached = tensor.shape[axis] - size
+    if cached:
+        rows = torch.cat([torch.arange(cached, device=rows.device), rows + cached])
+    return tensor.index_select(axis, rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,8 +168,17 @@ def _kept(samples: Sequence[_Sample], visual: torch.Tensor) -> torch.Tensor | No
     return kept
 
 
-def _joined(parts: Sequence[torch.Tensor], axis: int | None) -> torch.Tensor:
-    """One result of all samples. Where their sizes differ, zeros stand in front of the shorter ones."""
+def _joined(samples: Sequence[_Sample], result: Result) -> torch.Tensor:
+    """One result of all samples. Where their sizes differ, zeros stand in front of the shorter ones, behind what was cached."""
+    parts, axis = [sample.outputs[result.place] for sample in samples], result.behind_cached
+    if axis is None:
+        return _side_by_side(parts, result.samples)
+    cached = parts[0].shape[axis] - samples[0].rows
+    old, new = zip(*(part.tensor_split([cached], axis) for part in parts))
+    return torch.cat([_side_by_side(old, result.samples), _side_by_side(new, result.samples)], axis)
+
+
+def _side_by_side(parts: Sequence[torch.Tensor], axis: int | None) -> torch.Tensor:
     if axis is None:
         (part,) = parts
         return part

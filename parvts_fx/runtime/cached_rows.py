@@ -93,7 +93,7 @@ _IN_PLACE: TensorTable[bool] = TensorTable()
 
 def can_follow(mask: Any) -> bool:
     """Whether a call that is given such a mask can go on from a batch whose samples were pruned one by one."""
-    return mask is None or mask_columns(mask) is not None or _is_in_place(mask)
+    return mask is None or _is_by_position(mask) or _is_in_place(mask)
 
 
 def _is_in_place(mask: Any) -> bool:
@@ -112,14 +112,19 @@ def given_mask(forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping
     return (signature.bind_partial(*args, **kwargs).arguments if MASK in signature.parameters else kwargs).get(MASK)
 
 
-def mask_columns(mask: Any) -> int | None:
-    """How many columns a mask [batch, positions] has; None for any other."""
-    return mask.shape[1] if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+def rows_by_mask(mask: Any, caches: Sequence[Any]) -> frozenset[int] | None:
+    """How many new rows a mask [batch, positions] may be for, behind those of caches; None for any other mask."""
+    cached = {int(count()) for cache in caches for count in (cache.get_seq_length, cache.get_query_offset)} or {0}
+    return frozenset(mask.shape[1] - count for count in cached) if _is_by_position(mask) else None
+
+
+def _is_by_position(mask: Any) -> bool:
+    return isinstance(mask, torch.Tensor) and mask.dim() == 2
 
 
 def _pads_a_turn(mask: object, seen: int) -> bool:
     """Whether a further turn of several tokens comes with padding."""
-    return isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] > seen + 1 and not bool(mask[:, seen:].all())
+    return _is_by_position(mask) and mask.shape[1] > seen + 1 and not bool(mask[:, seen:].all())
 
 
 def _columns(mask: torch.Tensor | None, prompts: Sequence[PrunedPrompt], positions: int) -> torch.Tensor:

@@ -108,8 +108,9 @@ class Call:
         self.by_sample = False
         """Whether samples may be pruned one by one: somebody tells later calls which cached rows are whose."""
 
-        self.mask_columns: int | None = None
-        """Of the attention mask that its prompt came with; None where that is not known."""
+        self.mask_rows: frozenset[int] | None = None
+        """How many rows its prompt may have by the columns of its attention mask, behind what a cache holds with or without its
+        dropped tokens; None where the mask does not tell."""
 
         self.rows: torch.Tensor | None = None
         """[batch, rows] bool: which of the rows that a batch's caches hold are a sample's own, where samples were."""

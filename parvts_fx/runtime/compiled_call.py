@@ -11,7 +11,7 @@ import torch
 
 from parvts_fx.errors import NotRewritten, tell_unrewritten
 from parvts_fx.options import Options
-from parvts_fx.runtime.cached_rows import can_follow, given_mask, mask_columns, with_cached_columns
+from parvts_fx.runtime.cached_rows import can_follow, given_mask, rows_by_mask, with_cached_columns
 from parvts_fx.runtime.caches import find_caches, is_cache, with_own_caches
 from parvts_fx.runtime.call import Call, TensorTable, begin_call
 from parvts_fx.runtime.joined_features import JoinedFeatures
@@ -116,7 +116,7 @@ class _Watched:
                 with paused(), self._frames.capturing(), begin_call() as told:
                     if prompts:
                         told.told_by_ids = functools.partial(_rows_of_none_of, self._model, prompts)
-                        told.mask_columns = mask_columns(mask)
+                        told.mask_rows = rows_by_mask(mask, find_caches(args, kwargs))
                     told.by_sample = by_sample and self._by_sample
                     output = self._call(*args, **kwargs)
                     caches = find_caches(output, args, kwargs)

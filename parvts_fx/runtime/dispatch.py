@@ -182,8 +182,8 @@ class Dispatch:
         call = current_call()
         if not call.by_sample:
             return None, f"{reason} ({_OTHER_CACHE if call.is_watched else _REMEDY})"
-        if call.mask_columns not in (None, visual.shape[1]):
-            return None, (f"{reason}; and {_FAILS}: attention_mask has {call.mask_columns} columns for {visual.shape[1]} rows, so"
+        if call.mask_rows is not None and visual.shape[1] not in call.mask_rows:
+            return None, (f"{reason}; and {_FAILS}: attention_mask has {max(call.mask_rows)} columns for {visual.shape[1]} rows, so"
                           " that later calls' cannot be put in place")
         try:
             if self._by_sample is None:
