@@ -1,9 +1,9 @@
 """Many calls of all kinds in one process: ``python -m bench.soak``.
 
 Prompts with pictures of several sizes, with several pictures and with none are put together into batches at random and
-answered by ``generate``, from several threads. Every row's tokens and first logits must be those that the prompt has by itself,
-and behind the first calls neither compiled forms nor memory may grow. Exits with 1 if one of that does not hold. Results go into
-``bench/results/soak.json``.
+answered by ``generate``, from several threads; one batch in four is asked a second question, on the cache of the first. Every
+row's tokens and first logits must be those that the prompt has by itself, and behind the first calls neither compiled forms nor
+memory may grow. Exits with 1 if one of that does not hold. Results go into ``bench/results/soak.json``.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from bench.uneven_batches import END, IMAGE, PAD, START, build_model
 
 SIZES = ((2, 2), (2, 4), (4, 4), (4, 6), (6, 6), (2, 8))
 TOLERANCE = 2e-5
+QUESTION = [17, 23, 5, 31]
+"""A further turn."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,45 +83,56 @@ def batch(prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
     return given
 
 
-def answer(model: Any, prompts: Sequence[Prompt], tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """[batch, tokens] int64 and the first token's logits [batch, vocabulary]."""
-    given = batch(prompts)
-    done = model.generate(**given, max_new_tokens=tokens, do_sample=False, return_dict_in_generate=True, output_logits=True)
-    return done.sequences[:, given["input_ids"].shape[1]:], done.logits[0]
+Answers = list[tuple[torch.Tensor, torch.Tensor]]
+"""Of each turn: [batch, tokens] int64 and the first token's logits [batch, vocabulary]."""
 
 
-def is_right(model: Any, prompts: Sequence[Prompt], alone: dict[int, tuple[torch.Tensor, torch.Tensor]], tokens: int) -> bool:
-    ids, logits = answer(model, prompts, tokens)
-    wanted = [alone[id(prompt)] for prompt in prompts]
-    errors = [float((ours - own).abs().max() / own.abs().max()) for ours, (_, own) in zip(logits, wanted)]
-    return max(errors) <= TOLERANCE and all(torch.equal(ours, own) for ours, (own, _) in zip(ids, wanted))
+def answer(model: Any, prompts: Sequence[Prompt], tokens: int, turns: int) -> Answers:
+    """Args: ``turns``, 2 for a further question of text."""
+    given, answers = batch(prompts), []
+    for _ in range(turns):
+        done = model.generate(**given, max_new_tokens=tokens, do_sample=False, return_dict_in_generate=True, output_logits=True)
+        answers.append((done.sequences[:, given["input_ids"].shape[1]:], done.logits[0]))
+        ids = torch.cat([done.sequences, torch.tensor([QUESTION]).expand(len(prompts), -1)], 1)
+        mask = torch.nn.functional.pad(given["attention_mask"], (0, ids.shape[1] - given["attention_mask"].shape[1]), value=1)
+        given = {"input_ids": ids, "attention_mask": mask, "past_key_values": done.past_key_values}
+    return answers
+
+
+def is_right(model: Any, prompts: Sequence[Prompt], alone: dict[int, Answers], tokens: int, turns: int) -> bool:
+    """Whether every row's answers are those that the prompt has by itself."""
+    for turn, (ids, logits) in enumerate(answer(model, prompts, tokens, turns)):
+        for row, prompt in enumerate(prompts):
+            (own_ids,), (own,) = alone[id(prompt)][turn]
+            if not torch.equal(ids[row], own_ids) or float((logits[row] - own).abs().max() / own.abs().max()) > TOLERANCE:
+                return False
+    return True
 
 
 def soak(given: argparse.Namespace, advance: Callable[[], None]) -> dict[str, Any]:
     forms, numbers, lock = Forms(given.lowering), random.Random(given.seed), threading.Lock()
     model = parvts_fx.compile(build_model(3, 128), lowering=forms, strict=True, keep_ratio=0.25, migration_depth=1)
     prompts = pool(given.prompts, given.seed)
-    alone = {}
-    for prompt in prompts:
-        ids, logits = answer(model, [prompt], given.tokens)
-        alone[id(prompt)] = ids[0], logits[0]
+    alone = {id(prompt): answer(model, [prompt], given.tokens, 2) for prompt in prompts}
     drawn = [[numbers.choice(prompts) for _ in range(numbers.randint(1, 6))] for _ in range(given.calls)]
     seen: list[dict[str, Any]] = []
 
-    def one(chosen: list[Prompt]) -> bool:
-        right = is_right(model, chosen, alone, given.tokens)
+    def one(number: int) -> None:
+        right = is_right(model, drawn[number], alone, given.tokens, 2 if number % 4 == 3 else 1)
         with lock:
             gc.collect()
             most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
             seen.append({"right": right, "forms": forms.count, "mebibytes": most})
             advance()
-        return right
 
-    first = drawn[:given.first]
-    for chosen in first:
-        one(chosen)
+    later = range(given.first, given.calls)
+    for number in range(given.first):
+        one(number)
     with concurrent.futures.ThreadPoolExecutor(given.threads) as threads:
-        list(threads.map(one, drawn[given.first:]))
+        list(threads.map(one, (number for number in later if number % 4 != 3)))
+    for number in later:
+        if number % 4 == 3:  # the model itself keeps the last prompt's shift of positions for the next turn: no other in between
+            one(number)
     return {"wrong": sum(not call["right"] for call in seen), "calls": len(seen),
             **{name: [seen[given.first - 1][name], seen[-1][name]] for name in ("forms", "mebibytes")}}
 
