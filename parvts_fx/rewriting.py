@@ -20,6 +20,7 @@ from parvts_fx.capture import capture, copy_graph_module
 from parvts_fx.capture.editing import COUNTS
 from parvts_fx.capture.invert_permutations import InvertPermutations
 from parvts_fx.capture.name_attention import NameAttention, kernels
+from parvts_fx.capture.return_states import ReturnStates, write_states
 from parvts_fx.capture.separate_caches import SeparateCaches
 from parvts_fx.capture.spread_masked_updates import SpreadMaskedUpdates
 from parvts_fx.capture.version_writes import VersionWrites
@@ -155,7 +156,7 @@ def rewrite_graph(
         report = GraphReport("untouched", "visual features are merged here, for a decoder in another graph", **facts)
         return Rewriting(
             report, merge=merge, visual_mask=visual_mask(work, merge), merged_mask=merged_mask(work, merge))
-    _canonicalise(job, merge)
+    _canonicalise(job, merge, states=True)
     decoder = find_decoder(work, window_caches_follow, merge, given)
     if decoder is None:
         return Rewriting(GraphReport("untouched", _UNSEEN, **facts))
@@ -178,9 +179,11 @@ def rewrite_graph(
     return done if done.module is None else dataclasses.replace(done, stream=stream, handed=handed is not None)
 
 
-def _canonicalise(job: Work, merge: VisualMerge) -> None:
-    run_pipeline([WriteOutSizes(), InvertPermutations(), SpreadMaskedUpdates(merge.output, attention_nodes(job.module.graph)),
-                  VersionWrites(merge.output), SeparateCaches(merge.output)], job)
+def _canonicalise(job: Work, merge: VisualMerge, states: bool) -> None:
+    """Args: ``states``, whether what is written into states of a filled cache may be returned in place of that."""
+    passes = [WriteOutSizes(), InvertPermutations(), SpreadMaskedUpdates(merge.output, attention_nodes(job.module.graph)),
+              VersionWrites(merge.output), ReturnStates(merge.output), SeparateCaches(merge.output)]
+    run_pipeline([given for given in passes if states or not isinstance(given, ReturnStates)], job)
 
 
 @no_collections()
@@ -198,7 +201,7 @@ def part_graph(
     merge = prompt_merge(job, attention_nodes(work.graph), example_inputs, options, handed)
     if merge is None:
         raise Refusal(_UNSEEN)
-    _canonicalise(job, merge)
+    _canonicalise(job, merge, states=False)
     decoder = find_decoder(work, window_caches_follow, merge, (*example_inputs, handed.visual) if handed else example_inputs)
     if decoder is None:
         raise Refusal(_UNSEEN)
@@ -224,10 +227,11 @@ def _write(
     padding = padding_check(work, decoder, any(reads_text(stage.stage.rule) for stage in stages))
     guards = guards_for(precondition, padding, None if isinstance(visuals, int) else options.schedule)
     dump.tell(merge, hint(visuals))
-    job.plan = Plan(decoder, options, stages)
+    job.plan, end = Plan(decoder, options, stages), output_node(work.graph)
     run_pipeline(build_pipeline(options) if passes is None else passes, job)
     if job.written is None:
         raise PlanError("parvts_fx: the pipeline lacks the pass emit, without which no graph is written")
+    write_states(job, end)
     work.meta[COUNTS] = job.plan.text_count, job.plan.visual_counts
     work.recompile()
     told_by = "" if decoder.period is None else decoder.period.told_by

@@ -183,8 +183,8 @@ class Dispatch:
         if not call.by_sample:
             return None, f"{reason} ({_OTHER_CACHE if call.is_watched else _REMEDY})"
         if call.mask_rows is not None and visual.shape[1] not in call.mask_rows:
-            return None, (f"{reason}; and {_FAILS}: attention_mask has {max(call.mask_rows)} columns for {visual.shape[1]} rows, so"
-                          " that later calls' cannot be put in place")
+            return None, (f"{reason}; and {_FAILS}: attention_mask has {max(call.mask_rows)} columns for {visual.shape[1]} rows,"
+                          " so that later calls' cannot be put in place")
         try:
             if self._by_sample is None:
                 parted = self._making.part(self._original, inputs, self._handed(given[-1]))

@@ -1,0 +1,104 @@
+"""States that layers write into a filled cache: returned while the graph is rewritten, and written at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import parvts_fx
+from parvts_fx.analysis.values import changed_in_place, output_node
+from parvts_fx.capture import capture
+from parvts_fx.capture.return_states import ReturnStates, write_states
+from parvts_fx.pipeline import Work
+from tests.models.installed import build
+from tests.reference import relative_error
+
+TOLERANCE = 2e-5
+
+
+@pytest.mark.supports("Calls", "a picture behind a cached system prompt, for models whose layers write a state into the cache")
+@pytest.mark.parametrize("name, options", [
+    ("qwen3_5", dict(migration_depth=1)), ("lfm2_vl", dict(migration_depth=1, fusion=0.4, merge=None)),
+    ("nemotron_h_omni", dict(migration_depth=0))], ids=["gated delta rule", "convolutions", "state spaces"])
+@torch.no_grad()
+def test_equals_the_one_long_prompt(name: str, options: dict[str, Any]) -> None:
+    """Logits of the prompt and of three decode steps, which read the states that it has left."""
+    built = build(name)
+    model, inputs = built.model, dict(built.inputs)
+    words = torch.tensor([[7, 9, 11, 13, 5]])
+    inputs["input_ids"] = torch.cat([words, inputs["input_ids"]], 1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if "mm_token_type_ids" in inputs:
+        inputs["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (5, 0))
+    how = dict(do_sample=False, return_dict_in_generate=True, output_logits=True)
+    parvts_fx.compile(model, lowering="eager", strict=True, keep_ratio=0.25, **options)
+    whole = model.generate(**inputs, **how, max_new_tokens=4)
+    cache = model.generate(input_ids=words, **how, max_new_tokens=1).past_key_values
+    parts = model.generate(**inputs, past_key_values=cache, **how, max_new_tokens=4)
+    record = parvts_fx.last_call(model)
+    assert record.pruned and record.prompt_tokens == built.inputs["input_ids"].shape[1]
+    assert max(map(relative_error, parts.logits, whole.logits)) < TOLERANCE
+
+
+def state_and_sum(x: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    total = x.sum(1) + state
+    state.copy_(total)
+    return x * 2, state + 1
+
+
+def one_result(x: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    state.copy_(x.sum(1))
+    return x * 2
+
+
+def worked_on(function: Callable[..., Any], *inputs: torch.Tensor) -> tuple[Work, int]:
+    """The graph with its states returned, and how many there are."""
+    work = Work(capture(torch.fx.symbolic_trace(function), inputs))
+    merged = next(node for node in work.module.graph.nodes if node.op == "placeholder")
+    return work, ReturnStates(merged).run(work).matches
+
+
+@pytest.mark.parametrize("function", [state_and_sum, one_result])
+def test_returned_and_written_at_the_end(function: Callable[..., Any]) -> None:
+    x, state = torch.randn(2, 5, 3), torch.randn(2, 3)
+    wanted_state = state.clone()
+    wanted = function(x, wanted_state)
+    work, found = worked_on(function, x, state)
+    assert found == 1 and not any(map(changed_in_place, work.module.graph.nodes))
+    end = output_node(work.module.graph)
+    assert isinstance(end.args[0], tuple) and len(end.args[0]) == (3 if function is state_and_sum else 2)
+    write_states(work, end)
+    work.module.recompile()
+    torch.testing.assert_close(work.module(x, state), wanted)
+    torch.testing.assert_close(state, wanted_state)
+
+
+def in_parts(x: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    state[:, :2].copy_(x.sum(1)[:, :2])
+    return x
+
+
+def spread(x: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    state.copy_(x.sum((0, 1)))
+    return x
+
+
+def twice(x: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    state.copy_(x.sum(1))
+    state.add_(1)
+    return x
+
+
+def read_by_another_name(x: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    view = state.view(-1)
+    state.copy_(x.sum(1))
+    return x + view.sum()
+
+
+@pytest.mark.parametrize("function", [in_parts, spread, twice, read_by_another_name])
+def test_other_writes_stay(function: Callable[..., Any]) -> None:
+    work, found = worked_on(function, torch.randn(2, 5, 3), torch.randn(2, 3))
+    assert found == 0 and any(map(changed_in_place, work.module.graph.nodes))
