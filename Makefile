@@ -1,5 +1,5 @@
 # Two commands do everything: `make demo` and `make test`. Both set up a virtual environment first.
-# A third, `make test-versions`, runs part of the tests with other versions of torch and transformers.
+# `make test-versions` runs part of the tests with other versions of torch and transformers, `make test-recipes` those of examples/.
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +12,7 @@ floor := torch==2.11.0 transformers==5.17.0
 pinned := --constraint constraints.txt
 newest := --upgrade --upgrade-strategy eager
 
-.PHONY: demo test test-versions fuzz lint types docs clean
+.PHONY: demo test test-versions test-recipes fuzz lint types docs clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python -m bench.demo
@@ -49,6 +49,14 @@ test-with-floor test-with-pinned test-with-newest: test-with-%:
 	$(PYTHON) -m venv .venvs/$*
 	.venvs/$*/bin/python -m pip install --quiet $($*) --editable ".[demo,test]"
 	OMP_NUM_THREADS=1 .venvs/$*/bin/python -m pytest -n 2 -m versions -rs
+
+# Ray Data, servers, lm-eval, lmms-eval, deployment: what docs/recipes.md shows and needs packages for that nothing else does.
+# lmms-eval brings torchvision, of which not every build can be loaded beside every torch; nothing here needs it.
+test-recipes:
+	$(PYTHON) -m venv .venvs/recipes
+	.venvs/recipes/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,test,recipes]"
+	.venvs/recipes/bin/python -m pip uninstall --quiet --yes torchvision
+	OMP_NUM_THREADS=1 .venvs/recipes/bin/python -m pytest -o addopts="-q --strict-markers -p no:logging" tests/recipes
 
 # What `make test` does not show: the style, and the types.
 lint: $(VENV)/.types

@@ -181,9 +181,9 @@ def rewrite_graph(
 
 def _canonicalise(job: Work, merge: VisualMerge, states: bool) -> None:
     """Args: ``states``, whether what is written into states of a filled cache may be returned in place of that."""
-    passes = [WriteOutSizes(), InvertPermutations(), SpreadMaskedUpdates(merge.output, attention_nodes(job.module.graph)),
-              VersionWrites(merge.output), ReturnStates(merge.output), SeparateCaches(merge.output)]
-    run_pipeline([given for given in passes if states or not isinstance(given, ReturnStates)], job)
+    attentions, merged = attention_nodes(job.module.graph), merge.output
+    passes: list[Pass] = [WriteOutSizes(), InvertPermutations(), SpreadMaskedUpdates(merged, attentions), VersionWrites(merged)]
+    run_pipeline([*passes, *([ReturnStates(merged)] if states else []), SeparateCaches(merged)], job)
 
 
 @no_collections()

@@ -385,6 +385,26 @@ def _turn(model: Any, turns: list[llava.Prompt]) -> Tensor:
     return output.logits[:, -1]
 
 
+def turns_that_differ() -> float:
+    """A turn of text, and one whose rows have other numbers of visual tokens, against each row by itself."""
+    model = llava.build(layers=2, patches=2)
+    parvts_fx.compile(model, lowering="eager", **{**CHOICE, "keep_tokens": 2})
+    turns = [llava.prompt(model, [[3], [5]]), llava.prompt(model, [[2, "image", 4], [1, "image", "image", 1]], seed=2),
+             llava.prompt(model, [[2], [4]], seed=3)]
+    together = _turn(model, turns)
+    return max(relative_error(together[row:row + 1], _turn(model, [turn.row(row) for turn in turns])) for row in range(2))
+
+
+def static_where_samples_differ() -> float:
+    """Logits of the prompt and of steps on a static cache, against those on a growing one."""
+    model = llava.build(layers=2, patches=2)
+    given = llava.prompt(model, [[3, "image", 4], [2, "image", 1, "image", 2], [4]])
+    parvts_fx.compile(model, lowering="eager", **{**CHOICE, "keep_tokens": 2})
+    how = dict(max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    growing, static = (model.generate(**given.inputs, **how, **more) for more in ({}, dict(cache_implementation="static")))
+    return max(map(relative_error, static.logits, growing.logits))
+
+
 def of_the_first_sample(original: Callable, self: BySample, merged: Any, sides: Any, visual: Tensor, sample: int) -> Any:
     """Masks and positions of another sample, which is as long."""
     changed = [held if side.samples is None else held.narrow(side.samples, 0, 1).expand_as(held)
@@ -410,8 +430,17 @@ BUGS: dict[str, tuple[Patch, Callable[[], float]]] = {
     "samples: the first one's masks and positions": (wrap(BySample, "_given", of_the_first_sample), samples_that_differ),
     "padded turns not noticed": (put(cached_rows, "_pads_a_turn", lambda *_: False), padded_turns),
     "a prompt's columns counted in full": (
-        wrap(cached_rows, "_columns", lambda original, mask, prompts: original(
-            mask, [dataclasses.replace(prompt, dropped=0) for prompt in prompts])), padded_turns),
+        wrap(cached_rows, "_columns", lambda original, mask, prompts, positions: original(
+            mask, [dataclasses.replace(prompt, dropped=0) for prompt in prompts], positions)), padded_turns),
+    "samples: zeros in front of cached rows": (
+        wrap(by_sample, "_joined", lambda original, samples, result: original(
+            samples, dataclasses.replace(result, behind_cached=None))), turns_that_differ),
+    "samples: columns of cached rows for the prompt's": (
+        put(by_sample, "_chosen", lambda tensor, axis, rows, size: tensor.index_select(axis, torch.cat(
+            [torch.arange(tensor.shape[axis] - size), rows]))), turns_that_differ),
+    "samples: generate's masks by position": (
+        put(cached_rows.MasksOfGenerate, "__call__", lambda self, *args, **kwargs: cached_rows._noted(
+            transformers.masking_utils.create_masks_for_generate(*args, **kwargs))), static_where_samples_differ),
     "guard always true": (put(Precondition, "holds", lambda *_: True), uneven_rows),
     "guard reads another size": (
         wrap(guards, "size_reader", lambda original, module, size: original(module, module_rows(module))), even_rows),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch.fx import Node
 
 import parvts_fx
 from parvts_fx.analysis.values import changed_in_place, output_node
@@ -25,7 +27,22 @@ TOLERANCE = 2e-5
     ("nemotron_h_omni", dict(migration_depth=0))], ids=["gated delta rule", "convolutions", "state spaces"])
 @torch.no_grad()
 def test_equals_the_one_long_prompt(name: str, options: dict[str, Any]) -> None:
-    """Logits of the prompt and of three decode steps, which read the states that it has left."""
+    assert error(name, options) < TOLERANCE
+
+
+@torch.no_grad()
+def test_a_state_that_is_not_written_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unwritten(work: Work, end: Node) -> None:
+        write_states(work, end)
+        for node in [node for node in work.module.graph.nodes if node.target == "copy_"]:
+            work.module.graph.erase_node(node)
+
+    monkeypatch.setattr(sys.modules["parvts_fx.rewriting"], "write_states", unwritten)
+    assert error("lfm2_vl", dict(migration_depth=1)) > 1e-3
+
+
+def error(name: str, options: dict[str, Any]) -> float:
+    """Of the logits of a prompt behind a cached one, and of three decode steps, which read the states that it has left."""
     built = build(name)
     model, inputs = built.model, dict(built.inputs)
     words = torch.tensor([[7, 9, 11, 13, 5]])
@@ -40,7 +57,7 @@ def test_equals_the_one_long_prompt(name: str, options: dict[str, Any]) -> None:
     parts = model.generate(**inputs, past_key_values=cache, **how, max_new_tokens=4)
     record = parvts_fx.last_call(model)
     assert record.pruned and record.prompt_tokens == built.inputs["input_ids"].shape[1]
-    assert max(map(relative_error, parts.logits, whole.logits)) < TOLERANCE
+    return max(map(relative_error, parts.logits, whole.logits))
 
 
 def state_and_sum(x: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

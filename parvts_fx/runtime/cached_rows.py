@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -71,7 +71,8 @@ class MasksOfGenerate:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         from transformers import masking_utils  # whoever generates has imported it
 
-        cache, embeddings = kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
+        cache: Any = kwargs.get("past_key_values")
+        embeddings = kwargs.get("inputs_embeds")
         if isinstance(embeddings, torch.Tensor) and has_samples(prompts := pruned_prompts(cache)):
             kwargs[MASK] = _columns(kwargs.get(MASK), prompts, int(cache.get_seq_length()) + embeddings.shape[1])
         make = getattr(type(self._model), MASKS, masking_utils.create_masks_for_generate)
@@ -118,7 +119,7 @@ def rows_by_mask(mask: Any, caches: Sequence[Any]) -> frozenset[int] | None:
     return frozenset(mask.shape[1] - count for count in cached) if _is_by_position(mask) else None
 
 
-def _is_by_position(mask: Any) -> bool:
+def _is_by_position(mask: object) -> TypeGuard[torch.Tensor]:
     return isinstance(mask, torch.Tensor) and mask.dim() == 2
 
 

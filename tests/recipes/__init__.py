@@ -1,0 +1,1 @@
+"""What docs/recipes.md and examples/ tell, run."""
