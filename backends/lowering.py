@@ -33,15 +33,25 @@ def inductor(module: GraphModule, example_inputs: Sequence[object], options: Opt
     """Inductor's kernels, with torch.compile's modes and Inductor's own options."""
     if options.linear_kernels == "auto":
         module = pick_kernels(module)
-    on_cpu = all(given.device.type == "cpu" for given in example_inputs if isinstance(given, torch.Tensor))
-    if on_cpu:
-        probe_processor()
+    on_cpu = _on_cpu(example_inputs)
     settings = {**(_known(_ON_CPU) if on_cpu else {}), **options.lowering_options}
 
     def compile(graph: GraphModule, inputs: Sequence[object]) -> Compiled:
+        if on_cpu:
+            probe_processor().join()  # a check changes flags that all threads share: of two at once, wrong ones may be left
         return run_inductor(leave_choices_uncompiled(graph) if on_cpu else graph, inputs, options.mode, settings)
 
     return compile_with_names(module, example_inputs, compile)
+
+
+def prepare(example_inputs: Sequence[object], options: Options) -> None:
+    """What may begin while a graph is still being rewritten."""
+    if options.lowering == "inductor" and _on_cpu(example_inputs):
+        probe_processor()
+
+
+def _on_cpu(example_inputs: Sequence[object]) -> bool:
+    return all(given.device.type == "cpu" for given in example_inputs if isinstance(given, torch.Tensor))
 
 
 def _known(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,8 +65,7 @@ def probe_processor() -> threading.Thread:
     """Let Inductor find out beside us which vector instructions its kernels may use; once a process.
 
     Where its cache is empty it compiles and loads a test program for each kind, about ten seconds in which nothing else
-    happens, and which it needs only behind its own graph passes. What is found stays in Inductor's cache; a lock in it lets
-    Inductor wait for us instead of compiling the same again.
+    happens. What is found stays in Inductor's cache.
     """
     find_out = vector_instructions_probe()
 

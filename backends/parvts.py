@@ -13,7 +13,7 @@ import torch
 from torch.fx import GraphModule
 
 from parvts_fx.analysis.calls import attention_nodes
-from parvts_fx.backends.lowering import Compiled, lower
+from parvts_fx.backends.lowering import Compiled, lower, prepare
 from parvts_fx.errors import NotRewritten, Refusal, tell_unrewritten
 from parvts_fx.options import Options, parse_options
 from parvts_fx.passes.single_sample import Parted
@@ -48,6 +48,7 @@ def parvts(
     """
     try:
         parsed = parse_options(options, mode)
+        prepare(example_inputs, parsed)
         handed = MergedInput.find(module, example_inputs)
 
         def attempt(module: GraphModule, inputs: Sequence[object], handed: MergedInput | None) -> Rewriting:

@@ -308,4 +308,5 @@ def rewrite(
     result = copy_graph_module(module) if done.module is None else done.module
     result.meta["parvts_fx"] = done.report
     result.meta["parvts_fx_precondition"] = done.precondition
+    str(result.code)  # written now: torch.export reads the signature of forward, which a lazy module does not have yet
     return result

@@ -10,6 +10,7 @@ import torch
 from torch.fx import Node
 
 from parvts_fx.analysis.samples import Samples
+from parvts_fx.analysis.values import value
 from parvts_fx.capture.editing import Editor, Size
 from parvts_fx.errors import Refusal
 
@@ -149,7 +150,7 @@ def gather(editor: Editor, node: Node, axis: int, index: Node, count: Size, samp
     place = samples.axis
     while place < 0:  # a tensor that all samples share and that lacks the axis
         node, place, axis = editor.method("unsqueeze", node, 0), place + 1, axis + 1
-    rank = node.meta["example_value"].dim()
+    rank = value(node).dim()
     if samples.each > 1:
         index = editor.call(torch.repeat_interleave, index, samples.inner, 0)
         index = editor.method("repeat", index, samples.each // samples.inner, 1)
