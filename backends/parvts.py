@@ -63,7 +63,7 @@ def parvts(
         done, caches = attempt(module, example_inputs, handed), cache_outputs(module)
         if on_rewriting is not None:
             on_rewriting(module, example_inputs, done)
-        if done.module is not None or done.visual_mask is not None and done.report.status == "unrewritten":
+        if done.may_fit_others:
             fits = done.module is not None and handed is None and done.reason_against(example_inputs) is None
             lowered = lower_as_asked(done.module, example_inputs) if done.module is not None and fits else None
             prune = functools.partial(_compile_sample, parsed, window_caches_follow, on_rewriting)

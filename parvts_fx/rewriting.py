@@ -7,7 +7,7 @@ import dataclasses
 import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.fx import GraphModule, Node
@@ -38,6 +38,7 @@ from parvts_fx.runtime.guards import Guard, Precondition, Prompt, guards_for, me
 from parvts_fx.runtime.merged_embeddings import MergedInput, can_hand_on
 from parvts_fx.runtime.padding import padding_check
 from parvts_fx.runtime.prompt_merges import has_visuals, prompt_merge, refuse_unseen_merges, report_merges, stream_input
+from parvts_fx.runtime.record import KEPT_ALL
 from parvts_fx.scores import reads_text
 from parvts_fx.stages import dropping
 from parvts_fx.torch_private import FakeTensor
@@ -49,8 +50,8 @@ _UNSEEN = "no visual features are merged into embeddings"
 class Rewriting:
     """A graph's rewritten form, what must hold of its inputs, and what was done. ``module`` is None if untouched.
 
-    It is None as well, with ``visual_mask`` and the status "unrewritten", for a batch whose samples differ: other prompts of
-    the graph may still be rewritten.
+    It is None as well, with ``visual_mask`` and without ``merged_mask``, for a batch whose samples differ, or whose samples have
+    no more visual tokens in the mean than are kept: other prompts of the graph may still be rewritten.
     """
 
     report: GraphReport
@@ -73,6 +74,11 @@ class Rewriting:
 
     handed: bool = False
     """Whether the rewritten graph takes the mask of visual tokens as one input more."""
+
+    @property
+    def may_fit_others(self) -> bool:
+        """Whether some prompts of the graph run rewritten, if not this one."""
+        return self.module is not None or self.visual_mask is not None and self.merged_mask is None
 
     rows: Node | None = None
     """In the rewritten graph, [batch, rows] int64: the positions of the prompt that are left in the end. None where the graph
@@ -175,6 +181,8 @@ def rewrite_graph(
         decoder = dataclasses.replace(decoder, merge=merge)
     if hint(decoder.visual_tokens) == 0:
         return _for_no_batch("there are fewer visual tokens than samples", work, merge, stream, facts)
+    if _keeps_mean(decoder, options):
+        return _for_no_batch(KEPT_ALL, work, merge, stream, facts, "untouched")
     done = _write(job, decoder, options, passes, facts, dump)
     return done if done.module is None else dataclasses.replace(done, stream=stream, handed=handed is not None)
 
@@ -221,7 +229,7 @@ def _write(
         "migration_depth": sum(stage.end - stage.at for stage in stages),
     }
     if options.keeps_all or hint(visuals) == subjects and isinstance(visuals, int):
-        return Rewriting(GraphReport("untouched", "all visual tokens are kept", **facts))
+        return Rewriting(GraphReport("untouched", KEPT_ALL, **facts))
     stages, mask = dropping(stages, visuals), visual_mask(work, merge)
     precondition = Precondition(work, merge, mask) if merge.count is None else None
     padding = padding_check(work, decoder, any(reads_text(stage.stage.rule) for stage in stages))
@@ -242,15 +250,24 @@ def _write(
     return Rewriting(report, work, precondition, merge, mask, guards=guards, rows=rows)
 
 
+def _keeps_mean(decoder: Decoder, options: Options) -> bool:
+    """Whether as many visual tokens are kept as samples have in the mean: one may have more, and so may a prompt of the same
+    sizes where these do not tell their number."""
+    visuals, batch = decoder.visual_tokens, hint(value(decoder.merge.output).shape[0])
+    varies = batch > 1 or decoder.merge.count is not None
+    return varies and not options.keeps_all and isinstance(visuals, int) and options.subject_count(visuals) == visuals
+
+
 def _for_no_batch(
-    reason: str, work: GraphModule, merge: VisualMerge, stream: int | None, facts: Mapping[str, Any]
+    reason: str, work: GraphModule, merge: VisualMerge, stream: int | None, facts: Mapping[str, Any],
+    status: Literal["unrewritten", "untouched"] = "unrewritten",
 ) -> Rewriting:
     """What is known of a graph that has been compiled for samples with different numbers of visual tokens."""
     mask = visual_mask(work, merge)
     precondition = Precondition(work, merge, mask) if merge.count is None and merge.visual_tokens is not None and (
         hint(merge.visual_tokens) is not None) else None
     return Rewriting(
-        GraphReport("unrewritten", reason, **facts), precondition=precondition, merge=merge, visual_mask=mask, stream=stream)
+        GraphReport(status, reason, **facts), precondition=precondition, merge=merge, visual_mask=mask, stream=stream)
 
 
 def _visual(module: GraphModule, merge: VisualMerge, example_inputs: Sequence[object]) -> torch.Tensor:

@@ -109,3 +109,18 @@ def test_a_refusal_when_the_reader_is_made_leaves_the_prefill_as_it_is(monkeypat
         torch.testing.assert_close(ours[0], model(*given.arguments)[0])
     told = [str(held.message) for held in caught if issubclass(held.category, parvts_fx.ParvtsWarning)]
     assert len(told) == 1 and "do not tell" in told[0] and "Traceback" not in told[0]
+
+
+@torch.no_grad()
+def test_a_first_prompt_of_which_all_is_kept_decides_nothing_for_later_ones() -> None:
+    """Three visual tokens, of which three stay; then five, in a prompt of the same sizes."""
+    spec = Specification(layers=2, attention="masked", length=13, rows=(Row(before=2),), merge="choose")
+    model, given, told = Plain(spec), prompt(spec), []
+    parvts_fx.compile(model, lowering="eager", strict=True, keep_tokens=3, migration_depth=1, merge=None, on_call=told.append)
+    fewer = given.ids.clone()
+    fewer[0, (fewer[0] == 1).nonzero()[3:, 0]] = 5
+    outputs = [model(ids, *given.arguments[1:]) for ids in (fewer, given.ids)]
+    visual = int((given.ids == 1).sum())
+    assert visual > 3 and [record.kept_tokens for record in told] == [(3,), (3,)]
+    assert [record.pruned for record in told] == [False, True]
+    assert outputs[1][1][0][0].shape[-2] == spec.length - visual + 3

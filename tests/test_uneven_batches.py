@@ -211,6 +211,18 @@ def test_features_that_are_given_with_the_embeddings(model: Any) -> None:
     assert called(model, even.inputs).logits.shape[1] == 7 + 3
 
 
+@pytest.mark.parametrize("rows", [[[3, "image", 5], [4]], [[2], [3, "image", 1], [4], [1]]], ids=["half", "a quarter"])
+def test_what_samples_have_in_the_mean_decides_nothing(model: Any, rows: list) -> None:
+    """Eight visual tokens a row, or four, of which ten would stay; then a batch of equal rows of the same sizes."""
+    parvts_fx.compile(model, lowering="eager", strict=True, keep_tokens=10, migration_depth=1)
+    prompt = llava.prompt(model, rows)
+    called(model, prompt.inputs)
+    assert parvts_fx.last_call(model).kept_tokens == tuple(10 if "image" in row else 0 for row in rows)
+    even = llava.prompt(model, [["image", 3] for _ in rows])
+    called(model, even.inputs)
+    assert parvts_fx.last_call(model).kept_tokens == (10,) * len(rows)
+
+
 def overwriting(module: GraphModule, example_inputs: Sequence[object], mode: str | None = None) -> Callable[..., Any]:
     """A lowering whose results live in memory of its own, as with CUDA graphs: the next call overwrites them."""
     memory: dict[Any, torch.Tensor] = {}
