@@ -56,7 +56,7 @@ test-recipes:
 	$(PYTHON) -m venv .venvs/recipes
 	.venvs/recipes/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,test,recipes]"
 	.venvs/recipes/bin/python -m pip uninstall --quiet --yes torchvision
-	OMP_NUM_THREADS=1 .venvs/recipes/bin/python -m pytest -o addopts="-q --strict-markers -p no:logging" tests/recipes
+	OMP_NUM_THREADS=1 .venvs/recipes/bin/python -m pytest -o addopts="-q --strict-markers -p no:logging" -rs tests/recipes
 
 # What `make test` does not show: the style, and the types.
 lint: $(VENV)/.types

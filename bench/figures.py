@@ -1,7 +1,7 @@
 """What has been measured as tables, for terminals and for pages: ``python -m bench.figures`` writes the latter.
 
-Reads ``compare.json``, ``compile_time.json``, ``picture_sizes.json``, ``flops.json``, ``merging.json`` and
-``merging_seed1.json`` in ``bench/results/``; a test fails when a page differs from them.
+Reads ``compare.json``, ``compile_time.json``, ``picture_sizes.json``, ``uneven_batches.json``, ``flops.json``,
+``merging.json`` and ``merging_seed1.json`` in ``bench/results/``; a test fails when a page differs from them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PAGES = {
     ROOT / "README.md": ("speed", "accuracy in short"),
     ROOT / "docs" / "options.md": ("by kind",),
     ROOT / "docs" / "figures.md": (
-        "methods", "kept", "lengths", "flops", "compile time", "picture sizes", "accuracy"),
+        "methods", "kept", "lengths", "flops", "compile time", "picture sizes", "uneven batches", "accuracy"),
 }
 """The tables of each page, by the name in their markers."""
 
@@ -157,6 +157,17 @@ def picture_sizes(results: dict[str, Any]) -> Sheet:
         f"{statistics.median(row['again']):.2f} s (at most {max(row['again']):.2f})"] for row in results["rows"]])
 
 
+def uneven_batches(results: dict[str, Any]) -> Sheet:
+    """The first token of a batch of equal pictures, and of one whose pictures differ."""
+    times = {(row["method"], row["batch"]): row["seconds"] for row in results["rows"]}
+    cost = times["parvts", "uneven"]["median"] / times["parvts", "even"]["median"]
+    return Sheet(f"First token of four prompts; with parvts the uneven batch costs {cost:.2f} times the even one",
+                 ["", "batch", "time", "fastest to slowest", "ratio"], [
+        [title(method), batch, f"{taken['median']:.2f} s", f"{taken['min']:.2f} to {taken['max']:.2f} s",
+         f"{times['inductor', batch]['median'] / taken['median']:.2f}x" if method != "inductor" else ""]
+        for (method, batch), taken in times.items()])
+
+
 def flops(results: dict[str, Any]) -> Sheet:
     """FLOPs that are left of the full prompt's, by configuration and tokens kept."""
     rows = results["results"]
@@ -217,6 +228,7 @@ def tables() -> dict[str, str]:
         "kept": kept(compared["kept"]).markdown(), "lengths": lengths(compared["lengths"]).markdown(),
         "compile time": compile_time(json.loads((RESULTS / "compile_time.json").read_text())).markdown(),
         "picture sizes": picture_sizes(json.loads((RESULTS / "picture_sizes.json").read_text())).markdown(),
+        "uneven batches": uneven_batches(json.loads((RESULTS / "uneven_batches.json").read_text())).markdown(),
         "flops": flops(json.loads((RESULTS / "flops.json").read_text())).markdown(),
         "accuracy": accuracy(answers, ANSWERS).markdown(), "accuracy in short": accuracy(answers, ANSWERS_IN_SHORT).markdown(),
         "by kind": by_kind([answers, others]).markdown(),

@@ -20,7 +20,7 @@ from rich.console import Console
 import parvts_fx
 from bench import figures
 from bench.measuring import in_turns, machine, many_compiles, seconds, spread
-from bench.tables import Sheet, progress, quieten
+from bench.tables import progress, quieten
 
 IMAGE, VIDEO, START, END, PAD = 997, 998, 995, 996, 0
 EVEN = ((19, 24),) * 4
@@ -75,16 +75,6 @@ def compiled(given: argparse.Namespace, prune: bool) -> Any:
     return model
 
 
-def sheet(found: dict[str, Any]) -> Sheet:
-    times = {(row["method"], row["batch"]): row["seconds"]["median"] for row in found["rows"]}
-    even, uneven = times["parvts", "even"], times["parvts", "uneven"]
-    rows = [[row["method"], row["batch"], f"{1e3 * row['seconds']['median']:.0f} ms ({1e3 * row['seconds']['min']:.0f} to "
-             f"{1e3 * row['seconds']['max']:.0f})", f"{times['inductor', row['batch']] / row['seconds']['median']:.2f}x"]
-            for row in found["rows"]]
-    return Sheet(f"First token of four prompts; the uneven batch costs {uneven / even:.2f} times the even one",
-                 ["", "batch", "time", "ratio"], rows)
-
-
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.uneven_batches", description=__doc__.splitlines()[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -126,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
              "kept": record.kept_tokens, "rows": rows}
     with open(given.out, "w") as file:
         file.write(json.dumps(found, indent=1) + "\n")
-    console.print(sheet(found))
+    console.print(figures.uneven_batches(found))
     return found
 
 

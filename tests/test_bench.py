@@ -299,7 +299,7 @@ def test_uneven_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert json.loads(file.read_text())["kept"] == [2, 4] == list(found["kept"])
     assert [(row["method"], row["batch"]) for row in found["rows"]] == [
         (method, batch) for method in ("inductor", "parvts") for batch in ("even", "uneven")]
-    assert "times the even one" in uneven_batches.sheet(found).title
+    assert "times the even one" in figures.uneven_batches(found).title
 
 
 def test_picture_sizes(tmp_path: Path) -> None:
