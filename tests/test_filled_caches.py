@@ -6,6 +6,7 @@ import copy
 import inspect
 import math
 import pickle
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -114,6 +115,18 @@ def conversation(model: Any, turns: list[list[list[int | str]]]) -> tuple[list[t
     return logits, cache
 
 
+def alone(model: Any, talk: list[list[list[int | str]]], row: int) -> Iterator[torch.Tensor]:
+    """The last row's logits behind each turn of one sample's conversation, without its padding."""
+    cache, mask = None, torch.zeros(1, 0, dtype=torch.int64)
+    for seed, rows in enumerate(talk, start=1):
+        own = llava.prompt(model, rows, seed).row(row)
+        mask = torch.cat([mask, own.inputs["attention_mask"]], 1)
+        positions = (mask.cumsum(1) - 1)[:, -own.visual.shape[1]:]
+        output = model(**{**own.inputs, "attention_mask": mask}, position_ids=positions, past_key_values=cache)
+        cache = output.past_key_values
+        yield output.logits[0, -1]
+
+
 TALK: list[list[list[int | str]]] = [[[3, "image", 6]], [[4, "image", 2]], [[3]], [["image", 5]]]
 
 
@@ -155,14 +168,8 @@ def test_padded_turns():
     model = compiled(keep_ratio=0.25, migration_depth=1)
     together, _ = conversation(model, talk)
     for row in range(2):
-        cache, mask = None, torch.zeros(1, 0, dtype=torch.int64)
-        for seed, (rows, logits) in enumerate(zip(talk, together), start=1):
-            own = llava.prompt(model, rows, seed).row(row)
-            mask = torch.cat([mask, own.inputs["attention_mask"]], 1)
-            positions = (mask.cumsum(1) - 1)[:, -own.visual.shape[1]:]
-            output = model(**{**own.inputs, "attention_mask": mask}, position_ids=positions, past_key_values=cache)
-            cache = output.past_key_values
-            assert relative_error(logits[row], output.logits[0, -1]) < TOLERANCE
+        for logits, own in zip(together, alone(model, talk, row), strict=True):
+            assert relative_error(logits[row], own) < TOLERANCE
 
 
 UNEVEN: list[list[list[int | str]]] = [
@@ -185,14 +192,8 @@ def test_turns_whose_samples_differ(attention, options, talks):
         assert [record.pruned for record in told] == [any("image" in row for row in rows) for rows in talk]
         assert max(prompt.visual.sum(1).max() for prompt in cache.pruned_prompts) == 32
         for row in range(3 if talk is talks[-1] else 0):
-            cache, mask = None, torch.zeros(1, 0, dtype=torch.int64)
-            for seed, (rows, logits) in enumerate(zip(talk, together), start=1):
-                own = llava.prompt(model, rows, seed).row(row)
-                mask = torch.cat([mask, own.inputs["attention_mask"]], 1)
-                positions = (mask.cumsum(1) - 1)[:, -own.visual.shape[1]:]
-                output = model(**{**own.inputs, "attention_mask": mask}, position_ids=positions, past_key_values=cache)
-                cache = output.past_key_values
-                assert relative_error(logits[row], output.logits[0, -1]) < TOLERANCE
+            for logits, own in zip(together, alone(model, talk, row), strict=True):
+                assert relative_error(logits[row], own) < TOLERANCE
         told.clear()
 
 
