@@ -71,11 +71,12 @@ class MasksOfGenerate:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         from transformers import masking_utils  # whoever generates has imported it
 
-        cache: Any = kwargs.get("past_key_values")
-        embeddings = kwargs.get("inputs_embeds")
-        if isinstance(embeddings, torch.Tensor) and has_samples(prompts := pruned_prompts(cache)):
-            kwargs[MASK] = _columns(kwargs.get(MASK), prompts, int(cache.get_seq_length()) + embeddings.shape[1])
         make = getattr(type(self._model), MASKS, masking_utils.create_masks_for_generate)
+        cache, new = next(iter(find_caches(args, kwargs)), None), kwargs.get("inputs_embeds")
+        if cache is None or MASK not in kwargs or not isinstance(new, torch.Tensor):
+            return make(*args, **kwargs)  # another version's way to call it, of which nothing is known
+        if has_samples(prompts := pruned_prompts(cache)):
+            kwargs[MASK] = _columns(kwargs[MASK], prompts, int(cache.get_seq_length()) + new.shape[1])
         return _noted(make(*args, **kwargs))
 
 
