@@ -50,13 +50,21 @@ def error(name: str, options: dict[str, Any]) -> float:
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     if "mm_token_type_ids" in inputs:
         inputs["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (5, 0))
-    how = dict(do_sample=False, return_dict_in_generate=True, output_logits=True)
+    if difference(model, words, inputs) > 1e-3:
+        pytest.skip("this version's model does not begin with the state that its cache holds, compiled or not")
     parvts_fx.compile(model, lowering="eager", strict=True, keep_ratio=0.25, **options)
+    found = difference(model, words, inputs)
+    record = parvts_fx.last_call(model)
+    assert record.pruned and record.prompt_tokens == built.inputs["input_ids"].shape[1]
+    return found
+
+
+def difference(model: Any, words: torch.Tensor, inputs: dict[str, Any]) -> float:
+    """Between a prompt in one piece, and the same behind its cached first words."""
+    how = dict(do_sample=False, return_dict_in_generate=True, output_logits=True)
     whole = model.generate(**inputs, **how, max_new_tokens=4)
     cache = model.generate(input_ids=words, **how, max_new_tokens=1).past_key_values
     parts = model.generate(**inputs, past_key_values=cache, **how, max_new_tokens=4)
-    record = parvts_fx.last_call(model)
-    assert record.pruned and record.prompt_tokens == built.inputs["input_ids"].shape[1]
     return max(map(relative_error, parts.logits, whole.logits))
 
 
