@@ -69,10 +69,10 @@ def compile(model: Model, *, on_call: OnCall | None = None, **options: Any) -> M
         own = on_call if module is model else None
         module.compile(backend=_backend(parsed), **arguments)
         surround_compiled_call(module, functools.partial(_with_forms, model, module, parsed, own, arguments))
-        if _generating_parts(module) and callable(getattr(type(module), "generate", None)):
-            module.generate = WatchedGenerate(module, parsed, own)
         if callable(getattr(type(module), "generate", None)):
             vars(module)[MASKS] = MasksOfGenerate(module)
+            if _generating_parts(module):
+                module.generate = WatchedGenerate(module, parsed, own)
     vars(model)[_COPIER] = _Copier(model, again)
     return model
 

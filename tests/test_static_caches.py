@@ -17,6 +17,7 @@ from tests.models.prompts import mixed
 from tests.reference import relative_error
 
 ROWS = [[3, "image", 5], [2, "image", 2]]
+UNEVEN = [[2, "image", 3], [4, "image", 1, "image", 2], [5]]
 OPTIONS = dict(keep_tokens=3, migration_depth=1)
 
 
@@ -107,7 +108,7 @@ def test_what_runs_whole_fills_it_as_well(model: Any) -> None:
 @pytest.mark.supports("Batches", "rows with other numbers of visual tokens on static caches, by generate or by hand")
 @pytest.mark.parametrize("compiles_steps", [False, True], ids=["steps as they are", "steps that generate compiles"])
 def test_generating_where_samples_differ(model: Any, compiles_steps: bool) -> None:
-    prompt = llava.prompt(model, [[2, "image", 3], [4, "image", 1, "image", 2], [5]])
+    prompt = llava.prompt(model, UNEVEN)
     parvts_fx.compile(model, lowering="eager", strict=True, **OPTIONS)
     config = CompileConfig(backend="eager", mode=None)
     config._compile_all_devices = compiles_steps
@@ -125,7 +126,7 @@ def test_generating_where_samples_differ(model: Any, compiles_steps: bool) -> No
 
 
 def test_steps_by_hand_where_samples_differ(model: Any) -> None:
-    prompt = llava.prompt(model, [[2, "image", 3], [4, "image", 1, "image", 2], [5]])
+    prompt = llava.prompt(model, UNEVEN)
     positions = prompt.with_positions["position_ids"].amax(1, keepdim=True) + 1
     step = {"input_ids": torch.full((3, 1), 13), "position_ids": positions,
             "attention_mask": torch.cat([prompt.inputs["attention_mask"], torch.ones(3, 1).long()], 1)}

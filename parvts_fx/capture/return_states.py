@@ -70,9 +70,8 @@ def write_states(work: Work, end: Node) -> None:
     names, returns_several = end.meta[_STATES]
     editor, now = Editor(work.module), output_node(work.module.graph)
     given = {node.name: node for node in work.module.graph.nodes if node.op == "placeholder"}
-    *results, = now.args[0]
+    left, states = now.args[0][:-len(names)], now.args[0][-len(names):]
     with work.module.graph.inserting_before(now):
-        for name, state in zip(names, results[-len(names):]):
+        for name, state in zip(names, states):
             editor.method("copy_", given[name], state)
-    left = results[:-len(names)]
     now.args = (tuple(left) if returns_several else left[0],)
