@@ -457,7 +457,7 @@ BUGS: dict[str, tuple[Patch, Callable[[], float]]] = {
         wrap(compiled_call, "remember_pruned", lambda original, *given, rows: (original(*given), original(*given))),
         conversation),
     "positional caches not found": (
-        wrap(compiled_call, "find_caches", lambda original, output, args, kwargs: original(kwargs)),
+        wrap(compiled_call, "find_caches", lambda original, *given: original(given[-1])),
         positional_conversation),
     "dropped keys counted as keys": (wrap(pruned_caches, "_counting", counted_everywhere), conversation),
     "window counts not corrected": (wrap(compiled_call, "remember_pruned", windows_as_they_were), sliding_conversation),
