@@ -1,9 +1,10 @@
 """Many calls of all kinds in one process: ``python -m bench.soak``.
 
-Prompts with pictures of several sizes, with several pictures and with none are put together into batches at random and
-answered by ``generate``, from several threads; one batch in four is asked a second question, on the cache of the first. Every
-row's tokens and first logits must be those that the prompt has by itself, and behind the first calls neither compiled forms nor
-memory may grow. Exits with 1 if one of that does not hold. Results go into ``bench/results/soak.json``.
+Prompts with pictures of several sizes, with several pictures and with none are drawn at random for batches of all kinds in
+turn (``KINDS``) and answered by ``generate``, from several threads; one batch in three is asked a second question, on the
+cache of the first. Every row's tokens and first logits must be those that the prompt has by itself, and behind the first
+calls, in which each kind comes with one turn and with two, neither compiled forms nor memory may grow. Exits with 1 if one of
+that does not hold. Results go into ``bench/results/soak.json``.
 """
 
 from __future__ import annotations
@@ -42,6 +43,53 @@ class Prompt:
     ids: torch.Tensor
     sizes: tuple[tuple[int, int], ...]
     patches: torch.Tensor
+
+    @property
+    def visual_tokens(self) -> int:
+        return sum(height * width for height, width in self.sizes)
+
+
+Kind = Callable[[Sequence[Prompt], random.Random], list[Prompt]]
+
+
+def several(prompts: Sequence[Prompt], numbers: random.Random, most: int = 6) -> list[Prompt]:
+    """A batch of two to ``most`` whose rows have not all one length: it is padded."""
+    while True:
+        drawn = [numbers.choice(prompts) for _ in range(numbers.randint(2, most))]
+        if len({len(prompt.ids) for prompt in drawn}) > 1:
+            return drawn
+
+
+def alike(prompts: Sequence[Prompt], numbers: random.Random) -> list[Prompt]:
+    """A padded batch whose rows have the same number of visual tokens."""
+    by_count: dict[int, list[Prompt]] = {}
+    for prompt in prompts:
+        by_count.setdefault(prompt.visual_tokens, []).append(prompt)
+    lengths = {count: {len(prompt.ids) for prompt in held} for count, held in by_count.items()}
+    return several(by_count[numbers.choice([count for count in by_count if count and len(lengths[count]) > 1])], numbers)
+
+
+def repeated(prompts: Sequence[Prompt], numbers: random.Random) -> list[Prompt]:
+    """A batch without padding."""
+    return [numbers.choice(prompts)] * numbers.randint(2, 6)
+
+
+def where(condition: Callable[[int], bool], kind: Kind) -> Kind:
+    """The kind, of prompts with such numbers of visual tokens."""
+    return lambda prompts, numbers: kind([prompt for prompt in prompts if condition(prompt.visual_tokens)], numbers)
+
+
+KINDS: dict[str, Kind] = {
+    "any": several,
+    "single": lambda prompts, numbers: [numbers.choice(prompts)],
+    "alike": alike,
+    "without padding": where(lambda count: count > 4, repeated),
+    "text": where(lambda count: count == 0, several),
+    "text without padding": where(lambda count: count == 0, repeated),
+    "at most one token kept": where(lambda count: count <= 4, several),
+    "one token kept, without padding": where(lambda count: 0 < count <= 4, repeated),
+}
+"""What torch.compile tells apart by a call's arguments, or by sizes of 1."""
 
 
 class Forms:
@@ -114,11 +162,12 @@ def soak(given: argparse.Namespace, advance: Callable[[], None]) -> dict[str, An
     model = parvts_fx.compile(build_model(3, 128), lowering=forms, strict=True, keep_ratio=0.25, migration_depth=1)
     prompts = pool(given.prompts, given.seed)
     alone = {id(prompt): answer(model, [prompt], given.tokens, 2) for prompt in prompts}
-    drawn = [[numbers.choice(prompts) for _ in range(numbers.randint(1, 6))] for _ in range(given.calls)]
+    kinds = list(KINDS.values())
+    drawn = [kinds[number % len(kinds)](prompts, numbers) for number in range(given.calls)]
     seen: list[dict[str, Any]] = []
 
     def one(number: int) -> None:
-        right = is_right(model, drawn[number], alone, given.tokens, 2 if number % 4 == 3 else 1)
+        right = is_right(model, drawn[number], alone, given.tokens, 2 if number % 3 == 2 else 1)
         with lock:
             gc.collect()
             most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
@@ -129,9 +178,9 @@ def soak(given: argparse.Namespace, advance: Callable[[], None]) -> dict[str, An
     for number in range(given.first):
         one(number)
     with concurrent.futures.ThreadPoolExecutor(given.threads) as threads:
-        list(threads.map(one, (number for number in later if number % 4 != 3)))
+        list(threads.map(one, (number for number in later if number % 3 != 2)))
     for number in later:
-        if number % 4 == 3:  # the model itself keeps the last prompt's shift of positions for the next turn: no other in between
+        if number % 3 == 2:  # the model itself keeps the last prompt's shift of positions for the next turn: no other in between
             one(number)
     return {"wrong": sum(not call["right"] for call in seen), "calls": len(seen),
             **{name: [seen[given.first - 1][name], seen[-1][name]] for name in ("forms", "mebibytes")}}

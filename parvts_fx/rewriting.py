@@ -43,6 +43,7 @@ from parvts_fx.scores import reads_text
 from parvts_fx.stages import dropping
 from parvts_fx.torch_private import FakeTensor
 
+FEWER = "there are fewer visual tokens than samples in the prompt that this graph was captured for"
 _UNSEEN = "no visual features are merged into embeddings"
 
 
@@ -180,7 +181,7 @@ def rewrite_graph(
         merge = dataclasses.replace(merge, count=count)
         decoder = dataclasses.replace(decoder, merge=merge)
     if hint(decoder.visual_tokens) == 0:
-        return _for_no_batch("there are fewer visual tokens than samples", work, merge, stream, facts)
+        return _for_no_batch(FEWER, work, merge, stream, facts)
     if _keeps_mean(decoder, options):
         return _for_no_batch(KEPT_ALL, work, merge, stream, facts, "untouched")
     done = _write(job, decoder, options, passes, facts, dump)

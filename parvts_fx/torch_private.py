@@ -152,6 +152,12 @@ def traced_numbers(size: torch.SymInt | torch.SymFloat) -> Mapping[sympy.Symbol,
     return size.node.shape_env.backed_var_to_val
 
 
+def may_be_negative(size: torch.SymInt) -> bool:
+    """Whether a number was any other than a size when it came in; taken for granted where torch does not tell."""
+    bound = getattr(size.node.shape_env, "bound_sympy", None)
+    return bound is None or bool(bound(size.node.expr).lower < 0)
+
+
 def is_symbol(size: int | torch.SymInt) -> bool:
     """Whether a size has a name, and is no formula of others."""
     return isinstance(size, torch.SymInt) and expression(size).is_Symbol

@@ -44,6 +44,14 @@ def called(model: Any, inputs: dict[str, Any], **more: Any) -> Any:
         return model(**inputs, **more)
 
 
+def any_size(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs, marked as of any batch, length and number of pictures: compiled so from the first call on."""
+    for name, held in inputs.items():
+        for axis in (0,) if name == "pixel_values" else (0, 1):
+            torch._dynamo.maybe_mark_dynamic(held, axis)
+    return inputs
+
+
 def alone(model: Any, prompt: llava.Prompt) -> list[Any]:
     """The reference's prefill of each row by itself."""
     return [expected(model, row, row.with_positions, **OPTIONS)[0] if row.visual.any() else None
@@ -198,6 +206,17 @@ def test_one_compiled_form_for_all_rows(model: Any) -> None:
         generated(model, prompt.inputs)
         graphs.append(lowering.graphs)
     assert graphs[1:] == graphs[1:2] * 2, "all is compiled by the second batch"
+
+
+def test_equal_rows_behind_batches_that_hardly_have_visual_tokens(model: Any) -> None:
+    """Less than one a sample, in the prompts that the graph was captured for."""
+    prompt = llava.prompt(model, [["image", 2], [1, "image", 3]])
+    wanted = alone(model, prompt)
+    parvts_fx.compile(model, lowering="eager", strict=True, **OPTIONS)
+    called(model, any_size(llava.prompt(model, [["image", 4, "image"], *[[2 + row] for row in range(33)]]).inputs))
+    logits = called(model, prompt.inputs).logits
+    assert parvts_fx.last_call(model).kept_tokens == (3, 3)
+    assert all(relative_error(logits[row, -len(one.logits):], one.logits) <= TOLERANCE for row, one in enumerate(wanted))
 
 
 def test_features_that_are_given_with_the_embeddings(model: Any) -> None:

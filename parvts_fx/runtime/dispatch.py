@@ -14,13 +14,14 @@ from parvts_fx.capture import copy_graph_module
 from parvts_fx.errors import NotRewritten, Refusal, tell_unrewritten
 from parvts_fx.options import Options
 from parvts_fx.passes.single_sample import Parted
-from parvts_fx.rewriting import Rewriting
+from parvts_fx.rewriting import FEWER, Rewriting
 from parvts_fx.runtime.by_sample import BySample
 from parvts_fx.runtime.caches import cache_outputs, note_short_caches
 from parvts_fx.runtime.call import current_call
 from parvts_fx.runtime.guards import PADDING, Prompt, same_count, uneven
 from parvts_fx.runtime.merged_embeddings import MergedInput, visual_rows
 from parvts_fx.runtime.record import KEPT_ALL, CallRecord
+from parvts_fx.runtime.varying_sizes import compile_varying
 
 Compiled = Callable[..., Any]
 Lower = Callable[[GraphModule, Sequence[object]], Compiled]
@@ -114,8 +115,8 @@ class Dispatch:
             lowered or self._compile(done.module), done.tells_rows)
 
     def _compile(self, graph: GraphModule) -> Compiled:
-        """As it is; for other sizes again."""
-        return torch.compile(graph, backend=_LowerOnly(self._making.lower))
+        """As it is, when it is first called."""
+        return compile_varying(graph, _LowerOnly(self._making.lower))
 
     def _handed(self, mask: torch.Tensor) -> MergedInput | None:
         """Args: ``mask``, the last of the rewritten graph's inputs."""
@@ -138,7 +139,7 @@ class Dispatch:
                 return outputs
         if compiled is None or count is None:
             current_call().tell_record(CallRecord(False, reason, size, visual=visual, kept=visual))
-            if reason != KEPT_ALL and (count is None or reason != self._refused.get(count)):
+            if reason != KEPT_ALL and (count is None or reason == FEWER or reason != self._refused.get(count)):
                 tell_unrewritten(reason, self._options.strict)
             return self._run_unrewritten(inputs)
         outputs, kept = compiled.run(given, visual)
@@ -169,10 +170,11 @@ class Dispatch:
         return self._by_count[number], self._refused.get(count, "")
 
     def _may_part(self, reason: str, visual: torch.Tensor, inputs: Sequence[object]) -> bool:
-        """Whether a prompt does not fit because its samples differ, or for their padding. Not where it has another number of
-        features than of places for them: that is for the model to say."""
+        """Whether a prompt does not fit because its samples differ, for their padding, or because the graph was captured for a
+        batch that hardly has visual tokens. Not where it has another number of features than of places for them: that is
+        for the model to say."""
         counts, precondition = visual.sum(1).tolist(), self._done.precondition
-        return reason in (PADDING, uneven(visual)) and any(map(self._dropped, counts)) and (
+        return reason in (PADDING, FEWER, uneven(visual)) and any(map(self._dropped, counts)) and (
             precondition is None or precondition.features(inputs) == sum(counts))
 
     def _run_by_sample(

@@ -1,0 +1,94 @@
+"""Compiles a graph for all the sizes that have names in it, from the first call on.
+
+torch.compile takes the sizes of a first call for constants, and gives names to those in which a later one differs: a graph
+that is compiled when a call first needs it would be compiled three times until prompts of any length and batches of any size
+have run, although it says itself what varies.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from parvts_fx.analysis.values import value
+from parvts_fx.capture import copy_graph_module
+from parvts_fx.torch_private import expression, is_symbol, may_be_negative, may_vary
+
+Compiled = Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Input:
+    """What becomes of one of a graph's inputs."""
+
+    axes: tuple[int, ...] = ()
+    """Of a tensor, those whose sizes vary."""
+
+    left_out: bool = False
+    """A number that is read off a tensor's size."""
+
+    carried: bool = False
+    """A number that is none's size; an empty tensor of that many rows tells it, for torch.compile takes numbers for constants."""
+
+    def given(self, held: Any, device: torch.device | None) -> Any:
+        if self.carried:
+            held = torch.empty(held, 0, device=device)
+            may_vary(held, 0)
+        elif self.axes:
+            held = held.view(held.shape)  # the caller's own stays as it is
+            for axis in self.axes:
+                may_vary(held, axis)
+        return held
+
+
+def compile_varying(graph: GraphModule, backend: Callable[..., Compiled]) -> Compiled:
+    """The graph compiled by ``torch.compile``; it is given what the graph is given."""
+    copy = copy_graph_module(graph)
+    inputs = _with_sizes(copy, [node for node in copy.graph.nodes if node.op == "placeholder"])
+    compiled = torch.compile(copy, backend=backend)
+    if not any(each.axes or each.carried or each.left_out for each in inputs):
+        return compiled
+
+    def call(*given: Any) -> Any:
+        device = next((held.device for held in given if isinstance(held, torch.Tensor)), None)
+        return compiled(*(each.given(held, device) for each, held in zip(inputs, given) if not each.left_out))
+
+    return call
+
+
+def _with_sizes(module: GraphModule, placeholders: Sequence[Node]) -> list[_Input]:
+    """Have the graph read numbers off sizes."""
+    names: dict[Any, tuple[Node, int]] = {}
+    for node in placeholders:
+        for axis in _varying(value(node)):
+            if is_symbol(size := value(node).shape[axis]):
+                names.setdefault(expression(size), (node, axis))
+    inputs, behind = [], placeholders[-1].next if placeholders else None
+    for node in placeholders:
+        held = value(node)
+        if not isinstance(held, torch.SymInt):
+            inputs.append(_Input(_varying(held)))
+            continue
+        tensor, axis = names.get(expression(held), (None, 0))
+        if tensor is None and may_be_negative(held):
+            inputs.append(_Input())
+            continue
+        inputs.append(_Input(left_out=tensor is not None, carried=tensor is None))
+        with module.graph.inserting_before(behind):
+            read = module.graph.call_method("size", (tensor or node, axis))
+        read.meta = dict(node.meta)
+        node.replace_all_uses_with(read, delete_user_cb=lambda user, read=read: user is not read)
+        node.meta = {}
+        if tensor is not None:
+            module.graph.erase_node(node)
+    module.recompile()
+    return inputs
+
+
+def _varying(held: object) -> tuple[int, ...]:
+    return tuple(axis for axis, size in enumerate(held.shape) if isinstance(size, torch.SymInt)) if isinstance(
+        held, torch.Tensor) else ()
