@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import gc
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -34,6 +32,7 @@ from parvts_fx.passes.single_sample import Parted, part
 from parvts_fx.passes.verify import CHEAP_CHECKS, Check, verifier
 from parvts_fx.pipeline import Work, run_pipeline
 from parvts_fx.report import GraphReport
+from parvts_fx.runtime.garbage import no_collections
 from parvts_fx.runtime.guards import Guard, Precondition, Prompt, guards_for, merged_mask, same_count, uneven, visual_mask
 from parvts_fx.runtime.merged_embeddings import MergedInput, can_hand_on
 from parvts_fx.runtime.padding import padding_check
@@ -107,18 +106,6 @@ class Rewriting:
         visual = self.visual_mask(*inputs)
         prompt = Prompt(inputs, visual, same_count(visual))
         return next((reason for guard in self.guards if (reason := guard(prompt)) is not None), None)
-
-
-@contextlib.contextmanager
-def no_collections() -> Iterator[None]:
-    """Without Python's search for cyclic garbage: beside a captured model of 32 layers one takes half a second."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @no_collections()

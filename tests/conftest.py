@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 
 import pytest
 import torch
 
 from parvts_fx.runtime.call import UNWATCHED
+
+gc.set_threshold(200_000, 20)  # captures make millions of objects that live on: a fifth of all time went into looking at them
 
 
 @pytest.hookimpl(tryfirst=True)

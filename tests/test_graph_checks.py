@@ -35,7 +35,8 @@ from parvts_fx.passes import (
 )
 from parvts_fx.passes.rows import live
 from parvts_fx.passes.verify import ALL_CHECKS, VerificationError, returns_what_is_left
-from parvts_fx.rewriting import no_collections, rewrite_graph
+from parvts_fx.rewriting import rewrite_graph
+from parvts_fx.runtime.garbage import no_collections
 from parvts_fx.stages import Stage
 from tests.plain import Plain, Row, Specification, prompt
 from tests.plain_graphs import CHOICES, SPECIFICATIONS, Call, Refine, capture, captured, options

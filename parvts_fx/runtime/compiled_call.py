@@ -14,6 +14,7 @@ from parvts_fx.options import Options
 from parvts_fx.runtime.cached_rows import can_follow, given_mask, rows_by_mask, with_cached_columns
 from parvts_fx.runtime.caches import find_caches, is_cache, with_own_caches
 from parvts_fx.runtime.call import Call, TensorTable, begin_call
+from parvts_fx.runtime.garbage import no_collections
 from parvts_fx.runtime.joined_features import JoinedFeatures
 from parvts_fx.runtime.pruned_caches import remember_pruned
 from parvts_fx.runtime.record import NO_VISUALS, CallRecord, OnCall, keep_record
@@ -113,7 +114,7 @@ class _Watched:
         """
         while True:
             try:
-                with paused(), self._frames.capturing(), begin_call() as told:
+                with paused(), no_collections(), self._frames.capturing(), begin_call() as told:
                     if prompts:
                         told.told_by_ids = functools.partial(_rows_of_none_of, self._model, prompts)
                         told.mask_rows = rows_by_mask(mask, find_caches(args, kwargs))
