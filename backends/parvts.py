@@ -10,7 +10,8 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_aggregate
 
 from parvts_fx.analysis.calls import attention_nodes
 from parvts_fx.backends.lowering import Compiled, lower, prepare
@@ -67,7 +68,9 @@ def parvts(
             fits = done.module is not None and handed is None and done.reason_against(example_inputs) is None
             lowered = lower_as_asked(done.module, example_inputs) if done.module is not None and fits else None
             prune = functools.partial(_compile_sample, parsed, window_caches_follow, on_rewriting)
-            making = Making(attempt, divide, lower_as_asked, prune, sizes_vary=on_rewriting is None)  # reports are of numbers
+            whole = functools.partial(_lower_sample, parsed)
+            vary = on_rewriting is None  # reports are of numbers
+            making = Making(attempt, divide, lower_as_asked, prune, whole, sizes_vary=vary)
             dispatch = Dispatch(done, lowered, module, parsed, None if handed is None else handed.position, making)
             return watch_short_caches(dispatch, caches, counts_kept=window_caches_follow)
         if done.merge is not None:
@@ -83,29 +86,49 @@ def parvts(
 
 
 _SAMPLES: weakref.WeakValueDictionary[Hashable, Any] = weakref.WeakValueDictionary()
-"""Compiled decoders of one sample, by the options and what the graph says."""
+"""Compiled decoders of one sample, by what is done with them and what the graph says."""
 
 
 def _compile_sample(
     options: Options, window_caches_follow: bool, on_rewriting: Callable[..., None] | None, module: GraphModule
 ) -> Compiled:
-    """One sample's decoder: all that is merged into its embeddings is to be pruned, whatever it was.
-
-    Graphs that were captured for batches of different sizes have the same one, as a rule, which is compiled once.
-    """
+    """One sample's decoder: all that is merged into its embeddings is to be pruned, whatever it was."""
     def backend(graph: GraphModule, example_inputs: Sequence[object]) -> Compiled:
         return parvts(graph, example_inputs, options=dataclasses.replace(options, prune="all"),  # keeps the options' id, too
                       window_caches_follow=window_caches_follow, on_rewriting=on_rewriting)
 
-    dynamic = None if on_rewriting is None else False
+    return _shared(module, ("pruned", id(options)), backend, dynamic=None if on_rewriting is None else False)
+
+
+def _lower_sample(options: Options, module: GraphModule) -> Compiled:
+    """The same decoder as it is, for text alone."""
+    def backend(graph: GraphModule, example_inputs: Sequence[object]) -> Compiled:
+        return lower(graph, example_inputs, options)
+
+    return _shared(module, ("whole", id(options)), backend)
+
+
+def _shared(module: GraphModule, what: Hashable, backend: Callable[..., Compiled], dynamic: bool | None = None) -> Compiled:
+    """A sample's decoder, compiled once for all graphs that were captured for batches of different sizes: they have the same
+    one, as a rule."""
     if any(node.op in ("get_attr", "call_module") for node in module.graph.nodes):
         return torch.compile(module, backend=backend, dynamic=dynamic)
-    written = tuple((node.op, node.target, str(node.args), str(node.kwargs)) for node in module.graph.nodes)
-    key = id(options), dynamic, written
+    key = what, dynamic, _written(module.graph)
     compiled = _SAMPLES.get(key)
     if compiled is None:
         compiled = _SAMPLES[key] = torch.compile(module, backend=backend, dynamic=dynamic)
     return compiled
+
+
+def _written(graph: Graph) -> tuple[Any, ...]:
+    """What a graph says, whatever its nodes are called."""
+    places = {node: f"%{place}" for place, node in enumerate(graph.nodes)}
+
+    def said(leaf: Any) -> str:
+        return places[leaf] if isinstance(leaf, Node) else repr(leaf)
+
+    return tuple((node.op, "" if node.op == "placeholder" else node.target, str(map_aggregate((node.args, node.kwargs), said)))
+                 for node in graph.nodes)
 
 
 def _telling_merge(lowered: Compiled, reason: str) -> Compiled:
@@ -123,7 +146,8 @@ def _attempt(
 ) -> Rewriting:
     """Rewrite, or say why not. The only place that catches everything: users keep their model, whatever breaks."""
     try:
-        return rewrite_graph(module, example_inputs, options, window_caches_follow=window_caches_follow, handed=handed)
+        return rewrite_graph(
+            module, example_inputs, options, window_caches_follow=window_caches_follow, handed=handed, may_wait=True)
     except Refusal as refusal:
         reason = str(refusal)
         if options.strict:

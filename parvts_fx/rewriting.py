@@ -117,10 +117,13 @@ def rewrite_graph(
     checks: tuple[Check, ...] = CHEAP_CHECKS,
     window_caches_follow: bool = False,
     handed: MergedInput | None = None,
+    may_wait: bool = False,
 ) -> Rewriting:
     """Rewrite a copy of the graph.
 
     Args:
+        may_wait: whether a batch whose samples differ, for which what is written would not be used, leaves it unwritten; the
+            result tells what is needed to write it when one comes that it is for.
         handed: an input that holds embeddings with visual features merged in, which happened in an earlier graph. The
             rewritten graph takes one input more, the [batch, seq] bool mask of visual tokens.
 
@@ -167,6 +170,8 @@ def rewrite_graph(
     if count is not None:
         merge = dataclasses.replace(merge, count=count)
         decoder = dataclasses.replace(decoder, merge=merge)
+    if may_wait and (differ := _how_samples_differ(work, merge, given)):
+        return _for_no_batch(differ, work, merge, stream, facts)
     if hint(decoder.visual_tokens) == 0:
         return _for_no_batch(FEWER, work, merge, stream, facts)
     if _keeps_mean(decoder, options):
@@ -267,6 +272,14 @@ def _visual(module: GraphModule, merge: VisualMerge, example_inputs: Sequence[ob
         return visual_mask(module, merge)(*example_inputs)
     except Exception as error:  # sizes that no input has, say
         raise reason from error
+
+
+def _how_samples_differ(module: GraphModule, merge: VisualMerge, example_inputs: Sequence[object]) -> str:
+    """Of the prompt that is being compiled, in words; empty where they do not, and where its tokens are not told."""
+    if hint(value(merge.output).shape[0]) == 1 or any(isinstance(given, FakeTensor) for given in example_inputs):
+        return ""
+    visual = visual_mask(module, merge)(*(hint(given) if isinstance(given, torch.SymInt) else given for given in example_inputs))
+    return uneven(visual) if same_count(visual) is None else ""
 
 
 def _refuse_gradients(example_inputs: Sequence[object], module: GraphModule) -> None:

@@ -43,17 +43,17 @@ class BySample:
 
     Args:
         lower: compiles a graph as it is.
-        prune: compiles a graph as a prompt, which is rewritten.
+        prune: compiles one sample's decoder as a prompt, which is rewritten.
+        whole: the same as it is.
         sizes_vary: whether that is for prompts of any size from the first one on.
         copies: whether a compiled form overwrites what it has returned before.
     """
 
     def __init__(self, parted: Parted, lower: Callable[[GraphModule], Compiled], prune: Callable[[GraphModule], Compiled],
-                 sizes_vary: bool = True, copies: bool = False):
+                 whole: Callable[[GraphModule], Compiled], sizes_vary: bool = True, copies: bool = False):
         self._parted, self._sizes_vary, self._copies = parted, sizes_vary, copies
         self._front = lower(parted.front)
-        self._whole = lower(parted.decoder)
-        self._pruned = prune(parted.decoder)
+        self._pruned, self._whole = prune(parted.decoder), whole(parted.decoder)
 
     def __call__(self, inputs: Sequence[Any], visual: torch.Tensor) -> Ran:
         """

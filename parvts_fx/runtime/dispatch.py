@@ -46,7 +46,10 @@ class Making:
     """Compiles a graph as it is."""
 
     prune: Callable[[GraphModule], Compiled]
-    """Compiles a graph as a prompt of its own."""
+    """Compiles one sample's decoder as a prompt of its own."""
+
+    whole: Callable[[GraphModule], Compiled]
+    """The same as it is, for a sample without visual tokens."""
 
     sizes_vary: bool = True
     """Whether that is meant for prompts of any size from the first one on."""
@@ -191,7 +194,8 @@ class Dispatch:
             if self._by_sample is None:
                 parted = self._making.part(self._original, inputs, self._handed(given[-1]))
                 self._by_sample = BySample(
-                    parted, self._compile, self._making.prune, self._making.sizes_vary, self._options.overwrites)
+                    parted, self._compile, self._making.prune, self._making.whole, self._making.sizes_vary,
+                    self._options.overwrites)
             ran = self._by_sample(given, visual) if isinstance(self._by_sample, BySample) else None
         except NotRewritten:
             raise
