@@ -152,6 +152,17 @@ def traced_numbers(size: torch.SymInt | torch.SymFloat) -> Mapping[sympy.Symbol,
     return size.node.shape_env.backed_var_to_val
 
 
+def assumed(mode: Any, since: int = 0) -> list[sympy.Basic]:
+    """What has been taken for granted of sizes, in the order in which it was. While Dynamo captures, it guards all of that; of
+    what is written later somebody else has to make sure.
+
+    Args:
+        mode: the fake tensors' mode.
+        since: how much is known already.
+    """
+    return [guard.expr for guard in getattr(mode.shape_env, "guards", ())[since:]]
+
+
 def may_be_negative(size: torch.SymInt) -> bool:
     """Whether a number was any other than a size when it came in; taken for granted where torch does not tell."""
     bound = getattr(size.node.shape_env, "bound_sympy", None)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from parvts_fx.analysis.values import fake_mode_of
 from parvts_fx.capture import copy_graph_module
 from parvts_fx.errors import NotRewritten, Refusal, tell_unrewritten
 from parvts_fx.options import Options
@@ -18,16 +19,21 @@ from parvts_fx.rewriting import FEWER, Rewriting
 from parvts_fx.runtime.by_sample import BySample
 from parvts_fx.runtime.caches import cache_outputs, note_short_caches
 from parvts_fx.runtime.call import current_call
-from parvts_fx.runtime.guards import PADDING, Prompt, same_count, uneven
+from parvts_fx.runtime.guards import PADDING, Prompt, same_count, sizes_fit, uneven
 from parvts_fx.runtime.merged_embeddings import MergedInput, visual_rows
 from parvts_fx.runtime.record import KEPT_ALL, CallRecord
 from parvts_fx.runtime.varying_sizes import compile_varying
+from parvts_fx.torch_private import assumed
 
 Compiled = Callable[..., Any]
 Lower = Callable[[GraphModule, Sequence[object]], Compiled]
 
 _MOST_COUNTS = 8
 """For how many different numbers of visual tokens one graph is compiled, where no size tells the number."""
+
+_TOO_MANY = (f"the number of visual tokens depends on data here, and {_MOST_COUNTS} different numbers have been compiled already "
+             "(generate and sizes that the graph knows have no such limit)")
+OTHER_SIZES = "what was written for an earlier batch does not fit this one's sizes"
 
 _REMEDY = "parvts_fx.compile(model) prunes such batches, sample by sample"
 _FAILS = "its samples cannot run one by one"
@@ -62,6 +68,9 @@ class _Form:
     compiled: Compiled
     tells_rows: bool
     """Whether the rows that are left stand behind the graph's own results."""
+
+    fits: Callable[[Sequence[object]], bool] | None = None
+    """Whether what its graph takes for granted of sizes holds for given inputs; None where Dynamo guards all of that."""
 
     def run(self, given: Sequence[Any], visual: torch.Tensor) -> tuple[Any, torch.Tensor | None]:
         """What the graph returned as it came; [batch, seq] bool, the visual tokens that are left, where the graph tells."""
@@ -108,14 +117,19 @@ class Dispatch:
 
         self._refused: dict[int, str] = {}
         """Why, for each of those; it was told when it was found out."""
+        self._mode = fake_mode_of(original.graph)
+        self._guarded: int | None = None
+        """How much of what is taken for granted of sizes Dynamo guards: all that there is until the graph is first called."""
+
         if done.module is not None:
             self._hold(done, lowered)
 
     def _hold(self, done: Rewriting, lowered: Compiled | None = None) -> None:
         """Have a compiled form of the rewriting."""
         assert done.module is not None and done.merge is not None, "it has been rewritten"
+        late = [] if self._guarded is None else assumed(self._mode, self._guarded)
         self._by_count[None if done.precondition else done.merge.count] = _Form(
-            lowered or self._compile(done.module), done.tells_rows)
+            lowered or self._compile(done.module), done.tells_rows, sizes_fit(self._original, late) if late else None)
 
     def _compile(self, graph: GraphModule) -> Compiled:
         """As it is, when it is first called."""
@@ -126,6 +140,8 @@ class Dispatch:
         return None if self._position is None else MergedInput(self._position, mask)
 
     def __call__(self, *inputs: Any) -> Any:
+        if self._guarded is None:
+            self._guarded = len(assumed(self._mode))
         if (more := self._for_handed(inputs)) is not None:
             return more(*inputs)
         given = self._with_handed_mask(inputs)
@@ -142,7 +158,7 @@ class Dispatch:
                 return outputs
         if compiled is None or count is None:
             current_call().tell_record(CallRecord(False, reason, size, visual=visual, kept=visual))
-            if reason != KEPT_ALL and (count is None or reason == FEWER or reason != self._refused.get(count)):
+            if reason != KEPT_ALL and (count is None or reason in (FEWER, OTHER_SIZES) or reason != self._refused.get(count)):
                 tell_unrewritten(reason, self._options.strict)
             return self._run_unrewritten(inputs)
         outputs, kept = compiled.run(given, visual)
@@ -169,15 +185,18 @@ class Dispatch:
             return None, reason or uneven(visual)
         number = None if self._done.precondition else count
         if number not in self._by_count:
-            return self._compile_for(count, inputs, given[-1])
-        return self._by_count[number], self._refused.get(count, "")
+            self._compile_for(count, inputs, given[-1])
+        form = self._by_count.get(number)
+        if form is not None and form.fits is not None and not form.fits(inputs):
+            return None, OTHER_SIZES
+        return form, "" if form is not None else self._refused.get(count, _TOO_MANY)
 
     def _may_part(self, reason: str, visual: torch.Tensor, inputs: Sequence[object]) -> bool:
-        """Whether a prompt does not fit because its samples differ, for their padding, or because the graph was captured for a
-        batch that hardly has visual tokens. Not where it has another number of features than of places for them: that is
+        """Whether a prompt does not fit because its samples differ, for their padding, or because the graph was captured, or
+        written, for another kind of batch. Not where it has another number of features than of places for them: that is
         for the model to say."""
         counts, precondition = visual.sum(1).tolist(), self._done.precondition
-        return reason in (PADDING, FEWER, uneven(visual)) and any(map(self._dropped, counts)) and (
+        return reason in (PADDING, FEWER, OTHER_SIZES, uneven(visual)) and any(map(self._dropped, counts)) and (
             precondition is None or precondition.features(inputs) == sum(counts))
 
     def _run_by_sample(
@@ -245,19 +264,15 @@ class Dispatch:
     def _dropped(self, count: int) -> int:
         return count - self._options.subject_count(count) if count else 0
 
-    def _compile_for(
-        self, count: int, inputs: Sequence[object], handed_mask: torch.Tensor
-    ) -> tuple[_Form | None, str]:
-        """The compiled form for another number of visual tokens, or None and the reason."""
+    def _compile_for(self, count: int, inputs: Sequence[object], handed_mask: torch.Tensor) -> None:
+        """Have a form for another number of visual tokens, or a reason why there is none, unless there are many already."""
         if len(self._by_count) >= _MOST_COUNTS:
-            return None, (f"the number of visual tokens depends on data here, and {_MOST_COUNTS} different numbers have "
-                          "been compiled already (generate and sizes that the graph knows have no such limit)")
+            return
         done = self._rewrite(inputs, handed_mask)
         if done.module is None:
             self._by_count[count], self._refused[count] = None, done.report.reason
         else:
             self._hold(done)
-        return self._by_count[count], done.report.reason
 
     def _begin(self, count: int, inputs: Sequence[object], handed_mask: torch.Tensor) -> None:
         """The first prompt of equal samples for a graph that was compiled for others."""

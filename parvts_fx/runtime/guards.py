@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -151,25 +151,42 @@ def size_reader(module: GraphModule, size: int | torch.SymInt) -> Callable[[Sequ
     if isinstance(size, int):
         return lambda inputs: size
     wanted = expression(size)
-    sources: dict[sympy.Symbol, tuple[int, int | None]] = {}
-    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-    for position, node in enumerate(placeholders):
-        for axis, entry in _sizes(node):
-            if isinstance(entry, torch.SymInt) and isinstance(expression(entry), sympy.Symbol):
-                sources.setdefault(expression(entry), (position, axis))
-    missing = sorted(map(str, wanted.free_symbols - sources.keys()))
-    if missing:
+    named = _Named(module, wanted.free_symbols)
+    if named.missing:
         raise Refusal(f"each call needs a size, {wanted}, that the sizes of the graph's inputs do not tell "
-                      f"(nothing says what {', '.join(missing)} is: it depends on data)")
+                      f"(nothing says what {', '.join(named.missing)} is: it depends on data)")
+    return lambda inputs: int(wanted.xreplace(named.numbers(inputs)))
 
-    def read(inputs: Sequence[Any]) -> int:
-        known = {}
-        for symbol in wanted.free_symbols:
-            position, axis = sources[symbol]
-            known[symbol] = inputs[position] if axis is None else inputs[position].shape[axis]
-        return int(wanted.xreplace({symbol: sympy.Integer(number) for symbol, number in known.items()}))
 
-    return read
+def sizes_fit(module: GraphModule, conditions: Sequence[sympy.Basic]) -> Callable[[Sequence[object]], bool]:
+    """A function of the graph's actual inputs: do conditions on its sizes hold? Those that no input tells do not."""
+    named = _Named(module, frozenset().union(*(condition.free_symbols for condition in conditions)))
+    if named.missing:
+        return lambda inputs: False
+
+    @functools.lru_cache(maxsize=1024)
+    def hold(numbers: tuple[tuple[sympy.Symbol, sympy.Integer], ...]) -> bool:
+        return all(condition.xreplace(dict(numbers)) == sympy.true for condition in conditions)
+
+    return lambda inputs: hold(tuple(named.numbers(inputs).items()))
+
+
+class _Named:
+    """Sizes that have names, and which of a graph's inputs tell them."""
+
+    def __init__(self, module: GraphModule, symbols: Iterable[sympy.Basic]):
+        sources: dict[sympy.Basic, tuple[int, int | None]] = {}
+        for position, node in enumerate(node for node in module.graph.nodes if node.op == "placeholder"):
+            for axis, entry in _sizes(node):
+                if isinstance(entry, torch.SymInt) and isinstance(expression(entry), sympy.Symbol):
+                    sources.setdefault(expression(entry), (position, axis))
+        self.missing = sorted(map(str, set(symbols) - sources.keys()))
+        self._sources = {symbol: sources[symbol] for symbol in symbols if symbol in sources}
+
+    def numbers(self, inputs: Sequence[Any]) -> dict[sympy.Basic, sympy.Integer]:
+        """What they are for actual inputs."""
+        return {symbol: sympy.Integer(inputs[position] if axis is None else inputs[position].shape[axis])
+                for symbol, (position, axis) in self._sources.items()}
 
 
 def _sizes(node: Node) -> list[tuple[int | None, object]]:
