@@ -128,6 +128,26 @@ def test_a_first_prompt_of_which_all_is_kept_decides_nothing_for_later_ones() ->
     assert outputs[1][1][0][0].shape[-2] == spec.length - visual + 3
 
 
+def test_what_was_written_for_one_kept_token_is_not_used_for_more() -> None:
+    """A batch for whose mean one token would stay, then equal rows: which sizes a graph that is written late fits, no guard of
+    Dynamo's tells."""
+    spec = Specification(attention="masked", caches=False, length=17, visual=8, rows=(Row(), Row(before=3), Row(before=4)))
+    model, given, choice = Plain(spec), prompt(spec), dict(keep_ratio=0.25, migration_depth=1, score=scores.diverse)
+    ids = torch.randint(2, 9, (6, 19))
+    ids[0, 2:12], ids[3, 4:6] = 1, 1
+    uneven = ids, torch.randn(12, given.features.shape[1]), torch.ones_like(ids)
+    for held, axes in zip(uneven, ((0, 1), (0,), (0, 1))):
+        for axis in axes:
+            torch._dynamo.maybe_mark_dynamic(held, axis)
+    kept: list[tuple[int, ...]] = []
+    parvts_fx.compile(model, lowering="eager", strict=True, on_call=lambda record: kept.append(record.kept_tokens), **choice)
+    with torch.no_grad():
+        model(*uneven)
+        logits, _ = model(*given.arguments)
+    assert kept == [(3, 0, 0, 1, 0, 0), (2, 2, 2)]
+    assert largest_error((logits, []), reference(model, given, **choice), caches=False) <= 2e-5
+
+
 def test_sizes_that_fit() -> None:
     """Conditions on the names of sizes, for actual inputs; one that no input tells is not taken for granted."""
     seen: list[GraphModule] = []

@@ -219,19 +219,6 @@ def test_equal_rows_behind_batches_that_hardly_have_visual_tokens(model: Any) ->
     assert all(relative_error(logits[row, -len(one.logits):], one.logits) <= TOLERANCE for row, one in enumerate(wanted))
 
 
-def test_what_was_written_for_one_kept_token_is_not_used_for_more(model: Any) -> None:
-    """A batch for whose mean one token would stay, then equal rows: which sizes a graph that is written late fits, no guard of
-    Dynamo's tells."""
-    prompt = llava.prompt(model, [["image", 2], [1, "image", 3], ["image", 1]])
-    options = dict(keep_ratio=0.25, migration_depth=1)
-    wanted = [expected(model, row, row.with_positions, **options)[0] for row in map(prompt.row, range(3))]
-    parvts_fx.compile(model, lowering="eager", strict=True, **options)
-    called(model, any_size(llava.prompt(model, [["image", 4, "image"], [3], [4], [5], [6], [7], [8]]).inputs))
-    logits = called(model, prompt.inputs).logits
-    assert parvts_fx.last_call(model).kept_tokens == (4, 4, 4)
-    assert all(relative_error(logits[row, -len(one.logits):], one.logits) <= TOLERANCE for row, one in enumerate(wanted))
-
-
 def test_features_that_are_given_with_the_embeddings(model: Any) -> None:
     """Two pictures less than samples: no size tells how many tokens a row has."""
     prompt = llava.prompt(model, [[3, "image", 4], *[[2 + row] for row in range(20)]])
