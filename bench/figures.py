@@ -1,6 +1,6 @@
 """What has been measured as tables, for terminals and for pages: ``python -m bench.figures`` writes the latter.
 
-Reads ``compare.json``, ``compile_time.json``, ``picture_sizes.json``, ``uneven_batches.json``, ``flops.json``,
+Reads ``compare.json``, ``compile_time.json``, ``picture_sizes.json``, ``uneven_batches.json``, ``soak.json``, ``flops.json``,
 ``merging.json`` and ``merging_seed1.json`` in ``bench/results/``; a test fails when a page differs from them.
 """
 
@@ -22,7 +22,7 @@ PAGES = {
     ROOT / "README.md": ("speed", "accuracy in short"),
     ROOT / "docs" / "options.md": ("by kind",),
     ROOT / "docs" / "figures.md": (
-        "methods", "kept", "lengths", "flops", "compile time", "picture sizes", "uneven batches", "accuracy"),
+        "methods", "kept", "lengths", "flops", "compile time", "picture sizes", "uneven batches", "soak", "accuracy"),
 }
 """The tables of each page, by the name in their markers."""
 
@@ -168,6 +168,15 @@ def uneven_batches(results: dict[str, Any]) -> Sheet:
         for (method, batch), taken in times.items()])
 
 
+def soak(results: dict[str, Any]) -> Sheet:
+    """What many calls of all kinds in one process have left behind."""
+    first = results["settings"]["first"]
+    return Sheet(f"{results['calls']} calls of all kinds in one process", ["", f"behind {first} calls", "in the end"], [
+        ["calls with a wrong row", "", str(results["wrong"])],
+        ["compiled forms", *map(str, results["forms"])],
+        ["most memory so far, MiB", *(f"{held:.0f}" for held in results["mebibytes"])]])
+
+
 def flops(results: dict[str, Any]) -> Sheet:
     """FLOPs that are left of the full prompt's, by configuration and tokens kept."""
     rows = results["results"]
@@ -229,6 +238,7 @@ def tables() -> dict[str, str]:
         "compile time": compile_time(json.loads((RESULTS / "compile_time.json").read_text())).markdown(),
         "picture sizes": picture_sizes(json.loads((RESULTS / "picture_sizes.json").read_text())).markdown(),
         "uneven batches": uneven_batches(json.loads((RESULTS / "uneven_batches.json").read_text())).markdown(),
+        "soak": soak(json.loads((RESULTS / "soak.json").read_text())).markdown(),
         "flops": flops(json.loads((RESULTS / "flops.json").read_text())).markdown(),
         "accuracy": accuracy(answers, ANSWERS).markdown(), "accuracy in short": accuracy(answers, ANSWERS_IN_SHORT).markdown(),
         "by kind": by_kind([answers, others]).markdown(),

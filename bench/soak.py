@@ -27,7 +27,7 @@ from torch.fx import GraphModule
 import parvts_fx
 from bench import figures
 from bench.measuring import machine, many_compiles
-from bench.tables import Sheet, progress, quieten
+from bench.tables import progress, quieten
 from bench.uneven_batches import END, IMAGE, PAD, START, build_model
 
 SIZES = ((2, 2), (2, 4), (4, 4), (4, 6), (6, 6), (2, 8))
@@ -186,13 +186,6 @@ def soak(given: argparse.Namespace, advance: Callable[[], None]) -> dict[str, An
             **{name: [seen[given.first - 1][name], seen[-1][name]] for name in ("forms", "mebibytes")}}
 
 
-def sheet(found: dict[str, Any], first: int) -> Sheet:
-    rows = [["calls with a wrong row", f"{found['wrong']} of {found['calls']}"],
-            [f"compiled forms behind {first} calls, and in the end", " and ".join(map(str, found["forms"]))],
-            ["most memory so far, MiB", " and ".join(f"{held:.0f}" for held in found["mebibytes"])]]
-    return Sheet("Many calls of all kinds", ["", ""], rows)
-
-
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.soak", description=__doc__.splitlines()[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -215,9 +208,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         task = display.add_task("calling", total=given.calls)
         found = soak(given, lambda: display.advance(task))
     settings = {name: held for name, held in vars(given).items() if name != "out"}
+    results = {"machine": machine(torch.device("cpu")), "settings": settings, **found}
     with open(given.out, "w") as file:
-        file.write(json.dumps({"machine": machine(torch.device("cpu")), "settings": settings, **found}, indent=1) + "\n")
-    console.print(sheet(found, given.first))
+        file.write(json.dumps(results, indent=1) + "\n")
+    console.print(figures.soak(results))
     grown = found["forms"][0] != found["forms"][1] or found["mebibytes"][1] > 1.1 * found["mebibytes"][0]
     return int(bool(found["wrong"]) or grown)
 

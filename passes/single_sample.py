@@ -28,6 +28,7 @@ from parvts_fx.analysis.values import (
     concrete,
     hint,
     hint_shape,
+    is_input_number,
     is_symbolic_int,
     is_tensor,
     leaves,
@@ -56,6 +57,9 @@ class Side:
 
     axes: tuple[int, ...]
     """Those along which the prompt's rows lie, behind cached ones or none."""
+
+    is_number: bool = False
+    """Whether the decoder reads the number that is all there is in the tensor."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,6 +266,8 @@ class _Writer:
             return held
         if is_symbolic_int(leaf):
             return self._cached_rows(node, held) if symbols(held) else hint(held)
+        if is_input_number(leaf):
+            return self._side_of(Side(leaf.args[0], None, (), is_number=True))
         raise Refusal("the decoder reads something that is neither a tensor nor a number that is known", node)
 
     def result(self, node: Node, place: int) -> Result:

@@ -219,6 +219,18 @@ def test_equal_rows_behind_batches_that_hardly_have_visual_tokens(model: Any) ->
     assert all(relative_error(logits[row, -len(one.logits):], one.logits) <= TOLERANCE for row, one in enumerate(wanted))
 
 
+def test_everything_dynamic(model: Any) -> None:
+    """With dynamic=True the floats of a model's modules are inputs, too."""
+    rows = ([["image", 2, "image"], [6], ["image", 1]], [[3, "image", 5], ["image", 2]])
+    prompts = [llava.prompt(model, each) for each in rows]
+    wanted = [alone(model, prompt) for prompt in prompts]
+    parvts_fx.compile(model, lowering="eager", strict=True, dynamic=True, **OPTIONS)
+    for prompt, each in zip(prompts, wanted):
+        logits = called(model, prompt.with_positions).logits
+        assert all(one is None or relative_error(logits[row, -len(one.logits):], one.logits) <= TOLERANCE
+                   for row, one in enumerate(each))
+
+
 def test_features_that_are_given_with_the_embeddings(model: Any) -> None:
     """Two pictures less than samples: no size tells how many tokens a row has."""
     prompt = llava.prompt(model, [[3, "image", 4], *[[2 + row] for row in range(20)]])

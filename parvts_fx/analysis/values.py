@@ -37,6 +37,12 @@ def is_symbolic_int(node: object) -> bool:
     return isinstance(node, Node) and isinstance(value(node), (int, torch.SymInt)) and not isinstance(value(node), bool)
 
 
+def is_input_number(node: Node) -> bool:
+    """Whether a node reads the number that is all there is in an input: a float, where Dynamo takes everything for dynamic."""
+    return node.op == "call_method" and node.target == "item" and isinstance(value(node), torch.SymFloat) and (
+        isinstance(node.args[0], Node) and node.args[0].op == "placeholder")
+
+
 def hint(size: int | torch.SymInt | torch.SymFloat | torch.SymBool) -> Any:
     """The concrete size (or number) seen when the graph was traced; None for one that depends on data."""
     if isinstance(size, int):

@@ -110,7 +110,7 @@ class BySample:
         self, merged: torch.Tensor, sides: Sequence[torch.Tensor], visual: torch.Tensor, sample: int
     ) -> tuple[list[torch.Tensor], torch.Tensor, int]:
         """What the decoder is given for one sample, where its rows stand in the prompt, and how many of them are visual."""
-        mine = [held if side.samples is None else held.narrow(side.samples, sample, 1)
+        mine = [held.item() if side.is_number else held if side.samples is None else held.narrow(side.samples, sample, 1)
                 for side, held in zip(self._parted.sides, sides)]
         seen = self._seen(mine, visual[sample])
         if self._parted.picks_rows and not seen[-1]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from parvts_fx.analysis.values import value
+from parvts_fx.analysis.values import is_input_number, value
 from parvts_fx.capture import copy_graph_module
 from parvts_fx.torch_private import expression, is_symbol, may_be_negative, may_vary
 
@@ -34,7 +34,12 @@ class _Input:
     carried: bool = False
     """A number that is none's size; an empty tensor of that many rows tells it, for torch.compile takes numbers for constants."""
 
+    is_number: bool = False
+    """A tensor of which the graph reads the number that is in it, and which torch.compile would not look into."""
+
     def given(self, held: Any, device: torch.device | None) -> Any:
+        if self.is_number:
+            return held.item()
         if self.carried:
             held = torch.empty(held, 0, device=device)
             may_vary(held, 0)
@@ -50,7 +55,7 @@ def compile_varying(graph: GraphModule, backend: Callable[..., Compiled]) -> Com
     copy = copy_graph_module(graph)
     inputs = _with_sizes(copy, [node for node in copy.graph.nodes if node.op == "placeholder"])
     compiled = torch.compile(copy, backend=backend)
-    if not any(each.axes or each.carried or each.left_out for each in inputs):
+    if all(each == _Input() for each in inputs):
         return compiled
 
     def call(*given: Any) -> Any:
@@ -69,7 +74,13 @@ def _with_sizes(module: GraphModule, placeholders: Sequence[Node]) -> list[_Inpu
                 names.setdefault(expression(size), (node, axis))
     inputs, behind = [], placeholders[-1].next if placeholders else None
     for node in placeholders:
-        held = value(node)
+        held, reads = value(node), [user for user in node.users if is_input_number(user)]
+        if reads and len(reads) == len(node.users):
+            inputs.append(_Input(is_number=True))
+            for read in reads:
+                read.replace_all_uses_with(node)
+                module.graph.erase_node(read)
+            continue
         if not isinstance(held, torch.SymInt):
             inputs.append(_Input(_varying(held)))
             continue
