@@ -108,9 +108,9 @@ class BySample:
 
     def _given(
         self, merged: torch.Tensor, sides: Sequence[torch.Tensor], visual: torch.Tensor, sample: int
-    ) -> tuple[list[torch.Tensor], torch.Tensor, int]:
+    ) -> tuple[list[Any], torch.Tensor, int]:
         """What the decoder is given for one sample, where its rows stand in the prompt, and how many of them are visual."""
-        mine = [held.item() if side.is_number else held if side.samples is None else held.narrow(side.samples, sample, 1)
+        mine = [held if side.samples is None else held.narrow(side.samples, sample, 1)
                 for side, held in zip(self._parted.sides, sides)]
         seen = self._seen(mine, visual[sample])
         if self._parted.picks_rows and not seen[-1]:
@@ -118,11 +118,12 @@ class BySample:
                           "last one, say: pad on the left)")
         rows = seen.nonzero()[:, 0]
         own, embeddings = visual[sample:sample + 1, rows], merged[sample:sample + 1, rows]
-        given, varying = [embeddings, own, embeddings[own]], [(1,), (1,), (0,), *(side.axes for side in self._parted.sides)]
+        given: list[Any] = [embeddings, own, embeddings[own]]
+        varying: list[tuple[int, ...]] = [(1,), (1,), (0,), *(side.axes for side in self._parted.sides)]
         for side, held in zip(self._parted.sides, mine):
             for axis in side.axes:
                 held = _chosen(held, axis, rows, len(seen))
-            given.append(held)
+            given.append(held.item() if side.is_number else held)
         for held, axes in zip(given, varying):
             for axis in axes if self._sizes_vary else ():
                 may_vary(held, axis)
