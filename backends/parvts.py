@@ -22,7 +22,8 @@ from parvts_fx.report import GraphReport
 from parvts_fx.rewriting import Rewriting, part_graph, rewrite_graph
 from parvts_fx.runtime.caches import cache_outputs, watch_short_caches
 from parvts_fx.runtime.call import current_call
-from parvts_fx.runtime.dispatch import Dispatch, Making
+from parvts_fx.runtime.dispatch import Dispatch
+from parvts_fx.runtime.forms import Making
 from parvts_fx.runtime.input_origins import noting_origins
 from parvts_fx.runtime.merged_embeddings import MergedInput, hand_on
 from parvts_fx.runtime.record import CallRecord

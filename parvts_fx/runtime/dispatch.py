@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,19 +13,16 @@ from parvts_fx.analysis.values import fake_mode_of
 from parvts_fx.capture import copy_graph_module
 from parvts_fx.errors import NotRewritten, Refusal, tell_unrewritten
 from parvts_fx.options import Options
-from parvts_fx.passes.single_sample import Parted
 from parvts_fx.rewriting import FEWER, Rewriting
 from parvts_fx.runtime.by_sample import BySample
 from parvts_fx.runtime.caches import cache_outputs, note_short_caches
 from parvts_fx.runtime.call import current_call
+from parvts_fx.runtime.forms import Compiled, Form, Lower, Making
 from parvts_fx.runtime.guards import PADDING, Prompt, same_count, sizes_fit, uneven
 from parvts_fx.runtime.merged_embeddings import MergedInput, visual_rows
 from parvts_fx.runtime.record import KEPT_ALL, CallRecord
 from parvts_fx.runtime.varying_sizes import compile_varying
 from parvts_fx.torch_private import assumed
-
-Compiled = Callable[..., Any]
-Lower = Callable[[GraphModule, Sequence[object]], Compiled]
 
 _MOST_COUNTS = 8
 """For how many different numbers of visual tokens one graph is compiled, where no size tells the number."""
@@ -40,47 +36,6 @@ _FAILS = "its samples cannot run one by one"
 _OTHER_CACHE = "it would run sample by sample with a growing cache of transformers' Cache class, or with none"
 
 
-@dataclasses.dataclass(frozen=True)
-class Making:
-    """What makes compiled forms of a graph, for whatever prompts come."""
-
-    rewrite: Callable[[GraphModule, Sequence[object], MergedInput | None], Rewriting]
-    part: Callable[[GraphModule, Sequence[object], MergedInput | None], Parted]
-    """Into what stands in front of the decoder, and the decoder for one sample."""
-
-    lower: Lower
-    """Compiles a graph as it is."""
-
-    prune: Callable[[GraphModule], Compiled]
-    """Compiles one sample's decoder as a prompt of its own."""
-
-    whole: Callable[[GraphModule], Compiled]
-    """The same as it is, for a sample without visual tokens."""
-
-    sizes_vary: bool = True
-    """Whether that is meant for prompts of any size from the first one on."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Form:
-    """A compiled form of the rewritten graph."""
-
-    compiled: Compiled
-    tells_rows: bool
-    """Whether the rows that are left stand behind the graph's own results."""
-
-    fits: Callable[[Sequence[object]], bool] | None = None
-    """Whether what its graph takes for granted of sizes holds for given inputs; None where Dynamo guards all of that."""
-
-    def run(self, given: Sequence[Any], visual: torch.Tensor) -> tuple[Any, torch.Tensor | None]:
-        """What the graph returned as it came; [batch, seq] bool, the visual tokens that are left, where the graph tells."""
-        outputs = self.compiled(*given)
-        if not self.tells_rows:
-            return outputs, None
-        *results, rows = outputs
-        return type(outputs)(results), torch.zeros_like(visual).scatter(1, rows, True) & visual
-
-
 class Dispatch:
     """Runs the rewritten graph where it may be used for the prompt at hand, and the unrewritten one elsewhere.
 
@@ -92,11 +47,13 @@ class Dispatch:
         lowered: its compiled form; None to compile it when it is first called.
         original: the graph as it came.
         position: which input holds embeddings that an earlier graph merged, if any does.
+        guarded: how much of what is taken for granted of sizes Dynamo guards; None for all that there is when the graph is first
+            called.
     """
 
     def __init__(
         self, done: Rewriting, lowered: Compiled | None, original: GraphModule, options: Options, position: int | None,
-        making: Making,
+        making: Making, guarded: int | None = None,
     ):
         if done.merge is None or done.visual_mask is None:
             raise ValueError("parvts_fx: there is nothing to dispatch to: the graph has not been rewritten")
@@ -111,16 +68,14 @@ class Dispatch:
 
         self._further: Compiled | None = None
         self._unrewritten: Compiled | None = None
-        self._by_count: dict[int | None, _Form | None] = {}
+        self._by_count: dict[int | None, Form | None] = {}
         """Compiled forms by the number of visual tokens; its key is None for the one that reads it off the sizes, and its
         value None for a number that could not be rewritten."""
 
-        self._refused: dict[int, str] = {}
+        self._refused: dict[int | None, str] = {}
         """Why, for each of those; it was told when it was found out."""
-        self._mode = fake_mode_of(original.graph)
-        self._guarded: int | None = None
-        """How much of what is taken for granted of sizes Dynamo guards: all that there is until the graph is first called."""
 
+        self._mode, self._guarded = fake_mode_of(original.graph), guarded
         if done.module is not None:
             self._hold(done, lowered)
 
@@ -128,7 +83,7 @@ class Dispatch:
         """Have a compiled form of the rewriting."""
         assert done.module is not None and done.merge is not None, "it has been rewritten"
         late = [] if self._guarded is None else assumed(self._mode, self._guarded)
-        self._by_count[None if done.precondition else done.merge.count] = _Form(
+        self._by_count[None if done.precondition else done.merge.count] = Form(
             lowered or self._compile(done.module), done.tells_rows, sizes_fit(self._original, late) if late else None)
 
     def _compile(self, graph: GraphModule) -> Compiled:
@@ -158,7 +113,7 @@ class Dispatch:
                 return outputs
         if compiled is None or count is None:
             current_call().tell_record(CallRecord(False, reason, size, visual=visual, kept=visual))
-            if reason != KEPT_ALL and (count is None or reason in (FEWER, OTHER_SIZES) or reason != self._refused.get(count)):
+            if reason != KEPT_ALL and (count is None or reason in (FEWER, OTHER_SIZES) or reason not in self._refused.values()):
                 tell_unrewritten(reason, self._options.strict)
             return self._run_unrewritten(inputs)
         outputs, kept = compiled.run(given, visual)
@@ -169,7 +124,7 @@ class Dispatch:
 
     def _choose(
         self, inputs: Sequence[object], given: Sequence[Any], visual: torch.Tensor, count: int | None
-    ) -> tuple[_Form | None, str]:
+    ) -> tuple[Form | None, str]:
         """The compiled form for the prompt at hand, or None and why there is none."""
         if count is not None and not any(map(self._dropped, visual.sum(1).tolist())):
             return None, KEPT_ALL
@@ -183,13 +138,13 @@ class Dispatch:
         reason = next((reason for guard in self._done.guards if (reason := guard(prompt)) is not None), None)
         if reason is not None or count is None:
             return None, reason or uneven(visual)
-        number = None if self._done.precondition else count
+        number = self._number(count)
         if number not in self._by_count:
             self._compile_for(count, inputs, given[-1])
         form = self._by_count.get(number)
         if form is not None and form.fits is not None and not form.fits(inputs):
             return None, OTHER_SIZES
-        return form, "" if form is not None else self._refused.get(count, _TOO_MANY)
+        return form, "" if form is not None else self._refused.get(number, _TOO_MANY)
 
     def _may_part(self, reason: str, visual: torch.Tensor, inputs: Sequence[object]) -> bool:
         """Whether a prompt does not fit because its samples differ, for their padding, or because the graph was captured, or
@@ -242,7 +197,7 @@ class Dispatch:
         if self._further is None:
             done = self._making.rewrite(self._original, inputs, MergedInput(self._done.stream, visual))
             self._further = functools.partial(self._run_alone, done.report.reason) if done.module is None else Dispatch(
-                done, None, self._original, self._options, self._done.stream, self._making)
+                done, None, self._original, self._options, self._done.stream, self._making, self._guarded)
         return self._further
 
     def _run_alone(self, reason: str, *inputs: object) -> Any:
@@ -270,15 +225,23 @@ class Dispatch:
             return
         done = self._rewrite(inputs, handed_mask)
         if done.module is None:
-            self._by_count[count], self._refused[count] = None, done.report.reason
+            self._refuse(count, done)
         else:
             self._hold(done)
+
+    def _number(self, count: int) -> int | None:
+        """What forms are known by."""
+        return None if self._done.precondition else count
+
+    def _refuse(self, count: int, done: Rewriting) -> None:
+        number = self._number(count)
+        self._by_count[number], self._refused[number] = None, done.report.reason
 
     def _begin(self, count: int, inputs: Sequence[object], handed_mask: torch.Tensor) -> None:
         """The first prompt of equal samples for a graph that was compiled for others."""
         done = self._rewrite(inputs, handed_mask)
         if done.module is None:
-            self._by_count[count], self._refused[count] = None, done.report.reason
+            self._refuse(count, done)
         else:
             self._done, self._caches = done, cache_outputs(self._original, done.module)
             self._hold(done)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from parvts_fx.analysis.merge import is_merge
 from parvts_fx.analysis.values import is_input_number, value
 from parvts_fx.capture import copy_graph_module
 from parvts_fx.torch_private import expression, is_symbol, may_be_negative, may_vary
@@ -53,6 +54,7 @@ class _Input:
 def compile_varying(graph: GraphModule, backend: Callable[..., Compiled]) -> Compiled:
     """The graph compiled by ``torch.compile``; it is given what the graph is given."""
     copy = copy_graph_module(graph)
+    _spread_masks(copy)
     inputs = _with_sizes(copy, [node for node in copy.graph.nodes if node.op == "placeholder"])
     compiled = torch.compile(copy, backend=backend)
     if all(each == _Input() for each in inputs):
@@ -63,6 +65,16 @@ def compile_varying(graph: GraphModule, backend: Callable[..., Compiled]) -> Com
         return compiled(*(each.given(held, device) for each, held in zip(inputs, given) if not each.left_out))
 
     return call
+
+
+def _spread_masks(module: GraphModule) -> None:
+    """Have masks the size of what is written into: left to masked_scatter, that breaks the graph where sizes have names and
+    generate is what calls it (torch 2.13; "SymIntArrayRef expected to contain only concrete integers")."""
+    for node in list(module.graph.nodes):
+        if is_merge(node) and len(node.args) > 1 and value(node.args[1]).dim() == value(node.args[0]).dim():
+            with module.graph.inserting_before(node):
+                spread = module.graph.call_method("expand_as", (node.args[1], node.args[0]))
+            node.update_arg(1, spread)
 
 
 def _with_sizes(module: GraphModule, placeholders: Sequence[Node]) -> list[_Input]:
