@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 
 import pytest
@@ -11,6 +12,10 @@ import torch
 from parvts_fx.runtime.call import UNWATCHED
 
 gc.set_threshold(200_000, 20)  # captures make millions of objects that live on: a fifth of all time went into looking at them
+_COLLECT_AFTER = 30
+"""Tests; what they leave behind is not freed before."""
+
+_ran = itertools.count(1)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -31,3 +36,5 @@ def fresh_dynamo():
     torch._dynamo.reset()
     UNWATCHED.handed.clear()  # what a failed call has left behind
     UNWATCHED.lost.clear()
+    if next(_ran) % _COLLECT_AFTER == 0:
+        gc.collect()
