@@ -102,10 +102,15 @@ class Rewriting:
         """Why the rewritten graph may not run for a prompt; None where it may."""
         if self.visual_mask is None or self.merge is None or self.handed:
             return None
-        inputs = [hint(held) if isinstance(held, torch.SymInt) else held for held in inputs]  # no guards on these sizes
+        inputs = _as_traced(inputs)
         visual = self.visual_mask(*inputs)
         prompt = Prompt(inputs, visual, same_count(visual))
         return next((reason for guard in self.guards if (reason := guard(prompt)) is not None), None)
+
+
+def _as_traced(inputs: Sequence[Any]) -> list[Any]:
+    """Numbers as they were when the graph was captured, so that nothing is guarded."""
+    return [hint(held) if isinstance(held, torch.SymInt) else held for held in inputs]
 
 
 @no_collections()
@@ -278,7 +283,7 @@ def _how_samples_differ(module: GraphModule, merge: VisualMerge, example_inputs:
     """Of the prompt that is being compiled, in words; empty where they do not, and where its tokens are not told."""
     if hint(value(merge.output).shape[0]) == 1 or any(isinstance(given, FakeTensor) for given in example_inputs):
         return ""
-    visual = visual_mask(module, merge)(*(hint(given) if isinstance(given, torch.SymInt) else given for given in example_inputs))
+    visual = visual_mask(module, merge)(*_as_traced(example_inputs))
     return uneven(visual) if same_count(visual) is None else ""
 
 

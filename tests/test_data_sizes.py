@@ -6,11 +6,9 @@ import warnings
 from typing import Any
 
 import pytest
-import sympy
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
 
 import parvts_fx
@@ -21,7 +19,7 @@ from parvts_fx.capture.editing import Editor
 from parvts_fx.errors import Refusal
 from parvts_fx.passes import Work
 from parvts_fx.runtime import guards
-from parvts_fx.runtime.guards import size_reader, sizes_fit
+from parvts_fx.runtime.guards import size_reader
 from tests.plain import Plain, Row, Specification, prompt
 from tests.plain_graphs import Call
 from tests.plain_reference import largest_error, reference
@@ -146,29 +144,3 @@ def test_what_was_written_for_one_kept_token_is_not_used_for_more() -> None:
         logits, _ = model(*given.arguments)
     assert kept == [(3, 0, 0, 1, 0, 0), (2, 2, 2)]
     assert largest_error((logits, []), reference(model, given, **choice), caches=False) <= 2e-5
-
-
-def test_sizes_that_fit() -> None:
-    """Conditions on the names of sizes, for actual inputs; one that no input tells is not taken for granted."""
-    seen: list[GraphModule] = []
-
-    def keep(module: GraphModule, example_inputs: object) -> Any:
-        seen.append(module)
-        return module.forward
-
-    torch.compile(lambda x, y: (x.sum(), y.sum()), backend=keep, dynamic=True)(torch.zeros(5, 3), torch.zeros(7))
-    (graph,) = seen
-    tensors = [node for node in graph.graph.nodes if node.op == "placeholder" and isinstance(value(node), torch.Tensor)]
-    (rows, _), (size,) = (value(node).shape for node in tensors)
-    conditions = [(rows + 2 <= size).node.expr, (size // 2 > 1).node.expr]
-
-    def given(x: Tensor, y: Tensor) -> list[Any]:
-        numbers = {str(rows): x.shape[0], str(size): y.shape[0]}
-        tensors = iter((x, y))
-        return [next(tensors) if isinstance(held := value(node), torch.Tensor) else numbers.get(str(held), 3)
-                for node in graph.graph.nodes if node.op == "placeholder"]
-
-    fit = sizes_fit(graph, conditions)
-    assert fit(given(torch.zeros(5, 3), torch.zeros(7))) and fit(given(torch.zeros(2, 3), torch.zeros(40)))
-    assert not fit(given(torch.zeros(6, 3), torch.zeros(7))) and not fit(given(torch.zeros(0, 3), torch.zeros(3)))
-    assert not sizes_fit(graph, [sympy.Symbol("u0") > 1])(given(torch.zeros(5, 3), torch.zeros(7)))
