@@ -24,6 +24,8 @@ class Configuration:
     visual: int
     kept: int
     batches: tuple[int, ...]
+    answers: bool = True
+    """Whether whole answers are timed as well."""
 
     def build(self, device: torch.device, dtype: torch.dtype, layers: int | None = None) -> torch.nn.Module:
         """The model, initialised where it will run."""
@@ -91,8 +93,8 @@ def small_qwen(layers: int | None) -> hf.Qwen2_5_VLConfig:
 
 PUBLISHED = (
     Configuration("LLaVA-1.5-7B", llava, 576, 64, (1, 8, 32)),
-    Configuration("LLaVA-NeXT size", llava, 2880, 320, (1,)),
-    Configuration("Qwen2.5-VL-7B", qwen, 1280, 142, (1,)),
+    Configuration("LLaVA-NeXT size", llava, 2880, 320, (1,), answers=False),
+    Configuration("Qwen2.5-VL-7B", qwen, 1280, 142, (1,), answers=False),
 )
 """LLaVA-NeXT's prompt of five pictures runs through LLaVA-1.5's decoder, which is the same."""
 

@@ -203,8 +203,17 @@ class Breakdown:
     """On a GPU the time in which no kernel ran (launches, synchronisation); 0 on a CPU."""
 
 
-def profile_call(call: Callable[[], Any], device: torch.device) -> Breakdown:
-    """Profile one call, after one to warm up; its whole time is taken without the profiler."""
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """All runs of one kernel, or on a CPU of one operator, in a call."""
+
+    name: str
+    runs: int
+    seconds: float
+
+
+def profile_call(call: Callable[[], Any], device: torch.device) -> tuple[Breakdown, list[Kernel]]:
+    """Profile one call, after one to warm up; its whole time is taken without the profiler. The longest kernels come first."""
     call()
     whole = seconds(call, device)
     on_device = device.type == "cuda"
@@ -212,13 +221,15 @@ def profile_call(call: Callable[[], Any], device: torch.device) -> Breakdown:
     with quiet_stderr(), profile(activities=activities) as record:
         seconds(call, device)
     parts = {"products": 0.0, "attention": 0.0, "rest": 0.0}
-    for event in record.key_averages():
-        spent = 1e-6 * (event.self_device_time_total if on_device else event.self_cpu_time_total)
-        parts[_kind(event.key)] += spent
+    kernels = [Kernel(event.key, event.count, 1e-6 * (event.self_device_time_total if on_device else event.self_cpu_time_total))
+               for event in record.key_averages()]
+    for kernel in kernels:
+        parts[_kind(kernel.name)] += kernel.seconds
+    kernels.sort(key=lambda kernel: -kernel.seconds)
     if on_device:
-        return Breakdown(**parts, idle=max(0.0, whole - sum(parts.values())))
+        return Breakdown(**parts, idle=max(0.0, whole - sum(parts.values()))), kernels
     parts["rest"] = max(0.0, whole - parts["products"] - parts["attention"])
-    return Breakdown(**parts, idle=0.0)
+    return Breakdown(**parts, idle=0.0), kernels
 
 
 def _kind(name: str) -> str:
@@ -267,6 +278,15 @@ def in_own_process(module: str, *arguments: str) -> str:
     if done.returncode:
         raise RuntimeError(f"python -m {module} {' '.join(arguments)} failed:\n{done.stderr}")
     return done.stdout.splitlines()[-1]
+
+
+def ceilings(device: torch.device) -> dict[str, float]:
+    """What a GPU does at best: FLOP/s of a product of large bfloat16 matrices, bytes/s of a large copy (read and written)."""
+    left, right = torch.randn(2, 8192, 8192, device=device, dtype=torch.bfloat16)
+    held, other = torch.empty(2, 1 << 31, device=device, dtype=torch.uint8)
+    product, copy = ([seconds(call, device) for _ in range(7)] for call in (
+        lambda: [left @ right for _ in range(10)], lambda: [other.copy_(held) for _ in range(10)]))
+    return {"products": 10 * 2 * 8192**3 / statistics.median(product), "copies": 10 * 2 * 2**31 / statistics.median(copy)}
 
 
 def machine(device: torch.device) -> dict[str, Any]:

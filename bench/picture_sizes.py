@@ -23,7 +23,7 @@ import parvts_fx
 from bench import figures
 from bench.measuring import in_own_process, machine, many_compiles, seconds
 from bench.tables import quieten
-from bench.uneven_batches import compiled, first_token, prompts
+from bench.uneven_batches import build_model, compiled, first_token, prompts
 
 METHODS = ("inductor", "parvts")
 
@@ -37,7 +37,8 @@ def sizes(count: int, most: int) -> list[tuple[int, int]]:
 @torch.no_grad()
 def calls(given: argparse.Namespace, method: str) -> dict[str, Any]:
     """Seconds of each prompt's call, the first time and again."""
-    model, device, found = compiled(given, method == "parvts"), torch.device("cpu"), []
+    model = compiled(build_model(given.layers, given.width), method, given.lowering, given.keep_ratio)
+    device, found = torch.device("cpu"), []
     with many_compiles():
         for _ in range(2):
             found.append([])

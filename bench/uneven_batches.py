@@ -8,6 +8,8 @@ the second batch; parvts prunes it sample by sample. Results go into ``bench/res
 from __future__ import annotations
 
 import argparse
+import copy
+import dataclasses
 import functools
 import json
 from collections.abc import Callable, Sequence
@@ -18,7 +20,7 @@ import transformers
 from rich.console import Console
 
 import parvts_fx
-from bench import figures
+from bench import figures, together
 from bench.measuring import in_turns, machine, many_compiles, seconds, spread
 from bench.tables import progress, quieten
 
@@ -30,7 +32,7 @@ UNEVEN = ((12, 12), (18, 18), (24, 24), (26, 30))
 Inputs = dict[str, torch.Tensor]
 
 
-def build_model(layers: int, width: int) -> Any:
+def build_model(layers: int, width: int, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Any:
     """Random weights; the tower is so small that the decoder's time is what is measured."""
     config = transformers.Qwen2_5_VLConfig(
         text_config=dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
@@ -41,7 +43,8 @@ def build_model(layers: int, width: int) -> Any:
                            fullatt_block_indexes=[0], window_size=56),
         image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END)
     torch.manual_seed(0)
-    model = transformers.Qwen2_5_VLForConditionalGeneration(config).eval().requires_grad_(False)
+    with torch.device(device):
+        model = transformers.Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype).eval().requires_grad_(False)
     model.generation_config.eos_token_id = None
     return model
 
@@ -67,12 +70,71 @@ def first_token(model: Any, given: Inputs) -> torch.Tensor:
     return model.generate(**given, max_new_tokens=1, do_sample=False)
 
 
-def compiled(given: argparse.Namespace, prune: bool) -> Any:
-    model = build_model(given.layers, given.width)
-    if prune:
-        return parvts_fx.compile(model, lowering=given.lowering, strict=True, keep_ratio=given.keep_ratio)
-    model.compile(backend=given.lowering)
+def compiled(model: Any, method: str, lowering: str, keep_ratio: float) -> Any:
+    """The model, compiled by "inductor" (torch.compile alone) or "parvts"."""
+    if method == "parvts":
+        return parvts_fx.compile(model, lowering=lowering, strict=True, keep_ratio=keep_ratio)
+    model.compile(backend=lowering)
     return model
+
+
+@dataclasses.dataclass(frozen=True)
+class Ready:
+    """Both batches by both methods, compiled."""
+
+    calls: dict[tuple[str, str], Callable[[], torch.Tensor]]
+    """By method and batch."""
+
+    pruned: Any
+    """The model that prunes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Uneven(together.Task[Ready]):
+    """On a GPU where there is one, in bfloat16, with weights that both methods share; else in float32.
+
+    Args:
+        settings: the command line's.
+    """
+
+    settings: dict[str, Any]
+
+    def prepare(self, advance: Callable[[], None] = lambda: None) -> Ready:
+        quieten()
+        how, device = self.settings, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        model = build_model(how["layers"], how["width"], device, dtype)
+        plain = copy.deepcopy(model, {id(held): held for held in (*model.parameters(), *model.buffers())})
+        calls: dict[tuple[str, str], Callable[[], torch.Tensor]] = {}
+        with torch.no_grad(), many_compiles():
+            for method, one in (("inductor", plain), ("parvts", model)):
+                pruned = compiled(one, method, how["lowering"], how["keep_ratio"])
+                for name, sizes in (("even", EVEN), ("uneven", UNEVEN)):
+                    batch = {held: tensor.to(device, dtype if tensor.is_floating_point() else None)
+                             for held, tensor in prompts(sizes, how["text"]).items()}
+                    calls[method, name] = functools.partial(first_token, pruned, batch)
+                    for _ in range(2):  # features of several pictures are tried out in the first call
+                        calls[method, name]()
+                    advance()
+        record = parvts_fx.last_call(pruned)
+        assert record is not None and record.pruned, record
+        return Ready(calls, pruned)
+
+    @torch.no_grad()
+    def measure(self, ready: Ready, advance: Callable[[], None] = lambda: None) -> dict[str, Any]:
+        device = ready.pruned.device
+        with many_compiles():
+            taken = in_turns([functools.partial(seconds, call, device) for call in ready.calls.values()],
+                             self.settings["repeats"], 2, advance)
+            ready.calls["parvts", "uneven"]()
+        return {"machine": machine(device), "settings": self.settings, "pictures": {"even": EVEN, "uneven": UNEVEN},
+                "kept": parvts_fx.last_call(ready.pruned).kept_tokens,
+                "rows": [{"method": method, "batch": name, "seconds": spread(times)}
+                         for (method, name), times in zip(ready.calls, taken)]}
+
+    @staticmethod
+    def show(console: Console, result: dict[str, Any]) -> None:
+        console.print(figures.uneven_batches(result))
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -87,36 +149,19 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return parser.parse_args(arguments)
 
 
-@torch.no_grad()
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure, show, write; returns what the JSON holds."""
     given = parse_arguments(arguments)
     quieten()
     console = Console()
-    batches = {"even": prompts(EVEN, given.text), "uneven": prompts(UNEVEN, given.text)}
-    with many_compiles(), progress(console) as display:
-        task = display.add_task("measuring", total=4 + given.repeats + 2)
-        advance: Callable[[], None] = functools.partial(display.advance, task)
-        calls, named = [], []
-        for method, prune in (("inductor", False), ("parvts", True)):
-            model = compiled(given, prune)
-            for name, batch in batches.items():
-                for _ in range(2):  # features of several pictures are tried out in the first call
-                    first_token(model, batch)
-                advance()
-                calls.append(functools.partial(seconds, functools.partial(first_token, model, batch), torch.device("cpu")))
-                named.append((method, name))
-            if prune:
-                record = parvts_fx.last_call(model)
-                assert record is not None and record.pruned, record
-        taken = in_turns(calls, given.repeats, 2, advance)
-    rows = [{"method": method, "batch": name, "seconds": spread(times)} for (method, name), times in zip(named, taken)]
-    settings = {name: held for name, held in vars(given).items() if name != "out"}
-    found = {"machine": machine(torch.device("cpu")), "settings": settings, "pictures": {"even": EVEN, "uneven": UNEVEN},
-             "kept": record.kept_tokens, "rows": rows}
+    task = Uneven({name: held for name, held in vars(given).items() if name != "out"})
+    with progress(console) as display:
+        shown = display.add_task("measuring", total=4 + given.repeats + 2)
+        advance = functools.partial(display.advance, shown)
+        found = task.measure(task.prepare(advance), advance)
     with open(given.out, "w") as file:
         file.write(json.dumps(found, indent=1) + "\n")
-    console.print(figures.uneven_batches(found))
+    task.show(console, found)
     return found
 
 

@@ -392,6 +392,7 @@ def as_newer_torch() -> Iterator[None]:
 
     ``torch._check_tensor_all`` leaves a symbol behind that no result of it holds: an error, which a setting turns into a
     warning. And ``torch.compiler.is_exporting()`` is answered with True, so that models take their slow way for exports.
+    Its notes about a compilation sort the functions that are not to be captured, and fail with a long message in the log.
     Where names are gone, nothing is done.
     """
     if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13):
@@ -400,12 +401,23 @@ def as_newer_torch() -> Iterator[None]:
     checks, name = _find("torch.fx.experimental", "_config", contextlib), "soft_pending_unbacked_not_found_error"
     answers = _find("torch._dynamo.variables.torch", "tracing_state_functions", dict)()
     kept = {asked: answers[asked] for asked in [torch.compiler.is_exporting] if asked in answers}
+    notes, noting = _get("torch._dynamo", "utils"), "_get_dynamo_config_for_logging"
+    note = getattr(notes, noting, None)
+
+    def without_functions() -> Any:
+        with dynamo_config().patch(ignore_logging_functions=set()):
+            return note()
+
     try:
         answers.update((asked, asked()) for asked in kept)
+        if note is not None:
+            setattr(notes, noting, without_functions)
         with checks.patch(name, True) if hasattr(checks, name) else contextlib.nullcontext():
             yield
     finally:
         answers.update(kept)
+        if note is not None:
+            setattr(notes, noting, note)
 
 
 class _SizesInStrings:

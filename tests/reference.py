@@ -373,7 +373,7 @@ def prefill(
     """
     assert not (stages and (score or short)), "one form or the other"
     recorded, turns = record(model, layers, inputs), placed(stages or one_stage(score, depth, **short), len(layers))
-    with torch.no_grad():
+    with torch.no_grad(), visual.device:
         return [_Sample(recorded, layers, visual, sample).prefill(turns, finish) for sample in range(len(visual))]
 
 
@@ -391,7 +391,7 @@ def generate(
     position = int(attention_mask.sum())
     mask = attention_mask[done.rows][None]
     logits, tokens, all_logits = done.logits[-1], [], [done.logits[-1]]
-    with torch.no_grad():
+    with torch.no_grad(), mask.device:
         for step in range(steps):
             tokens.append(int(logits.argmax()))
             if step == steps - 1:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from rich.console import Console
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import compare, figures, gpu, merging_cost, picture_sizes, schedules, uneven_batches
+from bench import compare, figures, gpu, merging_cost, picture_sizes, schedules, together, uneven_batches
 from bench.configurations import SMALL
 from bench.demo import build_model
 from bench.floor import Floor, decoder_weights
@@ -256,9 +258,30 @@ def test_the_gpu_script_in_its_small_form(tmp_path):
     path = tmp_path / "gpu.json"
     assert gpu.main(["--small", "--lowering", "eager", "--only", "qwen", "--repeats", "1", "--tokens", "2",
                      "--out", str(path)]) == 0
-    result, = json.loads(path.read_text())["results"]
+    result, = json.loads(path.read_text())
     assert result["check"]["holds"]
-    assert [row["mode"] for row in result["rows"]] == ["default"] * 2 + ["reduce-overhead"] * 2
+    assert [row["mode"] for row in result["rows"]] == ["default"] * 3 + ["reduce-overhead"] * 2
+    whole, dropped, merged = (row["flops"] for row in result["rows"][:3])
+    assert dropped < merged < whole
+
+
+def test_the_gpu_script_measures_one_by_one_what_was_compiled_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "SMALL", tuple(dataclasses.replace(config, answers=False) for config in gpu.SMALL))
+    path = tmp_path / "gpu.json"
+    assert gpu.main(["--small", "--lowering", "eager", "--only", "llava", "--repeats", "1", "--tokens", "2", "--together",
+                     "--largest-batch", "1", "--out", str(path)]) == 0
+    prefill, answers = sorted(json.loads(path.read_text()), key=lambda result: "answers" in result)
+    assert prefill["check"]["holds"]
+    assert [row["method"] for row in answers["rows"]] == ["inductor", "parvts"]
+
+
+def test_what_fails_together_is_told_and_keeps_nobody_waiting(monkeypatch):
+    class Failing(together.Task[int]):
+        def prepare(self) -> int:
+            raise RuntimeError("no weights")
+
+    monkeypatch.setattr(together, "_turns", (threading.Barrier(1), threading.Lock()))
+    assert "no weights" in together._run(Failing())
 
 
 def test_the_gpu_scripts_check_finds_another_choice_of_tokens(tmp_path):

@@ -246,7 +246,7 @@ def _rows_of_none_of(
     for ids in prompts if size else ():
         if ids.shape == embeddings.shape[:2]:
             known = table(ids.clamp(0, size - 1))
-            candidates.append((known == embeddings).all(-1) if known.shape == embeddings.shape else torch.zeros(ids.shape).bool())
+            candidates.append((known == embeddings).all(-1) if known.shape == embeddings.shape else torch.zeros_like(ids).bool())
     candidates = [same for same in candidates if same.logical_and(embeddings.any(-1)).any()]
     if not candidates:
         return None

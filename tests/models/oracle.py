@@ -125,6 +125,10 @@ class Oracle:
         Raises:
             LookupError: it cannot be told what the result is to be.
         """
+        with self.model.device:  # of what is made on the way
+            return self._prefill(inputs)
+
+    def _prefill(self, inputs: Mapping[str, Any]) -> Pruned:
         self.calls, self.empty = self._record(inputs)
         hidden = self.calls[0].hidden
         self.axis = 1 if hidden.dim() == 3 else next(i for i, n in enumerate(hidden.shape) if n > 4)
