@@ -92,7 +92,7 @@ def small_qwen(layers: int | None) -> hf.Qwen2_5_VLConfig:
 
 
 PUBLISHED = (
-    Configuration("LLaVA-1.5-7B", llava, 576, 64, (1, 8, 32)),
+    Configuration("LLaVA-1.5-7B", llava, 576, 64, (1, 8, 32), answers=False),
     Configuration("LLaVA-NeXT size", llava, 2880, 320, (1,), answers=False),
     Configuration("Qwen2.5-VL-7B", qwen, 1280, 142, (1,), answers=False),
 )

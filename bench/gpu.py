@@ -37,7 +37,7 @@ from bench.measuring import (
     spread,
 )
 from bench.methods import LOWERINGS, inductor
-from bench.models import Scene, cache_bytes
+from bench.models import cache_bytes
 from bench.tables import Sheet, mebibytes, milliseconds, quieten
 from bench.uneven_batches import Uneven
 
@@ -47,70 +47,67 @@ LONGEST = 25
 
 
 @dataclasses.dataclass(frozen=True)
-class Compiled:
-    """A scene, and the methods that are ready to run on it."""
-
-    scene: Scene
-    built: tuple[Built, ...]
-    graphed: tuple[Built, ...]
-    """With CUDA graphs."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Prefills(together.Task[Compiled]):
+class Prefills(together.Task[list[Built]]):
     """One configuration at one batch size: numerics, times, memory, and the profile."""
 
     config: Configuration
     batch: int
     given: argparse.Namespace
+    methods: tuple[str, ...] = COMPARED
+    mode: str | None = None
+    """Of Inductor. With CUDA graphs there are times alone: the rest is as it is without."""
 
-    def prepare(self) -> Compiled:
+    def prepare(self) -> list[Built]:
         quieten()
         config, given, device = self.config, self.given, torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = config.build(device, torch.float32 if given.small else torch.bfloat16, given.layers)
         scene, backend = config.scene(model, self.batch), LOWERINGS[given.lowering]
+        if self.mode and given.lowering == "inductor":
+            backend = inductor(self.mode)
         company = Company(backend)
-        graphed = inductor("reduce-overhead") if given.lowering == "inductor" else backend
         with torch.no_grad(), many_compiles():
-            built = tuple(company.join(build(METHODS[name], scene, config.kept, backend=backend)) for name in COMPARED)
-            for one in built if config.answers else ():
-                answer(one, 2)
-            pair = tuple(build(METHODS[name], scene, config.kept, backend=graphed) for name in (COMPARED[0], COMPARED[-1]))
-            for one in 2 * pair:  # CUDA graphs are recorded in the second call, and replayed from the third on
+            built = [build(METHODS[name], scene, config.kept, backend=backend) for name in self.methods]
+            if config.answers and self.mode is None:
+                for one in built:
+                    answer(company.join(one), 2)
+            for one in 2 * built:  # CUDA graphs are recorded in the second call, and replayed from the third on
                 one.run_prefill()
-        return Compiled(scene, built, pair)
+        return built
 
     @torch.no_grad()
-    def measure(self, ready: Compiled) -> dict[str, Any]:
-        config, given, scene = self.config, self.given, ready.scene
+    def measure(self, built: list[Built]) -> dict[str, Any]:
+        config, given, scene = self.config, self.given, built[0].scene
+        model, device = scene.model, scene.model.device
+        prefills = in_turns([lambda one=one: seconds(one.run_prefill, device) for one in built], given.repeats, 3)
+        rows: list[dict[str, Any]] = [
+            {"method": one.method.name, "prefill": spread(times), "compile_seconds": one.compile_seconds}
+            for one, times in zip(built, prefills)]
+        found = {"model": config.name, "layers": len(model.model.language_model.layers), "batch": self.batch,
+                 "visual": config.visual, "kept": config.kept, "tokens": given.tokens, "dtype": str(model.dtype),
+                 "mode": self.mode or "default", "machine": machine(device), "rows": rows}
+        return found if self.mode else self._look_closer(found, built)
+
+    def _look_closer(self, found: dict[str, Any], built: list[Built]) -> dict[str, Any]:
+        """With what else is to be known of the same methods."""
+        config, given, scene = self.config, self.given, built[0].scene
         model, device = scene.model, scene.model.device
         exact = run_reference(scene, config.kept, torch.float32)
         rounded = None if model.dtype == torch.float32 else run_reference(scene, config.kept, model.dtype)
-        found = check(ready.built[-1], exact, rounded)
-        del exact, rounded
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # the reference's weights in float32
-        both = (*ready.built, *ready.graphed)
-        prefills = in_turns([lambda one=one: seconds(one.run_prefill, device) for one in both], given.repeats, 3)
-        rows: list[dict[str, Any]] = [
-            {"mode": "default" if one in ready.built else "reduce-overhead", "method": one.method.name, "prefill": spread(times),
-             "compile_seconds": one.compile_seconds} for one, times in zip(both, prefills)]
-        floors = [_replayed(Floor(one.graph, decoder_weights(model)), device) for one in ready.built]
+        held = check(built[-1], exact, rounded)
+        floors = [_replayed(Floor(one.graph, decoder_weights(model)), device) for one in built]
         alone = in_turns([lambda floor=floor: seconds(floor, device) for floor in floors], given.repeats, 2)
-        for row, one, floor in zip(rows, ready.built, alone):
+        for row, one, floor in zip(found["rows"], built, alone):
             seen, kernels = profile_call(one.run_prefill, device)
             row |= {"flops": one.flops, "floor": spread(floor), "peak_memory": peak_memory(one.run_prefill, device),
                     "cache_bytes": cache_bytes(one.run_prefill()[1]), "profile": dataclasses.asdict(seen),
                     "launches": sum(kernel.runs for kernel in kernels),
                     "kernels": [dataclasses.asdict(kernel) for kernel in kernels[:LONGEST]]}
         if config.answers:
-            taken = in_turns([lambda one=one: answer(one, given.tokens)[0] for one in ready.built], max(1, given.repeats // 2))
-            for row, times in zip(rows, taken):
+            taken = in_turns([lambda one=one: answer(one, given.tokens)[0] for one in built], max(1, given.repeats // 2))
+            for row, times in zip(found["rows"], taken):
                 row |= {name: spread([getattr(each, name) for each in times]) for name in ("first_token", "step", "whole")}
-        return {"model": config.name, "layers": len(model.model.language_model.layers), "batch": self.batch,
-                "visual": config.visual, "kept": config.kept, "tokens": given.tokens, "dtype": str(model.dtype),
-                "machine": machine(device), "ceilings": ceilings(device) if device.type == "cuda" else None,
-                "check": dataclasses.asdict(found) | {"holds": found.holds}, "rows": rows}
+        return found | {"ceilings": ceilings(device) if device.type == "cuda" else None,
+                        "check": dataclasses.asdict(held) | {"holds": held.holds}}
 
 
 def _replayed(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
@@ -128,20 +125,21 @@ def _replayed(call: Callable[[], Any], device: torch.device) -> Callable[[], Any
 def show(console: Console, result: dict[str, Any]) -> None:
     """One configuration's results as tables."""
     title = (f"{result['model']}, {result['dtype']}, batch {result['batch']}, "
-             f"{result['kept']} of {result['visual']} kept")
-    headings = ["method", "mode", "prefill", "of floor", "launches", "first token", "decode step", f"{result['tokens']} tokens",
-                "peak memory", "KV cache"]
+             f"{result['kept']} of {result['visual']} kept, mode {result['mode']}")
+    headings = ["method", "prefill", "ratio", "FLOPs allow", "of floor", "launches", "first token", "decode step",
+                f"{result['tokens']} tokens", "peak memory", "KV cache"]
     shown = {"first_token": milliseconds, "step": milliseconds, "whole": milliseconds, "peak_memory": mebibytes,
              "cache_bytes": mebibytes}
+    plain, *others = result["rows"]
     console.print(Sheet(title, headings, [[
-        row["method"], row["mode"], milliseconds(row["prefill"]),
+        row["method"], milliseconds(row["prefill"]), f"{plain['prefill']['median'] / row['prefill']['median']:.2f}x",
+        f"{plain['flops'] / row['flops']:.2f}x" if "flops" in row else "",
         f"{row['prefill']['median'] / row['floor']['median']:.2f}" if "floor" in row else "", str(row.get("launches", "")),
         *(write(row[name]) if name in row else "" for name, write in shown.items())] for row in result["rows"]]))
-    plain, *others = result["rows"][:len(COMPARED)]
+    if "check" not in result:
+        return
     for row in others:
         share = row["flops"] / plain["flops"]
-        console.print(f"{row['method']}: prefill {plain['prefill']['median'] / row['prefill']['median']:.2f}x over Inductor, "
-                      f"{1 / share:.2f}x allowed by the FLOPs")
         parts = [(name, 1e3 * plain["profile"][name], 1e3 * row["profile"][name]) for name in plain["profile"]]
         console.print(Sheet("Profile of the prefill", ["ms", "inductor", "bound", row["method"], "missing"], [
             [name, *(f"{held:.2f}" for held in (whole, share * whole, part, part - share * whole))]
@@ -155,22 +153,28 @@ def show(console: Console, result: dict[str, Any]) -> None:
 def tasks_of(given: argparse.Namespace) -> dict[str, together.Task[Any]]:
     """What is asked for, by name."""
     configurations = SMALL if given.small else PUBLISHED
-    found: dict[str, together.Task[Any]] = {
-        f"{config.name}, batch {batch}": Prefills(config, batch, given)
-        for config in configurations for batch in config.batches if batch <= given.largest_batch}
+    found: dict[str, together.Task[Any]] = {}
+    for config in configurations:
+        for batch in config.batches:
+            if batch <= given.largest_batch:
+                name = f"{config.name}, batch {batch}"
+                found[name] = Prefills(config, batch, given)
+                found[f"{name}, with CUDA graphs"] = Prefills(
+                    config, batch, given, (COMPARED[0], COMPARED[-1]), "reduce-overhead")
     first = configurations[0]
     found[f"{first.name}, answers on a static cache"] = Answers(first, max(first.batches[:2]), given)
     if not given.small:
         found["Qwen2.5-VL, samples that differ"] = Uneven(dict(
-            layers=given.layers or 28, width=3584, text=48, keep_ratio=1 / 9, repeats=given.repeats, lowering=given.lowering))
-    return {name: task for name, task in found.items() if given.only.lower() in name.lower()}
+            layers=given.layers or 12, width=3584, text=48, keep_ratio=1 / 9, repeats=given.repeats, lowering=given.lowering))
+    wanted = given.only.lower().split(";")
+    return {name: task for name, task in found.items() if any(part.strip() in name.lower() for part in wanted)}
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", default=not torch.cuda.is_available(),
                         help="small models in float32; always so without a GPU")
-    parser.add_argument("--only", default="", help="what has this in its name")
+    parser.add_argument("--only", default="", help="what has this in its name; several with ; between them")
     parser.add_argument("--layers", type=int, help="decoder layers, in place of the published number")
     parser.add_argument("--largest-batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=10)
@@ -199,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 fine = False
                 continue
             console.rule(name)
-            (show if "check" in result else tasks[name].show)(console, result)
+            (show if "mode" in result else tasks[name].show)(console, result)
             fine = fine and result.get("check", {"holds": True})["holds"]
             results.append(result)
             given.out.write_text(json.dumps(results, indent=1) + "\n")

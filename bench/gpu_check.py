@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -38,20 +40,40 @@ class Check:
 def run_reference(scene: Scene, kept: int, dtype: torch.dtype) -> reference.Prefill:
     """The eager reference of the first sample, with the scene's weights and features in ``dtype``."""
     model, text = scene.model, scene.model.model.language_model
-    held = [(parameter, parameter.data) for part in (text, model.lm_head) for parameter in part.parameters()]
     first = scene.features[:scene.visual]
     inputs = {"ids": scene.ids[:1], "features": first.to(dtype)}
     if scene.positions is not None:
         inputs["positions"] = scene.positions[:, :1]
-    try:
-        for parameter, data in held:  # parameters alone: tables of angles are float32 in any model
-            parameter.data = data.to(dtype)
+    with weights_in(dtype, [text.embed_tokens, *text.layers, text.norm, model.lm_head]):
         return reference.prefill(
             Prefill(model), text.layers, lambda hidden: model.lm_head(text.norm(hidden)), inputs,
             scene.ids[:1] == model.config.image_token_id, stages=METHODS["parvts"].stages(kept))[0]
+
+
+@contextlib.contextmanager
+def weights_in(dtype: torch.dtype, modules: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """While active, each module has its parameters in ``dtype`` for as long as it runs: a whole model in float32 may not fit.
+
+    Parameters alone: tables of angles are float32 in any model.
+    """
+    held: dict[torch.nn.Parameter, torch.Tensor] = {}
+
+    def before(module: torch.nn.Module, _: Any) -> None:
+        for parameter in module.parameters():
+            held[parameter] = parameter.data
+            parameter.data = parameter.data.to(dtype)
+
+    def after(module: torch.nn.Module, *_: Any) -> None:
+        for parameter in module.parameters():
+            parameter.data = held.pop(parameter)
+
+    hooks = [hook for module in modules for hook in (
+        module.register_forward_pre_hook(before, prepend=True), module.register_forward_hook(after, always_call=True))]
+    try:
+        yield
     finally:
-        for parameter, data in held:
-            parameter.data = data
+        for hook in hooks:
+            hook.remove()
 
 
 def distance(logits: torch.Tensor, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor],

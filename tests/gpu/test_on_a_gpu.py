@@ -44,16 +44,6 @@ def generated(model: Any, inputs: Mapping[str, Any], **how: Any) -> torch.Tensor
     return model.generate(**inputs, max_new_tokens=6, do_sample=False, **how)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_architectures(name: str) -> None:
-    """Through Inductor and Triton, in float32: logits of every step and all that is cached, as the eager reference has them."""
-    built = build(name)
-    built = dataclasses.replace(built, model=built.model.cuda(), inputs=moved(built.inputs))
-    with mock.patch.dict(generating.COMPILED, lowering="inductor"):
-        found = {schedule: held.generate(built.inputs) for schedule, held in compared(built).items()}
-    assert max(found.values()) <= TOLERANCE, found
-
-
 @pytest.mark.parametrize("options", [
     dict(merge=None), dict(merge="clusters"), dict(fusion=0.3), dict(paths="joint"),
     dict(stages=parvts_fx.schedules.SCHEDULES["pyramiddrop"])], ids=lambda options: " ".join(map(str, options)))
@@ -139,3 +129,13 @@ def test_half_precision(model: Any) -> None:
     for sample, (one, other) in enumerate(zip(exact, rounded)):
         assert torch.equal(one.rows, other.rows)
         assert relative_error(logits[sample], one.logits) <= 2 * relative_error(other.logits, one.logits)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures(name: str) -> None:
+    """Through Inductor and Triton, in float32: logits of every step and all that is cached, as the eager reference has them."""
+    built = build(name)
+    built = dataclasses.replace(built, model=built.model.cuda(), inputs=moved(built.inputs))
+    with mock.patch.dict(generating.COMPILED, lowering="inductor"):
+        found = {schedule: held.generate(built.inputs) for schedule, held in compared(built).items()}
+    assert max(found.values()) <= TOLERANCE, found
