@@ -42,12 +42,22 @@ from bench.tables import Sheet, mebibytes, milliseconds, quieten
 from bench.uneven_batches import Uneven
 
 COMPARED = ("inductor", "parvts, not merged", "parvts")
+PAIR = (COMPARED[0], COMPARED[-1])
 LONGEST = 25
 """Kernels of each profile that are written down."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Prefills(together.Task[list[Built]]):
+class Ready:
+    """A compiled method, and what its graph says it costs."""
+
+    built: Built
+    flops: int | None
+    floor: Callable[[], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefills(together.Task[list[Ready]]):
     """One configuration at one batch size: numerics, times, memory, and the profile."""
 
     config: Configuration
@@ -57,7 +67,7 @@ class Prefills(together.Task[list[Built]]):
     mode: str | None = None
     """Of Inductor. With CUDA graphs there are times alone: the rest is as it is without."""
 
-    def prepare(self) -> list[Built]:
+    def prepare(self) -> list[Ready]:
         quieten()
         config, given, device = self.config, self.given, torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = config.build(device, torch.float32 if given.small else torch.bfloat16, given.layers)
@@ -72,10 +82,11 @@ class Prefills(together.Task[list[Built]]):
                     answer(company.join(one), 2)
             for one in 2 * built:  # CUDA graphs are recorded in the second call, and replayed from the third on
                 one.run_prefill()
-        return built
+        return [Ready(one, one.flops, Floor(one.graph, decoder_weights(model))) for one in built]
 
     @torch.no_grad()
-    def measure(self, built: list[Built]) -> dict[str, Any]:
+    def measure(self, ready: list[Ready]) -> dict[str, Any]:
+        built = [one.built for one in ready]
         config, given, scene = self.config, self.given, built[0].scene
         model, device = scene.model, scene.model.device
         prefills = in_turns([lambda one=one: seconds(one.run_prefill, device) for one in built], given.repeats, 3)
@@ -85,20 +96,21 @@ class Prefills(together.Task[list[Built]]):
         found = {"model": config.name, "layers": len(model.model.language_model.layers), "batch": self.batch,
                  "visual": config.visual, "kept": config.kept, "tokens": given.tokens, "dtype": str(model.dtype),
                  "mode": self.mode or "default", "machine": machine(device), "rows": rows}
-        return found if self.mode else self._look_closer(found, built)
+        return found if self.mode else self._look_closer(found, ready)
 
-    def _look_closer(self, found: dict[str, Any], built: list[Built]) -> dict[str, Any]:
+    def _look_closer(self, found: dict[str, Any], ready: list[Ready]) -> dict[str, Any]:
         """With what else is to be known of the same methods."""
+        built = [one.built for one in ready]
         config, given, scene = self.config, self.given, built[0].scene
         model, device = scene.model, scene.model.device
         exact = run_reference(scene, config.kept, torch.float32)
         rounded = None if model.dtype == torch.float32 else run_reference(scene, config.kept, model.dtype)
         held = check(built[-1], exact, rounded)
-        floors = [_replayed(Floor(one.graph, decoder_weights(model)), device) for one in built]
+        floors = [_replayed(one.floor, device) for one in ready]
         alone = in_turns([lambda floor=floor: seconds(floor, device) for floor in floors], given.repeats, 2)
-        for row, one, floor in zip(found["rows"], built, alone):
+        for row, one, flops, floor in zip(found["rows"], built, [one.flops for one in ready], alone):
             seen, kernels = profile_call(one.run_prefill, device)
-            row |= {"flops": one.flops, "floor": spread(floor), "peak_memory": peak_memory(one.run_prefill, device),
+            row |= {"flops": flops, "floor": spread(floor), "peak_memory": peak_memory(one.run_prefill, device),
                     "cache_bytes": cache_bytes(one.run_prefill()[1]), "profile": dataclasses.asdict(seen),
                     "launches": sum(kernel.runs for kernel in kernels),
                     "kernels": [dataclasses.asdict(kernel) for kernel in kernels[:LONGEST]]}
@@ -158,9 +170,8 @@ def tasks_of(given: argparse.Namespace) -> dict[str, together.Task[Any]]:
         for batch in config.batches:
             if batch <= given.largest_batch:
                 name = f"{config.name}, batch {batch}"
-                found[name] = Prefills(config, batch, given)
-                found[f"{name}, with CUDA graphs"] = Prefills(
-                    config, batch, given, (COMPARED[0], COMPARED[-1]), "reduce-overhead")
+                found[name] = Prefills(config, batch, given, COMPARED if batch > 1 else PAIR)
+                found[f"{name}, with CUDA graphs"] = Prefills(config, batch, given, PAIR, "reduce-overhead")
     first = configurations[0]
     found[f"{first.name}, answers on a static cache"] = Answers(first, max(first.batches[:2]), given)
     if not given.small:

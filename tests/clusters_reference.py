@@ -58,8 +58,8 @@ def clusters_of(hidden: Tensor, visual: Tensor, subject: Tensor, pictures: Tenso
         sizes: [rows], how many tokens each stands for so far.
     """
     rows = visual.nonzero()[:, 0].tolist()
-    tokens = hidden.double()
-    mean = tokens[rows].mean(0)
+    tokens, pictures = hidden.double().cpu(), pictures.tolist()  # thousands of numbers are read one by one
+    tokens = tokens - tokens[rows].mean(0)
     kept = [row for row in rows if subject[row]]
     members: dict[int, list[int]] = {row: [] for row in kept}
     clear = math.inf
@@ -67,7 +67,7 @@ def clusters_of(hidden: Tensor, visual: Tensor, subject: Tensor, pictures: Tenso
         if subject[row]:
             continue
         own = [other for other in kept if pictures[other] == pictures[row]] or kept
-        found = [float(torch.nn.functional.cosine_similarity(tokens[row] - mean, tokens[other] - mean, dim=0)) for other in own]
+        found = F.cosine_similarity(tokens[row], tokens[own], dim=-1).tolist()
         best = max(range(len(own)), key=lambda place: found[place])
         clear = min([clear, *(found[best] - other for place, other in enumerate(found) if place != best)])
         members[own[best]].append(row)

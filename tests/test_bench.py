@@ -261,8 +261,8 @@ def test_the_gpu_script_in_its_small_form(tmp_path):
     result, graphed = json.loads(path.read_text())
     assert result["check"]["holds"]
     assert (result["mode"], graphed["mode"]) == ("default", "reduce-overhead") and len(graphed["rows"]) == 2
-    whole, dropped, merged = (row["flops"] for row in result["rows"][:3])
-    assert dropped < merged < whole
+    whole, merged = (row["flops"] for row in result["rows"])
+    assert merged < whole
 
 
 def test_the_gpu_script_measures_one_by_one_what_was_compiled_together(tmp_path, monkeypatch):
