@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,12 @@ class Prefills(together.Task[list[Ready]]):
         found = {"model": config.name, "layers": len(model.model.language_model.layers), "batch": self.batch,
                  "visual": config.visual, "kept": config.kept, "tokens": given.tokens, "dtype": str(model.dtype),
                  "mode": self.mode or "default", "machine": machine(device), "rows": rows}
-        return found if self.mode else self._look_closer(found, ready)
+        if self.mode:
+            return found
+        try:
+            return self._look_closer(found, ready)
+        except Exception:  # what was measured so far is not lost
+            return found | {"failed": traceback.format_exc()}
 
     def _look_closer(self, found: dict[str, Any], ready: list[Ready]) -> dict[str, Any]:
         """With what else is to be known of the same methods."""
@@ -215,7 +221,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 continue
             console.rule(name)
             (show if "mode" in result else tasks[name].show)(console, result)
-            fine = fine and result.get("check", {"holds": True})["holds"]
+            console.print(result.get("failed", ""), markup=False)
+            fine = fine and "failed" not in result and result.get("check", {"holds": True})["holds"]
             results.append(result)
             given.out.write_text(json.dumps(results, indent=1) + "\n")
     console.print("Written:", str(given.out))
