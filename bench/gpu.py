@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -183,15 +184,14 @@ def tasks_of(given: argparse.Namespace) -> dict[str, together.Task[Any]]:
     if not given.small:
         found["Qwen2.5-VL, samples that differ"] = Uneven(dict(
             layers=given.layers or 12, width=3584, text=48, keep_ratio=1 / 9, repeats=given.repeats, lowering=given.lowering))
-    wanted = given.only.lower().split(";")
-    return {name: task for name, task in found.items() if any(part.strip() in name.lower() for part in wanted)}
+    return {name: task for name, task in found.items() if re.search(given.only, name, re.IGNORECASE)}
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", default=not torch.cuda.is_available(),
                         help="small models in float32; always so without a GPU")
-    parser.add_argument("--only", default="", help="what has this in its name; several with ; between them")
+    parser.add_argument("--only", default="", help="a regular expression of what is measured, by name")
     parser.add_argument("--layers", type=int, help="decoder layers, in place of the published number")
     parser.add_argument("--largest-batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=10)

@@ -268,7 +268,7 @@ def test_the_gpu_script_in_its_small_form(tmp_path):
 def test_the_gpu_script_measures_one_by_one_what_was_compiled_together(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "SMALL", tuple(dataclasses.replace(config, answers=False) for config in gpu.SMALL))
     path = tmp_path / "gpu.json"
-    assert gpu.main(["--small", "--lowering", "eager", "--only", "batch 1; answers", "--repeats", "1", "--tokens", "2",
+    assert gpu.main(["--small", "--lowering", "eager", "--only", "batch 1|answers", "--repeats", "1", "--tokens", "2",
                      "--together", "--largest-batch", "1", "--out", str(path)]) == 0
     *prefills, answers = sorted(json.loads(path.read_text()), key=lambda result: "answers" in result)
     assert len(prefills) == 4 and all(result["check"]["holds"] for result in prefills if result["mode"] == "default")
