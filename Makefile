@@ -1,5 +1,6 @@
 # Two commands do everything: `make demo` and `make test`. Both set up a virtual environment first.
-# `make test-versions` runs part of the tests with other versions of torch and transformers, `make test-recipes` those of examples/.
+# `make test-versions` runs part of the tests with other versions of torch and transformers, `make test-recipes` those of examples/,
+# `make test-gpu` those that need a GPU.
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +13,7 @@ floor := torch==2.11.0 transformers==5.17.0
 pinned := --constraint constraints.txt
 newest := --upgrade --upgrade-strategy eager
 
-.PHONY: demo test test-versions test-recipes fuzz lint types docs clean
+.PHONY: demo test test-versions test-recipes test-gpu fuzz lint types docs clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python -m bench.demo
@@ -57,6 +58,11 @@ test-recipes:
 	.venvs/recipes/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,test,recipes]"
 	.venvs/recipes/bin/python -m pip uninstall --quiet --yes torchvision
 	OMP_NUM_THREADS=1 .venvs/recipes/bin/python -m pytest -o addopts="-q --strict-markers -p no:logging" -rs tests/recipes
+
+# What only a GPU can show, with a Python whose torch can use one: make test-gpu GPU_PYTHON=python3. Without a GPU they fail.
+GPU_PYTHON ?= $(VENV)/bin/python
+test-gpu:
+	$(GPU_PYTHON) -m pytest -o addopts="-q --strict-markers -p no:logging" tests/gpu
 
 # What `make test` does not show: the style, and the types.
 lint: $(VENV)/.types

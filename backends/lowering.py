@@ -16,7 +16,7 @@ from parvts_fx.backends.linear import pick_kernels
 from parvts_fx.backends.sizes import compile_with_names
 from parvts_fx.backends.uncompiled import leave_choices_uncompiled
 from parvts_fx.options import Options
-from parvts_fx.torch_private import inductor_settings, registered_backend, run_inductor, vector_instructions_probe
+from parvts_fx.torch_private import inductor_settings, name_sources, registered_backend, run_inductor, vector_instructions_probe
 
 Compiled = Callable[..., Any]
 Lowering = Callable[[GraphModule, Sequence[object], Options], Compiled]
@@ -28,13 +28,17 @@ is written down, once, instead of computed again in each: then all layers share 
 tables), a third less time. And the compiler writes no line tables for debuggers (the setting's name tells who asked for it
 first), a fifth less of its time."""
 
+_ON_GPU = {"triton.mix_order_reduction": False}
+"""Sums over the width and over the tokens of one tensor as one kernel (for the gradients of norms): where one of them is read
+twice, deciding about it fails an assertion inside Inductor, as with the distances of tokens from their mean at batch 1."""
+
 
 def inductor(module: GraphModule, example_inputs: Sequence[object], options: Options) -> Compiled:
     """Inductor's kernels, with torch.compile's modes and Inductor's own options."""
     if options.linear_kernels == "auto":
         module = pick_kernels(module)
     on_cpu = _on_cpu(example_inputs)
-    settings = {**(_known(_ON_CPU) if on_cpu else {}), **options.lowering_options}
+    settings = {**_known(_ON_CPU if on_cpu else _ON_GPU), **options.lowering_options}
 
     def compile(graph: GraphModule, inputs: Sequence[object]) -> Compiled:
         if on_cpu:
@@ -109,6 +113,7 @@ def known_lowerings() -> tuple[str, ...]:
 
 def lower(module: GraphModule, example_inputs: Sequence[object], options: Options) -> Compiled:
     """Compile a graph with the lowering that the options name."""
+    name_sources(module)
     if callable(options.lowering):
         return options.lowering(module, list(example_inputs), **_keywords(options))
     if options.lowering in _LOWERINGS:

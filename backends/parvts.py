@@ -27,6 +27,7 @@ from parvts_fx.runtime.forms import Making
 from parvts_fx.runtime.input_origins import noting_origins
 from parvts_fx.runtime.merged_embeddings import MergedInput, hand_on
 from parvts_fx.runtime.record import CallRecord
+from parvts_fx.torch_private import BackendCompilerFailed, TorchDynamoException
 
 
 def parvts(
@@ -65,9 +66,13 @@ def parvts(
         done, caches = attempt(module, example_inputs, handed), cache_outputs(module)
         if on_rewriting is not None:
             on_rewriting(module, example_inputs, done)
+        lowered = None
+        if done.module is not None and handed is None and done.reason_against(example_inputs) is None:
+            try:
+                lowered = lower_as_asked(done.module, example_inputs)
+            except Exception as error:
+                done = _not_lowered(error, module, parsed)
         if done.may_fit_others:
-            fits = done.module is not None and handed is None and done.reason_against(example_inputs) is None
-            lowered = lower_as_asked(done.module, example_inputs) if done.module is not None and fits else None
             prune = functools.partial(_compile_sample, parsed, window_caches_follow, on_rewriting)
             whole = functools.partial(_lower_sample, parsed)
             vary = on_rewriting is None  # reports are of numbers
@@ -168,6 +173,20 @@ def _failure(error: Exception, options: Options) -> str:
     if options.strict:
         raise NotRewritten(f"parvts_fx: rewriting this multimodal prefill failed: {error}") from error
     return "the rewriting failed\n" + "".join(traceback.format_exception(error))
+
+
+def _not_lowered(error: Exception, module: GraphModule, options: Options) -> Rewriting:
+    """The compiler behind us fails on the rewritten graph: the graph as it came may be one that it can compile.
+
+    Raises:
+        Exception: with ``strict``, what it says; and what it is not to be kept from (Dynamo begins anew by raising).
+    """
+    of_dynamo = isinstance(error, TorchDynamoException) and not isinstance(error, BackendCompilerFailed)
+    if options.strict or of_dynamo or str(error).startswith("parvts_fx: option"):
+        raise error
+    reason = f"the rewritten graph does not compile: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    tell_unrewritten(reason)
+    return Rewriting(GraphReport("unrewritten", reason, len(module.graph.nodes)))
 
 
 def _raise_at_call(error: Exception) -> Compiled:

@@ -22,7 +22,8 @@ PAGES = {
     ROOT / "README.md": ("speed", "accuracy in short"),
     ROOT / "docs" / "options.md": ("by kind",),
     ROOT / "docs" / "figures.md": (
-        "methods", "kept", "lengths", "flops", "compile time", "picture sizes", "uneven batches", "soak", "accuracy"),
+        "methods", "kept", "lengths", "flops", "compile time", "picture sizes", "uneven batches", "soak", "gpu",
+        "accuracy"),
 }
 """The tables of each page, by the name in their markers."""
 
@@ -177,6 +178,26 @@ def soak(results: dict[str, Any]) -> Sheet:
         ["most memory so far, MiB", *(f"{held:.0f}" for held in results["mebibytes"])]])
 
 
+def gpu(results: list[dict[str, Any]]) -> Sheet:
+    """What ran on a GPU: prefills by Inductor and by parvts, and whole answers."""
+    rows = []
+    for result in results:
+        if "failed" in result:
+            rows.append([result["model"], str(result["batch"]), "", "prefill", "", "", f"failed: {result['failed']}", ""])
+            continue
+        plain, ours = result["rows"][0], result["rows"][-1]
+        kind = "prefill" if "mode" in result else "whole"
+        times = [row[kind]["median"] for row in (plain, ours)]
+        what = f"answer, {result['tokens']} tokens" if kind == "whole" else \
+            "prefill" if result["mode"] == "default" else f"prefill, mode={result['mode']}"
+        rows.append([
+            result.get("model") or result["answers"], str(result["batch"]), f"{result['kept']} of {result['visual']}", what,
+            *(f"{1e3 * time:.1f} ms" for time in times), f"{times[0] / times[1]:.2f}x",
+            f"{plain['flops'] / ours['flops']:.2f}x" if "flops" in ours else ""])
+    names = sorted({result["machine"]["gpu"] for result in results})
+    return Sheet(", ".join(names), ["", "batch", "tokens kept", "what", "Inductor", "parvts", "ratio", "FLOPs allow"], rows)
+
+
 def flops(results: dict[str, Any]) -> Sheet:
     """FLOPs that are left of the full prompt's, by configuration and tokens kept."""
     rows = results["results"]
@@ -239,6 +260,7 @@ def tables() -> dict[str, str]:
         "picture sizes": picture_sizes(json.loads((RESULTS / "picture_sizes.json").read_text())).markdown(),
         "uneven batches": uneven_batches(json.loads((RESULTS / "uneven_batches.json").read_text())).markdown(),
         "soak": soak(json.loads((RESULTS / "soak.json").read_text())).markdown(),
+        "gpu": gpu(json.loads((RESULTS / "gpu.json").read_text())).markdown(),
         "flops": flops(json.loads((RESULTS / "flops.json").read_text())).markdown(),
         "accuracy": accuracy(answers, ANSWERS).markdown(), "accuracy in short": accuracy(answers, ANSWERS_IN_SHORT).markdown(),
         "by kind": by_kind([answers, others]).markdown(),

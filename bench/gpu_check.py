@@ -47,7 +47,8 @@ def run_reference(scene: Scene, kept: int, dtype: torch.dtype) -> reference.Pref
     with weights_in(dtype, [text.embed_tokens, *text.layers, text.norm, model.lm_head]):
         return reference.prefill(
             Prefill(model), text.layers, lambda hidden: model.lm_head(text.norm(hidden)), inputs,
-            scene.ids[:1] == model.config.image_token_id, stages=METHODS["parvts"].stages(kept))[0]
+            scene.ids[:1] == model.config.image_token_id, stages=METHODS["parvts"].stages(kept),
+            grid=inputs.get("positions"))[0]
 
 
 @contextlib.contextmanager

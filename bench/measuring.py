@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import transformers
 from torch._inductor.utils import fresh_cache
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from bench.methods import Backend, Method, Recorder, inductor
@@ -222,7 +223,7 @@ def profile_call(call: Callable[[], Any], device: torch.device) -> tuple[Breakdo
         seconds(call, device)
     parts = {"products": 0.0, "attention": 0.0, "rest": 0.0}
     kernels = [Kernel(event.key, event.count, 1e-6 * (event.self_device_time_total if on_device else event.self_cpu_time_total))
-               for event in record.key_averages()]
+               for event in record.key_averages() if not on_device or event.device_type is DeviceType.CUDA]
     for kernel in kernels:
         parts[_kind(kernel.name)] += kernel.seconds
     kernels.sort(key=lambda kernel: -kernel.seconds)

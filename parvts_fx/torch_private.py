@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import sympy
 import torch
 import torch.nn.functional as F
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 
 class TorchMoved(ImportError):
@@ -289,6 +289,27 @@ def graph_module_like(module: GraphModule, graph: Graph) -> GraphModule:
         return make(module, graph)
 
 
+def keep_sources(module: GraphModule, copy: GraphModule, mapping: Mapping[Node, Node]) -> None:
+    """Let a copy of a graph of Dynamo's tell as well where its inputs come from.
+
+    Without it the compiler behind takes weights for inputs that may lie elsewhere at the next call: with CUDA graphs all of them
+    are copied at each call, and held twice.
+    """
+    if hasattr(module, "_param_name_to_source"):
+        copy._param_name_to_source = module._param_name_to_source
+        for node, twin in mapping.items():
+            if hasattr(node, "_dynamo_source"):
+                twin._dynamo_source = node._dynamo_source
+
+
+def name_sources(module: GraphModule) -> None:
+    """Say of inputs that a rewriting has added to a graph of Dynamo's that they come from nowhere: all must say something."""
+    if hasattr(module, "_param_name_to_source"):
+        for node in module.graph.find_nodes(op="placeholder"):
+            if not hasattr(node, "_dynamo_source"):
+                node._dynamo_source = None
+
+
 def uncompiled_call(module: torch.nn.Module) -> Callable[..., Any]:
     """What a module does when it is called, whatever it has been compiled with; :func:`parvts_fx.explain` compiles it."""
     return module._call_impl
@@ -311,6 +332,7 @@ class _NeverRaised(Exception):
 
 
 TorchDynamoException: type[Exception] = _find("torch._dynamo.exc", "TorchDynamoException", _NeverRaised)
+BackendCompilerFailed: type[Exception] = _find("torch._dynamo.exc", "BackendCompilerFailed", _NeverRaised)
 if not TYPE_CHECKING:
     GuardOnDataDependentSymNode = _find(
         "torch.fx.experimental.symbolic_shapes", "GuardOnDataDependentSymNode", _NeverRaised)
@@ -402,8 +424,10 @@ def as_newer_torch() -> Iterator[None]:
     answers = _find("torch._dynamo.variables.torch", "tracing_state_functions", dict)()
     kept = {asked: answers[asked] for asked in [torch.compiler.is_exporting] if asked in answers}
     notes, noting = _get("torch._dynamo", "utils"), "_get_dynamo_config_for_logging"
-    note = getattr(notes, noting, None)
+    note: Any = getattr(notes, noting, None)
+    note = getattr(note, "__wrapped__", note)  # another thread is in here, too
 
+    @functools.wraps(note)
     def without_functions() -> Any:
         with dynamo_config().patch(ignore_logging_functions=set()):
             return note()
@@ -482,6 +506,7 @@ def run_inductor(
     module: GraphModule, inputs: Sequence[object], mode: str | None, settings: Mapping[str, Any]
 ) -> Callable[..., Any]:
     """Inductor with a mode and settings, as torch.compile calls it. Without it, only other lowerings work."""
+    name_sources(module)
     return _get("torch", "_TorchCompileInductorWrapper")(mode, settings, None)(module, list(inputs))
 
 

@@ -125,7 +125,7 @@ def gap(scores: Sequence[float], visual: Sequence[int], subject: Sequence[int]) 
 
 
 def chosen(
-    stage: Stage, hidden: Tensor, rows: Tensor, prompt: Tensor, weights: Tensor | None = None
+    stage: Stage, hidden: Tensor, rows: Tensor, prompt: Tensor, weights: Tensor | None = None, grid: Tensor | None = None
 ) -> tuple[Tensor, float]:
     """The subject group [rows] bool among the rows that live, and how clear the choice is.
 
@@ -134,6 +134,7 @@ def chosen(
         rows: [rows] positions in the prompt.
         prompt: [seq] bool, where visual tokens stand in the whole prompt.
         weights: [heads, rows, rows] in the layer in front.
+        grid: [3 or 4, 1, seq], positions that tell where in its picture a token stands, where the model has such.
     """
     visual = prompt[rows]
     given = [hidden[None], visual[None]]
@@ -147,7 +148,7 @@ def chosen(
     else:
         rule = rule_named(stage.rule) if isinstance(stage.rule, str) else stage.rule
         if reads_places(rule):
-            given.append(places_of(prompt[None])[:, rows])
+            given.append(places_of(prompt[None], grid)[:, rows])
     ranked = rule(*given)[0].double().tolist()
     positions = visual.nonzero()[:, 0].tolist()
     found = subjects_of(ranked, positions, kept(stage.keep, len(positions), int(prompt.sum())))
@@ -287,7 +288,9 @@ class _Path:
 class _Sample:
     """One sample's way through the recorded layers."""
 
-    def __init__(self, recorded: Recorded, layers: Sequence[torch.nn.Module], visual: Tensor, sample: int):
+    def __init__(self, recorded: Recorded, layers: Sequence[torch.nn.Module], visual: Tensor, sample: int,
+                 grid: Tensor | None = None):
+        self.grid = None if grid is None else grid[:, sample:sample + 1]
         self.recorded, self.layers, self.sample, self.batch = recorded, layers, sample, len(visual)
         self.visual, self.length = visual[sample], visual.shape[1]
         self.clear = math.inf
@@ -343,7 +346,7 @@ class _Sample:
         done, clear, ends = 0, math.inf, [turn.begin for turn in stages if turn.stage.rule in READINGS]
         for turn in stages:
             path = self.run(path, done, turn.begin, watch=turn.begin in ends)
-            subject, found = chosen(turn.stage, path.hidden[0], path.rows, self.visual, path.weights)
+            subject, found = chosen(turn.stage, path.hidden[0], path.rows, self.visual, path.weights, self.grid)
             path = self.migrated(path, turn, subject, watch=turn.end in ends)
             done, clear = turn.end, min(clear, found)
         path = self.run(path, done, len(self.layers))
@@ -361,6 +364,7 @@ def prefill(
     stages: Sequence[Stage] = (),
     depth: int | float = 0,
     score: Rule | None = None,
+    grid: Tensor | None = None,
     **short: Any,
 ) -> list[Prefill]:
     """The reference's pruned prefill, per sample.
@@ -369,12 +373,13 @@ def prefill(
         layers: the decoder layers.
         finish: final norm and head, [1, rows, hidden] to [1, rows, vocabulary].
         visual: [batch, seq] bool.
+        grid: [3 or 4, batch, seq], positions of visual tokens on a grid, where the model has them.
         depth, score, short: where there are no stages, as :func:`one_stage` takes them.
     """
     assert not (stages and (score or short)), "one form or the other"
     recorded, turns = record(model, layers, inputs), placed(stages or one_stage(score, depth, **short), len(layers))
     with torch.no_grad(), visual.device:
-        return [_Sample(recorded, layers, visual, sample).prefill(turns, finish) for sample in range(len(visual))]
+        return [_Sample(recorded, layers, visual, sample, grid).prefill(turns, finish) for sample in range(len(visual))]
 
 
 def generate(

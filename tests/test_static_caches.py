@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CompileConfig, StaticCache
+from transformers import CompileConfig, DynamicCache, StaticCache
 
 import parvts_fx
 from tests import llava
@@ -170,3 +170,49 @@ def test_windows_where_samples_differ(name: str) -> None:
     static = built.model.generate(**given, **how, cache_implementation="static")
     assert parvts_fx.last_call(built.model).pruned and static.past_key_values.layers[0].is_sliding
     assert max(map(relative_error, static.logits, growing.logits)) <= TOLERANCE
+
+
+class Offloaded(DynamicCache):
+    """As one that keeps its layers on another device: it holds a stream. (A real one needs a GPU: tests/gpu.)"""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.prefetch_stream = torch.Stream(device="cpu")
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        assert not torch.compiler.is_compiling(), "no graph can hold what a stream does"
+        return super().update(*args, **kwargs)
+
+
+@pytest.mark.supports("Caches", "caches that keep layers on another device (offloaded): the prompt pruned, steps uncompiled")
+@pytest.mark.parametrize("rows", [ROWS, UNEVEN], ids=["even", "uneven"])
+@pytest.mark.parametrize("knows_layers", [False, True])
+def test_offloaded(model: Any, rows: Any, knows_layers: bool, recwarn: pytest.WarningsRecorder) -> None:
+    prompt = llava.prompt(model, rows)
+    parvts_fx.compile(model, lowering="eager", strict=True, **OPTIONS)
+    growing = generated(model, prompt.inputs)
+    cache = Offloaded(**(dict(config=model.config.text_config) if knows_layers else {}))
+    assert torch.equal(generated(model, prompt.inputs, past_key_values=cache), growing)
+    assert parvts_fx.last_call(model).pruned
+    assert cache.layers[0].keys.shape[2] < prompt.visual.shape[1], "filled with the rows that are left"
+    assert not [warning for warning in recwarn if issubclass(warning.category, parvts_fx.ParvtsWarning)]
+
+
+def test_a_second_picture_on_an_offloaded_cache(model: Any) -> None:
+    """Whole, and said so: as the eager model does it on the rows that are left."""
+    prompt = llava.prompt(model, [[3, "image", 5]])
+    parvts_fx.compile(model, lowering="eager", **OPTIONS)
+    cache = Offloaded()
+    with torch.no_grad():
+        model(**prompt.with_positions, past_key_values=cache)
+        rows, own = cache.layers[0].keys.shape[2], DynamicCache()
+        for index, layer in enumerate(cache.layers):
+            own.update(layer.keys, layer.values, index)
+        second = {**prompt.with_positions, "position_ids": prompt.with_positions["position_ids"] + prompt.visual.shape[1]}
+        del second["attention_mask"]
+        with pytest.warns(parvts_fx.ParvtsWarning, match="moves layers between devices"):
+            output = model(**second, past_key_values=cache)
+        assert not parvts_fx.last_call(model).pruned
+        assert cache.layers[0].keys.shape[2] == rows + prompt.visual.shape[1]
+        parvts_fx.uncompile(model)
+        assert relative_error(output.logits, model(**second, past_key_values=own).logits) <= TOLERANCE

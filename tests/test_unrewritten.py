@@ -411,3 +411,39 @@ def test_chunks(compiled):
     assert torch.equal(tokens, wanted)
     one = model.generate(**prompt.inputs, **given, prefill_chunk_size=64, return_dict_in_generate=True)
     assert one.past_key_values.layers[0].keys.shape[2] < 22 + 16
+
+
+def test_a_rewritten_graph_that_does_not_compile(model, prompt):
+    """The compiler behind fails on it: the prefill runs whole, with its reason once; strict lets the compiler's error through."""
+    def lowering(graph, inputs, **_):
+        if any(node.target in (torch.gather, "gather") for node in graph.graph.nodes):
+            raise RuntimeError("no kernel for this")
+        return graph.forward
+
+    plain, output, told = run_both(model, prompt.inputs, lowering=lowering)
+    assert_same_logits(output, plain)
+    assert len(told) == 1 and "does not compile: RuntimeError: no kernel for this" in told[0]
+    uncompile(model)
+    torch._dynamo.reset()
+    compile_with_parvts(model, lowering=lowering)
+    with torch.no_grad(), pytest.raises(Exception, match="no kernel for this"):
+        model(**prompt.inputs)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_weights_stay_where_they_are(model, prompt, dynamic):
+    """What is lowered says so of them: with CUDA graphs all others are copied at every call."""
+    handed = []
+
+    def lowering(graph, inputs, **_):
+        handed.append(graph)
+        return graph.forward
+
+    compile_with_parvts(model, lowering=lowering, dynamic=dynamic)
+    with torch.no_grad():
+        model(**prompt.inputs)
+    graph = max(handed, key=lambda graph: len(graph.graph.nodes))
+    inputs = graph.graph.find_nodes(op="placeholder")
+    weights = [node for node in inputs if node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type")]
+    assert len(weights) >= len(list(model.model.language_model.layers.parameters()))
+    assert graph._param_name_to_source is not None and all(hasattr(node, "_dynamo_source") for node in inputs)

@@ -8,7 +8,7 @@ import torch
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from parvts_fx.analysis.values import fake_mode_of, hint, value
-from parvts_fx.torch_private import FakeTensor, FakeTensorMode, graph_module_like
+from parvts_fx.torch_private import FakeTensor, FakeTensorMode, graph_module_like, keep_sources
 
 
 def copy_graph_module(module: GraphModule) -> GraphModule:
@@ -18,6 +18,7 @@ def copy_graph_module(module: GraphModule) -> GraphModule:
     graph.output(graph.graph_copy(module.graph, mapping))
     copy = graph_module_like(module, graph)
     copy.meta = dict(module.meta)
+    keep_sources(module, copy, mapping)
     return copy
 
 

@@ -106,6 +106,12 @@ def is_cache(held: object) -> bool:
     return all(hasattr(held, name) for name in ("layers", "get_seq_length", "get_query_offset", "get_mask_sizes"))
 
 
+def has_stream(cache: object) -> bool:
+    """Whether a cache moves its layers between devices on a stream of its own, in its ``update``: no graph can hold that, and
+    torch 2.11 does not survive the attempt."""
+    return any(isinstance(held, (torch.Stream, torch.cuda.Stream)) for held in vars(cache).values())
+
+
 _CACHE_NAMES = ("cache", "past_key_values")  # what outputs call it: from transformers 5.24 on, and before
 
 

@@ -12,7 +12,7 @@ import torch
 from parvts_fx.errors import NotRewritten, tell_unrewritten
 from parvts_fx.options import Options
 from parvts_fx.runtime.cached_rows import can_follow, given_mask, rows_by_mask, with_cached_columns
-from parvts_fx.runtime.caches import find_caches, is_cache, with_own_caches
+from parvts_fx.runtime.caches import find_caches, has_stream, is_cache, with_own_caches
 from parvts_fx.runtime.call import Call, TensorTable, begin_call
 from parvts_fx.runtime.garbage import no_collections
 from parvts_fx.runtime.joined_features import JoinedFeatures
@@ -39,6 +39,7 @@ _SETTINGS: tuple[dict[str, bool], ...] = (
     {"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": False},
     {"capture_scalar_outputs": False, "capture_dynamic_output_shape_ops": False},
 )
+MOVES = "its cache moves layers between devices as it is filled, and is not empty: such calls run uncompiled"
 _RECOMPILE_LIMIT = 128  # Dynamo itself stops at 256 per code object, whatever the limit
 
 
@@ -92,17 +93,21 @@ class _Watched:
         lent, mask = (lend_growing_cache(kwargs), given_mask(self._model.forward, args, kwargs)) if has_pictures else (None, None)
         given = kwargs if lent is None else lent.kwargs
         if self._tries:
-            self._features.try_out(given, functools.partial(self._run_uncompiled, args))
+            self._features.try_out(given, functools.partial(self._try_uncompiled, args))
         joined = self._features.joined(given)
-        output, caches, told = self._run(args, joined, prompts if has_pictures else [], mask, lent is None or can_follow(mask))
+        moves = any(map(has_stream, find_caches(args, joined)))
+        output, caches, told = self._run(
+            self._run_uncompiled if moves else self._call, args, joined, prompts if has_pictures else [], mask,
+            lent is None or can_follow(mask))
         if lent is not None:
-            output, caches = lent.give_back(output, sum(told.dropped[-1:])), [lent.static]
+            output, caches = lent.give_back(output, sum(told.dropped[-1:])), [lent.own]
         self._note(output, caches, told)
-        self._record(told, self._unseen.reason(told, breaks) if has_pictures and not told.has_merged else "", is_step)
+        unseen = has_pictures and not told.has_merged
+        self._record(told, "" if not unseen else MOVES if moves else self._unseen.reason(told, breaks), is_step)
         return self._features.parted(output, given, joined)
 
     def _run(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], prompts: Sequence[torch.Tensor], mask: Any,
+        self, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], prompts: Sequence[torch.Tensor], mask: Any,
         by_sample: bool,
     ) -> tuple[Any, list[Any], Call]:
         """What the call returns, the caches that it leaves, and what its graphs have told.
@@ -119,7 +124,7 @@ class _Watched:
                         told.told_by_ids = functools.partial(_rows_of_none_of, self._model, prompts)
                         told.mask_rows = rows_by_mask(mask, find_caches(args, kwargs))
                     told.by_sample = by_sample and self._by_sample
-                    output = self._call(*args, **kwargs)
+                    output = call(*args, **kwargs)
                     caches = find_caches(output, args, kwargs)
                     if told.rows is None or caches or not told.shortened:
                         return output, caches, told
@@ -144,11 +149,14 @@ class _Watched:
         except (RuntimeError, ValueError, TypeError, IndexError) as own:
             raise own from error
 
-    @torch.compiler.disable
-    def _run_uncompiled(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def _try_uncompiled(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """A call that is a trial."""
         with paused(), begin_call():
-            return uncompiled_call(self._model)(*args, **kwargs)
+            return self._run_uncompiled(*args, **kwargs)
+
+    @torch.compiler.disable
+    def _run_uncompiled(self, *args: Any, **kwargs: Any) -> Any:
+        return uncompiled_call(self._model)(*args, **kwargs)
 
     def _note(self, output: Any, caches: Sequence[Any], told: Call) -> None:
         """What later calls need to know of caches, and which numbers have been returned."""
