@@ -107,12 +107,13 @@ class _Watched:
         return self._features.parted(output, given, joined)
 
     def _run(
-        self, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], prompts: Sequence[torch.Tensor], mask: Any,
-        by_sample: bool,
+        self, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], prompts: Sequence[torch.Tensor],
+        mask: Any, by_sample: bool,
     ) -> tuple[Any, list[Any], Call]:
         """What the call returns, the caches that it leaves, and what its graphs have told.
 
         Args:
+            call: the model, compiled or as it is.
             prompts: what may be the ids, if they come with pictures.
             mask: that of a prompt.
             by_sample: False where nobody puts the columns of later calls' masks in place.
