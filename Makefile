@@ -1,6 +1,6 @@
 # Two commands do everything: `make demo` and `make test`. Both set up a virtual environment first.
 # `make test-versions` runs part of the tests with other versions of torch and transformers, `make test-recipes` those of examples/,
-# `make test-gpu` those that need a GPU.
+# `make test-gpu` those that need a GPU, `make check-cuda` compiles for one.
 
 PYTHON ?= python3
 VENV := .venv
@@ -13,7 +13,7 @@ floor := torch==2.11.0 transformers==5.17.0
 pinned := --constraint constraints.txt
 newest := --upgrade --upgrade-strategy eager
 
-.PHONY: demo test test-versions test-recipes test-gpu fuzz lint types docs clean
+.PHONY: demo test test-versions test-recipes test-gpu check-cuda fuzz lint types docs clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python -m bench.demo
@@ -63,6 +63,12 @@ test-recipes:
 GPU_PYTHON ?= $(VENV)/bin/python
 test-gpu:
 	$(GPU_PYTHON) -m pytest -o addopts="-q --strict-markers -p no:logging" tests/gpu
+
+# What graphs become on a GPU, without one: lowered for an H100 by a build of torch for CUDA (several GB, kept in .venvs).
+check-cuda:
+	$(PYTHON) -m venv .venvs/cuda
+	.venvs/cuda/bin/python -m pip install --quiet $(floor) --editable ".[demo,test]"
+	OMP_NUM_THREADS=1 .venvs/cuda/bin/python -m pytest -o addopts="-q --strict-markers -p no:logging" -n 2 -rs tests/cuda
 
 # What `make test` does not show: the style, and the types.
 lint: $(VENV)/.types

@@ -23,7 +23,7 @@ PAGES = {
     ROOT / "docs" / "options.md": ("by kind",),
     ROOT / "docs" / "figures.md": (
         "methods", "kept", "lengths", "flops", "compile time", "picture sizes", "uneven batches", "soak", "gpu",
-        "accuracy"),
+        "cuda kernels", "accuracy"),
 }
 """The tables of each page, by the name in their markers."""
 
@@ -198,6 +198,16 @@ def gpu(results: list[dict[str, Any]]) -> Sheet:
     return Sheet(", ".join(names), ["", "batch", "tokens kept", "what", "Inductor", "parvts", "ratio", "FLOPs allow"], rows)
 
 
+def cuda_kernels(results: dict[str, Any]) -> Sheet:
+    """What prefills become on a GPU, counted without one."""
+    settings = results["settings"]
+    return Sheet(f"Lowered for an H100: {settings['layers']} layers of width {settings['width']}, K = {settings['depth']}", [
+        "", "batch", "Triton kernels", "launches", "products", "attention calls", "most registers", "CUDA graphs"], [
+            [title(row["method"]), str(row["batch"]), str(len(row["kernels"])), str(row["launches"]), str(row["products"]),
+             str(row["cudnn"] + row["efficient"]), str(max(kernel["registers"] for kernel in row["kernels"])),
+             row["no_graph_because"] or "yes"] for row in results["rows"]])
+
+
 def flops(results: dict[str, Any]) -> Sheet:
     """FLOPs that are left of the full prompt's, by configuration and tokens kept."""
     rows = results["results"]
@@ -260,6 +270,7 @@ def tables() -> dict[str, str]:
         "picture sizes": picture_sizes(json.loads((RESULTS / "picture_sizes.json").read_text())).markdown(),
         "uneven batches": uneven_batches(json.loads((RESULTS / "uneven_batches.json").read_text())).markdown(),
         "soak": soak(json.loads((RESULTS / "soak.json").read_text())).markdown(),
+        "cuda kernels": cuda_kernels(json.loads((RESULTS / "cuda_kernels.json").read_text())).markdown(),
         "gpu": gpu(json.loads((RESULTS / "gpu.json").read_text())).markdown(),
         "flops": flops(json.loads((RESULTS / "flops.json").read_text())).markdown(),
         "accuracy": accuracy(answers, ANSWERS).markdown(), "accuracy in short": accuracy(answers, ANSWERS_IN_SHORT).markdown(),

@@ -159,7 +159,7 @@ def test_windows(name: str, kept: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["gemma3", "llama4"])
-def test_windows_where_samples_differ(name: str) -> None:
+def test_windows_where_samples_differ(name: str, recwarn: pytest.WarningsRecorder) -> None:
     """Two pictures, one, and none; beyond the window, in steps whose window or chunk begins elsewhere in each row."""
     built = build(name)
     built.inputs.setdefault("attention_mask", torch.ones_like(built.inputs["input_ids"]))
@@ -170,6 +170,7 @@ def test_windows_where_samples_differ(name: str) -> None:
     static = built.model.generate(**given, **how, cache_implementation="static")
     assert parvts_fx.last_call(built.model).pruned and static.past_key_values.layers[0].is_sliding
     assert max(map(relative_error, static.logits, growing.logits)) <= TOLERANCE
+    assert not [warning for warning in recwarn if issubclass(warning.category, parvts_fx.ParvtsWarning)]
 
 
 class Offloaded(DynamicCache):

@@ -52,6 +52,9 @@ class BySample:
     def __init__(self, parted: Parted, lower: Callable[[GraphModule], Compiled], prune: Callable[[GraphModule], Compiled],
                  whole: Callable[[GraphModule], Compiled], sizes_vary: bool = True, copies: bool = False):
         self._parted, self._sizes_vary, self._copies = parted, sizes_vary, copies
+        self.of_decoder = frozenset(
+            place for place, held in enumerate(parted.results) if isinstance(held, Result) and held.is_decoders)
+        """Which outputs the decoder computes: others, such as visual features, are as they were."""
         self._front = lower(parted.front)
         self._pruned, self._whole = prune(parted.decoder), whole(parted.decoder)
 

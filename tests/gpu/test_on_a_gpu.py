@@ -46,7 +46,7 @@ def generated(model: Any, inputs: Mapping[str, Any], **how: Any) -> torch.Tensor
 
 @pytest.mark.parametrize("options", [
     dict(merge=None), dict(merge="clusters"), dict(fusion=0.3), dict(paths="joint"),
-    dict(stages=parvts_fx.schedules.SCHEDULES["pyramiddrop"])], ids=lambda options: " ".join(map(str, options)))
+    dict(stages=parvts_fx.schedules.SCHEDULES["pyramiddrop"])], ids=["dropped", "merged", "constant weights", "joint", "stages"])
 def test_batches_and_padding(model: Any, options: dict[str, Any]) -> None:
     prompt = on_gpu(llava.prompt(model, ROWS))
     given = options if "stages" in options else dict(keep_tokens=3, migration_depth=1, **options)
