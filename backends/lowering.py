@@ -32,13 +32,18 @@ _ON_GPU = {"triton.mix_order_reduction": False}
 """Sums over the width and over the tokens of one tensor as one kernel (for the gradients of norms): where one of them is read
 twice, deciding about it fails an assertion inside Inductor, as with the distances of tokens from their mean at batch 1."""
 
+_ON_GPU_VARYING = {"triton.coalesce_tiling_analysis": False}
+"""How to tile kernels by their reads, which Inductor finds out for constant sizes alone: of sizes that are sums it asserts that a
+product of them is written in one way."""
+
 
 def inductor(module: GraphModule, example_inputs: Sequence[object], options: Options) -> Compiled:
     """Inductor's kernels, with torch.compile's modes and Inductor's own options."""
     if options.linear_kernels == "auto":
         module = pick_kernels(module)
     on_cpu = _on_cpu(example_inputs)
-    settings = {**_known(_ON_CPU if on_cpu else _ON_GPU), **options.lowering_options}
+    ours = _ON_CPU if on_cpu else _ON_GPU | (_ON_GPU_VARYING if _vary(example_inputs) else {})
+    settings = {**_known(ours), **options.lowering_options}
 
     def compile(graph: GraphModule, inputs: Sequence[object]) -> Compiled:
         if on_cpu:
@@ -56,6 +61,12 @@ def prepare(example_inputs: Sequence[object], options: Options) -> None:
 
 def _on_cpu(example_inputs: Sequence[object]) -> bool:
     return all(given.device.type == "cpu" for given in example_inputs if isinstance(given, torch.Tensor))
+
+
+def _vary(example_inputs: Sequence[object]) -> bool:
+    """Whether the sizes of inputs have names."""
+    return any(isinstance(size, torch.SymInt) for given in example_inputs
+               for size in (given.shape if isinstance(given, torch.Tensor) else [given]))
 
 
 def _known(settings: Mapping[str, Any]) -> dict[str, Any]:

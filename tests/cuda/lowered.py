@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_map
 
 from parvts_fx.backends import lowering as lowerings
 from parvts_fx.capture import copy_graph_module
+from parvts_fx.torch_private import name_sources
 
 H100 = types.SimpleNamespace(
     name="NVIDIA H100", major=9, minor=0, multi_processor_count=132, warp_size=32, max_threads_per_multi_processor=2048,
@@ -59,6 +60,9 @@ class Lowered:
     kernels: tuple[Kernel, ...]
     launches: int
     """Of Triton's kernels."""
+
+    attention: int
+    """Attention calls in the graph."""
 
     products: int
     """Calls of cuBLAS."""
@@ -102,30 +106,38 @@ def lowering(seen: list[Lowered]) -> Iterator[Callable[..., Any]]:
         a backend of torch.compile's that does the same with graphs as they come.
     """
     def note(module: GraphModule, inputs: Sequence[Any], mode: str | None, settings: dict[str, Any]) -> Callable[..., Any]:
-        seen.append(_lower(module, inputs, settings))
+        seen.extend(_lower(module, inputs, settings))
         return module.forward
 
     with mock.patch.multiple(lowerings, run_inductor=note, _on_cpu=lambda _: False):
         yield lambda module, inputs: note(module, inputs, None, {})
 
 
-def _lower(module: GraphModule, inputs: Sequence[Any], settings: dict[str, Any]) -> Lowered:
+def _lower(module: GraphModule, inputs: Sequence[Any], settings: dict[str, Any]) -> list[Lowered]:
+    """None for a graph that Inductor has nothing to write for."""
     from torch._inductor.compile_fx import compile_fx
 
     written: list[tuple[str, str | None]] = []
+    name_sources(module)
     with _an_h100(written), contextlib.suppress(_Stopped), torch.no_grad():
         try:
-            compile_fx(_on_cuda(module), [_moved(held) for held in inputs], config_patches=settings)
+            given = [held if isinstance(held, torch.Tensor) and held.dtype == torch.float64 and not held.dim() else _moved(held)
+                     for held in inputs]  # a number that varies is held by a tensor on CPU, whatever the model is on
+            compile_fx(_on_cuda(module), given, config_patches=settings)
         except Exception as error:
             if not written:
                 raise
             if not isinstance(error.__cause__ or error, _Stopped) and "_Stopped" not in repr(error):
                 raise
-    (source, reason), = written
+    calls = sum(node.target is torch.nn.functional.scaled_dot_product_attention for node in module.graph.nodes)
+    return [_counted(source, reason, calls) for source, reason in written]
+
+
+def _counted(source: str, reason: str | None, attention: int) -> Lowered:
     names = re.findall(r"async_compile\.triton\('(\w+)'", source)
     counts = {kind: sum(source.count(call) for call in calls) for kind, calls in _CALLS.items()}
-    return Lowered(tuple(_kernels(source)), sum(source.count(f"{name}.run(") for name in names), **counts,
-                   no_graph_because=reason)
+    return Lowered(tuple(_kernels(source)), sum(source.count(f"{name}.run(") for name in names), attention,
+                   **counts, no_graph_because=reason)
 
 
 def _moved(held: Any) -> Any:
