@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 import parvts_fx
+from bench.cuda_kernels import build_model
 from bench.models import Prefill, build_scene
 from tests import llava
 from tests.cuda.lowered import Lowered, lowering
@@ -81,14 +81,7 @@ def test_batches(name: str, samples: str) -> None:
 @pytest.mark.parametrize("samples", [1, 2])
 def test_real_sizes(samples: int) -> None:
     """576 visual tokens of width 4096, in bfloat16: sums over so many are split, and Inductor treats them in other ways."""
-    config = transformers.LlavaConfig(
-        vision_config=dict(model_type="clip_vision_model", hidden_size=64, intermediate_size=128, num_hidden_layers=1,
-                           num_attention_heads=2, image_size=336, patch_size=14),
-        text_config=dict(model_type="llama", hidden_size=4096, intermediate_size=256, num_hidden_layers=4,
-                         num_attention_heads=32, num_key_value_heads=32, vocab_size=1000),
-        image_token_index=999)
-    torch.manual_seed(0)
-    model = transformers.LlavaForConditionalGeneration._from_config(config, dtype=torch.bfloat16).eval()
+    model = build_model(layers=4, width=4096)
     scene = build_scene(model, 576, samples, tower=False)
     plain, ours = lowered(Prefill(model), lambda prefill: prefill(*scene.inputs), keep_ratio=1 / 9, migration_depth=3)
     assert_as_good(ours)
