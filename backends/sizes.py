@@ -21,7 +21,7 @@ from parvts_fx.capture import copy_graph_module
 from parvts_fx.capture.editing import COUNTS
 from parvts_fx.errors import Refusal
 from parvts_fx.runtime.guards import size_reader
-from parvts_fx.torch_private import NamedSizes, expression, is_symbol
+from parvts_fx.torch_private import NamedSizes, expression, is_symbol, name_sources
 
 Compiled = Callable[..., Any]
 
@@ -88,6 +88,7 @@ def _rename(module: GraphModule, parts: Sequence[Any], names: NamedSizes, exampl
         held = names.renamed(value(node))
         inputs.append(given if held is value(node) and given is not None else held)
         node.meta["example_value"] = held
+    name_sources(module)
     module.recompile()
     return inputs
 

@@ -506,7 +506,6 @@ def run_inductor(
     module: GraphModule, inputs: Sequence[object], mode: str | None, settings: Mapping[str, Any]
 ) -> Callable[..., Any]:
     """Inductor with a mode and settings, as torch.compile calls it. Without it, only other lowerings work."""
-    name_sources(module)
     return _get("torch", "_TorchCompileInductorWrapper")(mode, settings, None)(module, list(inputs))
 
 

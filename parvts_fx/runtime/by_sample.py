@@ -37,6 +37,9 @@ class Ran:
 
     record: CallRecord
 
+    of_decoder: frozenset[int]
+    """Which outputs the decoder has computed: others, such as visual features, are as they were."""
+
 
 class BySample:
     """The two parts of a graph, compiled.
@@ -52,9 +55,6 @@ class BySample:
     def __init__(self, parted: Parted, lower: Callable[[GraphModule], Compiled], prune: Callable[[GraphModule], Compiled],
                  whole: Callable[[GraphModule], Compiled], sizes_vary: bool = True, copies: bool = False):
         self._parted, self._sizes_vary, self._copies = parted, sizes_vary, copies
-        self.of_decoder = frozenset(
-            place for place, held in enumerate(parted.results) if isinstance(held, Result) and held.is_decoders)
-        """Which outputs the decoder computes: others, such as visual features, are as they were."""
         self._front = lower(parted.front)
         self._pruned, self._whole = prune(parted.decoder), whole(parted.decoder)
 
@@ -77,7 +77,9 @@ class BySample:
         reason = "" if pruned else next((sample.record.reason for sample in samples if sample.record.reason), "")
         kept = tuple(sample.kept for sample in samples) if pruned else None
         record = CallRecord(pruned, reason, visual.shape[1], kept, visual, _kept(samples, visual))
-        return Ran(outputs[0] if parted.returns_one else outputs, rows, record)
+        of_decoder = frozenset(
+            place for place, held in enumerate(parted.results) if isinstance(held, Result) and held.is_decoders)
+        return Ran(outputs[0] if parted.returns_one else outputs, rows, record, of_decoder)
 
     def _run(
         self, merged: torch.Tensor, sides: Sequence[torch.Tensor], visual: torch.Tensor, sample: int

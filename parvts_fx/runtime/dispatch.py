@@ -170,8 +170,7 @@ class Dispatch:
                 self._by_sample = BySample(
                     parted, self._compile, self._making.prune, self._making.whole, self._making.sizes_vary,
                     self._options.overwrites)
-            by_sample = self._by_sample if isinstance(self._by_sample, BySample) else None
-            ran = None if by_sample is None else by_sample(given, visual)
+            ran = self._by_sample(given, visual) if isinstance(self._by_sample, BySample) else None
         except NotRewritten:
             raise
         except Exception as error:  # whatever it is, the batch can run as it came
@@ -179,12 +178,12 @@ class Dispatch:
             if isinstance(error, Refusal) and isinstance(self._by_sample, BySample):  # because of this prompt
                 return None, f"{reason}; and {_FAILS}: {why}"
             self._by_sample, ran = f"{_FAILS}: {why}", None
-        if ran is None or by_sample is None:
+        if ran is None:
             return None, f"{reason}; and {self._by_sample}"
         call.tell_record(ran.record)
         call.tell_pruning(visual.shape[1] - ran.rows.shape[1])
         call.rows = ran.rows
-        note_short_caches(ran.outputs, self._caches & by_sample.of_decoder)
+        note_short_caches(ran.outputs, self._caches & ran.of_decoder)
         return ran.outputs, ""
 
     def _for_handed(self, inputs: tuple[Any, ...]) -> Compiled | None:

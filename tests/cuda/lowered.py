@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
+import subprocess
+import tempfile
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -23,7 +25,6 @@ from torch.utils._pytree import tree_map
 
 from parvts_fx.backends import lowering as lowerings
 from parvts_fx.capture import copy_graph_module
-from parvts_fx.torch_private import name_sources
 
 H100 = types.SimpleNamespace(
     name="NVIDIA H100", major=9, minor=0, multi_processor_count=132, warp_size=32, max_threads_per_multi_processor=2048,
@@ -118,7 +119,6 @@ def _lower(module: GraphModule, inputs: Sequence[Any], settings: dict[str, Any])
     from torch._inductor.compile_fx import compile_fx
 
     written: list[tuple[str, str | None]] = []
-    name_sources(module)
     with _an_h100(written), contextlib.suppress(_Stopped), torch.no_grad():
         try:
             given = [held if isinstance(held, torch.Tensor) and held.dtype == torch.float64 and not held.dim() else _moved(held)
@@ -251,15 +251,12 @@ def _kernels(source: str) -> Iterator[Kernel]:
         for name, code in re.findall(r"async_compile\.triton\('(\w+)', '''(.*?)''', device_str", source, re.S):
             kernel = getattr(PyCodeCache.load(code), name)
             binary = kernel._precompile_config(kernel.configs[0]).kernel
-            registers, stack = _told_by_ptxas(binary.asm["cubin"])
+            registers, stack = _resources(binary.asm["cubin"])
             yield Kernel(name, registers, stack, binary.metadata.shared)
 
 
-def _told_by_ptxas(cubin: bytes) -> tuple[int, int]:
+def _resources(cubin: bytes) -> tuple[int, int]:
     """Registers, and bytes of the stack, of a kernel's threads."""
-    import subprocess
-    import tempfile
-
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
