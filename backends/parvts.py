@@ -15,7 +15,7 @@ from torch.fx.node import map_aggregate
 
 from parvts_fx.analysis.calls import attention_nodes
 from parvts_fx.backends.lowering import Compiled, lower, prepare
-from parvts_fx.errors import NotRewritten, Refusal, tell_unrewritten
+from parvts_fx.errors import NotRewritten, Refusal, does_not_compile, tell_unrewritten
 from parvts_fx.options import Options, parse_options
 from parvts_fx.passes.single_sample import Parted
 from parvts_fx.report import GraphReport
@@ -184,7 +184,7 @@ def _not_lowered(error: Exception, module: GraphModule, options: Options) -> Rew
     of_dynamo = isinstance(error, TorchDynamoException) and not isinstance(error, BackendCompilerFailed)
     if options.strict or of_dynamo or str(error).startswith("parvts_fx: option"):
         raise error
-    reason = f"the rewritten graph does not compile: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    reason = does_not_compile(error)
     tell_unrewritten(reason)
     return Rewriting(GraphReport("unrewritten", reason, len(module.graph.nodes)))
 

@@ -56,6 +56,12 @@ def tell_unrewritten(reason: str, strict: bool = False) -> None:
     warn(f"parvts_fx: this multimodal prefill runs unrewritten: {reason}")
 
 
+def does_not_compile(error: Exception) -> str:
+    """The reason where the compiler behind fails on a rewritten graph."""
+    own = getattr(error, "inner_exception", error)  # Dynamo wraps what its backends raise
+    return f"the rewritten graph does not compile: {type(own).__name__}: {str(own).partition(chr(10))[0]}"
+
+
 def warn(text: str) -> None:
     """A :class:`ParvtsWarning` that points at the line from which the model was called, however deep it comes up."""
     frame: FrameType | None = sys._getframe(1)

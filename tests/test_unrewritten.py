@@ -413,19 +413,21 @@ def test_chunks(compiled):
     assert one.past_key_values.layers[0].keys.shape[2] < 22 + 16
 
 
+def no_gather(graph, inputs, **_):
+    """A compiler that fails on whatever chooses tokens."""
+    if any(node.target in (torch.gather, "gather") for node in graph.graph.nodes):
+        raise RuntimeError("no kernel for this")
+    return graph.forward
+
+
 def test_a_rewritten_graph_that_does_not_compile(model, prompt):
     """The compiler behind fails on it: the prefill runs whole, with its reason once; strict lets the compiler's error through."""
-    def lowering(graph, inputs, **_):
-        if any(node.target in (torch.gather, "gather") for node in graph.graph.nodes):
-            raise RuntimeError("no kernel for this")
-        return graph.forward
-
-    plain, output, told = run_both(model, prompt.inputs, lowering=lowering)
+    plain, output, told = run_both(model, prompt.inputs, lowering=no_gather)
     assert_same_logits(output, plain)
     assert len(told) == 1 and "does not compile: RuntimeError: no kernel for this" in told[0]
     uncompile(model)
     torch._dynamo.reset()
-    compile_with_parvts(model, lowering=lowering)
+    compile_with_parvts(model, lowering=no_gather)
     with torch.no_grad(), pytest.raises(Exception, match="no kernel for this"):
         model(**prompt.inputs)
 
@@ -439,7 +441,7 @@ def test_weights_stay_where_they_are(model, prompt, dynamic):
         handed.append(graph)
         return graph.forward
 
-    compile_with_parvts(model, lowering=lowering, dynamic=dynamic)
+    compile_with_parvts(model, lowering=no_gather, dynamic=dynamic)
     with torch.no_grad():
         model(**prompt.inputs)
     graph = max(handed, key=lambda graph: len(graph.graph.nodes))
@@ -447,3 +449,21 @@ def test_weights_stay_where_they_are(model, prompt, dynamic):
     weights = [node for node in inputs if node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type")]
     assert len(weights) >= len(list(model.model.language_model.layers.parameters()))
     assert graph._param_name_to_source is not None and all(hasattr(node, "_dynamo_source") for node in inputs)
+
+
+def test_what_is_written_for_a_later_batch_does_not_compile(model):
+    """The first batch has samples that differ, so that the graph is rewritten for the second one: which runs whole, twice, with
+    its reason once."""
+    uneven, even = (llava.prompt(model, rows) for rows in ([[2, "image", "image"], [34]], [[2, "image", 16], [2, "image", 16]]))
+    plain, _, told = run_both(model, uneven.inputs, lowering=no_gather)
+    assert len(told) == 1 and "different numbers of visual tokens" in told[0]
+    with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        output, again = model(**even.inputs), model(**even.inputs)
+    (reason,) = reasons(caught)
+    assert "does not compile: RuntimeError: no kernel for this" in reason
+    uncompile(model)
+    with torch.no_grad():
+        wanted = model(**even.inputs)
+    assert_same_logits(output, wanted)
+    assert_same_logits(again, wanted)

@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 
 from parvts_fx.analysis.values import fake_mode_of
 from parvts_fx.capture import copy_graph_module
-from parvts_fx.errors import NotRewritten, Refusal, tell_unrewritten
+from parvts_fx.errors import NotRewritten, Refusal, does_not_compile, tell_unrewritten
 from parvts_fx.options import Options
 from parvts_fx.rewriting import FEWER, Rewriting
 from parvts_fx.runtime.by_sample import BySample
@@ -22,7 +22,7 @@ from parvts_fx.runtime.guards import PADDING, Prompt, same_count, sizes_fit, une
 from parvts_fx.runtime.merged_embeddings import MergedInput, visual_rows
 from parvts_fx.runtime.record import KEPT_ALL, CallRecord
 from parvts_fx.runtime.varying_sizes import compile_varying
-from parvts_fx.torch_private import assumed
+from parvts_fx.torch_private import BackendCompilerFailed, assumed
 
 _MOST_COUNTS = 8
 """For how many different numbers of visual tokens one graph is compiled, where no size tells the number."""
@@ -111,12 +111,15 @@ class Dispatch:
             outputs, reason = self._run_by_sample(reason, inputs, given, visual)
             if not reason:
                 return outputs
-        if compiled is None or count is None:
+        ran = None
+        if compiled is not None and count is not None:
+            ran, reason = self._run_form(compiled, count, given, visual)
+        if ran is None or count is None:
             current_call().tell_record(CallRecord(False, reason, size, visual=visual, kept=visual))
             if reason != KEPT_ALL and (count is None or reason in (FEWER, OTHER_SIZES) or reason not in self._refused.values()):
                 tell_unrewritten(reason, self._options.strict)
             return self._run_unrewritten(inputs)
-        outputs, kept = compiled.run(given, visual)
+        outputs, kept = ran
         current_call().tell_record(CallRecord(True, "", size, self._options.subject_count(count), visual, kept))
         current_call().tell_pruning(self._dropped(count))
         note_short_caches(outputs, self._caches)
@@ -145,6 +148,24 @@ class Dispatch:
         if form is not None and form.fits is not None and not form.fits(inputs):
             return None, OTHER_SIZES
         return form, "" if form is not None else self._refused.get(number, _TOO_MANY)
+
+    def _run_form(
+        self, form: Form, count: int, given: Sequence[Any], visual: torch.Tensor
+    ) -> tuple[tuple[Any, torch.Tensor | None] | None, str]:
+        """What the form returns, or why there is nothing: it is compiled when it first runs, and the compiler may fail on it.
+
+        Raises:
+            BackendCompilerFailed: with ``strict``.
+        """
+        try:
+            return form.run(given, visual), ""
+        except BackendCompilerFailed as error:
+            if self._options.strict:
+                raise
+            number, reason = self._number(count), does_not_compile(error)
+            self._by_count[number], self._refused[number] = None, reason
+            tell_unrewritten(reason)
+            return None, reason
 
     def _may_part(self, reason: str, visual: torch.Tensor, inputs: Sequence[object]) -> bool:
         """Whether a prompt does not fit because its samples differ, for their padding, or because the graph was captured, or
