@@ -17,7 +17,7 @@ from parvts_fx.analysis.calls import attention_nodes
 from parvts_fx.backends.lowering import Compiled, lower, prepare
 from parvts_fx.errors import NotRewritten, Refusal, does_not_compile, tell_unrewritten
 from parvts_fx.options import Options, parse_options
-from parvts_fx.passes.single_sample import Parted
+from parvts_fx.passes.parted import Parted
 from parvts_fx.report import GraphReport
 from parvts_fx.rewriting import Rewriting, part_graph, rewrite_graph
 from parvts_fx.runtime.caches import cache_outputs, watch_short_caches

@@ -28,7 +28,8 @@ from parvts_fx.options import Options, parse_options
 from parvts_fx.passes import Pass, Plan, PlanError, build_pipeline
 from parvts_fx.passes.describe import layer_reports, merging
 from parvts_fx.passes.dumps import Dump, log_hook
-from parvts_fx.passes.single_sample import Parted, part
+from parvts_fx.passes.parted import Parted
+from parvts_fx.passes.single_sample import part
 from parvts_fx.passes.verify import CHEAP_CHECKS, Check, verifier
 from parvts_fx.pipeline import Work, run_pipeline
 from parvts_fx.report import GraphReport
@@ -158,7 +159,7 @@ def rewrite_graph(
         report = GraphReport("untouched", "visual features are merged here, for a decoder in another graph", **facts)
         return Rewriting(
             report, merge=merge, visual_mask=visual_mask(work, merge), merged_mask=merged_mask(work, merge))
-    _canonicalise(job, merge, states=True)
+    _canonicalise(job, merge)
     decoder = find_decoder(work, window_caches_follow, merge, given)
     if decoder is None:
         return Rewriting(GraphReport("untouched", _UNSEEN, **facts))
@@ -185,11 +186,10 @@ def rewrite_graph(
     return done if done.module is None else dataclasses.replace(done, stream=stream, handed=handed is not None)
 
 
-def _canonicalise(job: Work, merge: VisualMerge, states: bool) -> None:
-    """Args: ``states``, whether what is written into states of a filled cache may be returned in place of that."""
+def _canonicalise(job: Work, merge: VisualMerge) -> None:
     attentions, merged = attention_nodes(job.module.graph), merge.output
-    passes: list[Pass] = [WriteOutSizes(), InvertPermutations(), SpreadMaskedUpdates(merged, attentions), VersionWrites(merged)]
-    run_pipeline([*passes, *([ReturnStates(merged)] if states else []), SeparateCaches(merged)], job)
+    run_pipeline([WriteOutSizes(), InvertPermutations(), SpreadMaskedUpdates(merged, attentions), VersionWrites(merged),
+                  ReturnStates(merged), SeparateCaches(merged)], job)
 
 
 @no_collections()
@@ -207,7 +207,7 @@ def part_graph(
     merge = prompt_merge(job, attention_nodes(work.graph), example_inputs, options, handed)
     if merge is None:
         raise Refusal(_UNSEEN)
-    _canonicalise(job, merge, states=False)
+    _canonicalise(job, merge)
     decoder = find_decoder(work, window_caches_follow, merge, (*example_inputs, handed.visual) if handed else example_inputs)
     if decoder is None:
         raise Refusal(_UNSEEN)

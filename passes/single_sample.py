@@ -9,7 +9,6 @@ number and each axis what it has to do with that length and with the batch.
 
 from __future__ import annotations
 
-import dataclasses
 import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from parvts_fx.analysis.last_rows import nodes_without_tokens
-from parvts_fx.analysis.masks import Mask, all_masks
+from parvts_fx.analysis.masks import all_masks
 from parvts_fx.analysis.records import Decoder
 from parvts_fx.analysis.samples import samples_of
 from parvts_fx.analysis.tokens import AtMost, AxisLabels, Count, Filling, cached_in_front
@@ -38,70 +37,15 @@ from parvts_fx.analysis.values import (
     value,
     with_leaves,
 )
+from parvts_fx.capture.return_states import returned_states
 from parvts_fx.errors import Refusal
+from parvts_fx.passes.parted import Parted, Result, Side
 from parvts_fx.torch_private import expression, is_functorch_wrapped_tensor
 
 FEATURES = "image_features"
 """What the decoder's graph calls the rows that are merged into its embeddings: a name that tells what they are."""
 
 _ENTERS, _LEAVES = "_enter_autocast", "_exit_autocast"
-
-
-@dataclasses.dataclass(frozen=True)
-class Side:
-    """A tensor that the decoder reads, and where one sample's rows lie in it."""
-
-    node: Node
-    samples: int | None
-    """The axis of the samples; None for what all samples share."""
-
-    axes: tuple[int, ...]
-    """Those along which the prompt's rows lie, behind cached ones or none."""
-
-    is_number: bool = False
-    """Whether the decoder reads the number that is all there is in the tensor."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """One of the graph's results."""
-
-    place: int
-    """Among those of the part that makes it."""
-
-    samples: int | None = None
-    """For a result of the decoder's: the axis of its samples; None for a batch of one."""
-
-    is_decoders: bool = False
-
-    behind_cached: int | None = None
-    """The axis along which the prompt's rows stand behind cached ones, if any does."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Parted:
-    """A captured graph in two parts."""
-
-    front: GraphModule
-    """Of the graph's inputs: merged embeddings [batch, seq, hidden], the tensors of ``sides``, and results."""
-
-    decoder: GraphModule
-    """Of merged embeddings [1, rows, hidden], visual [1, rows] bool, features [visual tokens, hidden] and one sample's ``sides``:
-    its results."""
-
-    sides: tuple[Side, ...]
-    masks: tuple[tuple[int, Mask], ...]
-    """Which sides are masks of attention, and how they are read."""
-
-    results: tuple[Any, ...]
-    """Of the graph, in order: a :class:`Result`, or what is no node."""
-
-    picks_rows: bool
-    """Whether what stands in front of the decoder may take single rows of the prompt out of what the decoder reads: its last
-    ones, say, which are padding in some samples."""
-
-    returns_one: bool
-    """Whether the graph returned its only result by itself."""
 
 
 def part(module: GraphModule, decoder: Decoder) -> Parted:
@@ -115,19 +59,23 @@ def part(module: GraphModule, decoder: Decoder) -> Parted:
             writer.write(node)
     if decoder.grid is not None:
         writer.hand_on(decoder.grid)
-    returned = output_node(module.graph).args[0]
+    end, inputs = output_node(module.graph), module.graph.find_nodes(op="placeholder")
+    returned, (names, returns_several) = end.args[0], returned_states(end)
+    states = {node.name: node for node in inputs if node.name in names}
     results = list(returned) if isinstance(returned, (tuple, list)) else [returned]
     own = [node for node in dict.fromkeys(results) if isinstance(node, Node) and node in writer.inside]
     others = [node for node in dict.fromkeys(results) if isinstance(node, Node) and node not in writer.inside]
     sides = tuple(writer.sides)
     known = [(place, mask) for mask in all_masks(decoder.layers) for place, side in enumerate(sides) if side.node is mask.node]
     front = _front(module, decoder, [decoder.merge.output, *(side.node for side in sides), *others])
+    overwritten = {node: states[name] for node, name in zip(results[len(results) - len(names):], names, strict=True)}
     placed = [
-        node if not isinstance(node, Node) else writer.result(node, own.index(node)) if node in writer.inside else
-        Result(1 + len(sides) + others.index(node)) for node in results]
+        node if not isinstance(node, Node) else writer.result(node, own.index(node), overwritten.get(node))
+        if node in writer.inside else Result(1 + len(sides) + others.index(node)) for node in results]
     return Parted(
-        front, writer.finish(own), sides, tuple(known), tuple(placed), _picks_rows(decoder, [side.node for side in sides]),
-        not isinstance(returned, (tuple, list)))
+        front, writer.finish(own), sides, tuple(known), tuple(placed),
+        tuple(inputs.index(states[name]) for name in names), _picks_rows(decoder, [side.node for side in sides]),
+        not returns_several)
 
 
 def _picks_rows(decoder: Decoder, sides: Sequence[Node]) -> bool:
@@ -270,8 +218,11 @@ class _Writer:
             return self._side_of(Side(leaf.args[0], None, (), is_number=True))
         raise Refusal("the decoder reads something that is neither a tensor nor a number that is known", node)
 
-    def result(self, node: Node, place: int) -> Result:
+    def result(self, node: Node, place: int, state: Node | None = None) -> Result:
         """
+        Args:
+            state: the input that it is to be written into, if any.
+
         Raises:
             Refusal: its samples or its rows cannot be told apart, or those of the prompt from cached ones.
         """
@@ -281,13 +232,24 @@ class _Writer:
         behind = tokens.is_behind_cached(node)
         if any(not kind.is_plain for kind in axes.values()) and not behind:
             raise Refusal("a result counts its tokens in a way that is not understood", node)
-        if any(tokens.is_behind_cached(source) for held in nodes_without_tokens(self.decoder.nodes, node, tokens)
-               for source in held.all_input_nodes):
+        if any(tokens.is_behind_cached(source) and not self._is_state_alone(source, state)
+               for held in nodes_without_tokens(self.decoder.nodes, node, tokens) for source in held.all_input_nodes):
             raise Refusal("a result holds the last rows of a filled cache: as many of its old ones as a sample's own leave", node)
         samples = samples_of(self.decoder, node)
         if samples is not None and samples.each != 1:
             raise Refusal("a result holds several entries for each sample", node)
         return Result(place, None if samples is None else samples.axis, True, next(iter(axes)) if behind else None)
+
+    def _is_state_alone(self, joined: Node, state: Node | None) -> bool:
+        """Whether rows stand behind those of a state, which no attention asks: a convolution's last inputs. The rows of a window
+        of keys are counted by later calls' masks, from its end."""
+        tokens, stack = self.decoder.tokens, [join for join, tensor, _ in self._joins if join is joined and tensor is state]
+        alone = bool(stack)
+        while stack and alone:
+            users = stack.pop().users
+            alone = not any(user in self._of_attention for user in users)
+            stack += [user for user in users if tokens.is_behind_cached(user)]
+        return alone
 
     def hand_on(self, grid: Node) -> None:
         """Let the graph have what tells the places of tokens [3 or 4, batch, seq], which no operation of the decoder need read:

@@ -59,6 +59,60 @@ def error(name: str, options: dict[str, Any]) -> float:
     return found
 
 
+@pytest.mark.supports("Batches", "rows with other numbers of visual tokens behind a cached prompt, for models whose layers write "
+                      "a state into the cache")
+@pytest.mark.parametrize("name", ["lfm2_vl", "qwen3_5"])
+@torch.no_grad()
+def test_batches_whose_samples_differ(name: str) -> None:
+    """A picture in one row and none in the other, behind cached words: the first as it is by itself, the other as it was."""
+    model, both, picture = behind_words(name)
+    (_, whole), told = answered(model, both), list[Any]()
+    parvts_fx.compile(model, lowering="eager", strict=True, keep_ratio=0.25, migration_depth=1, on_call=told.append)
+    first, other = answered(model, both)
+    assert [record.pruned for record in told] == [False, True] and told[1].kept_tokens == (4, 0)
+    (alone,) = answered(model, picture)
+    assert relative_error(first, alone) < TOLERANCE and relative_error(other, whole) < TOLERANCE
+
+
+@torch.no_grad()
+def test_windows_of_batches_whose_samples_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They run whole: later calls' masks count a window's rows from its end, and samples with fewer new ones have other old
+    ones there. Without that check a row is wrong."""
+    model, both, picture = behind_words("exaone4_5")
+    parvts_fx.compile(model, lowering="eager", keep_ratio=0.25, migration_depth=1)
+    with pytest.warns(parvts_fx.ParvtsWarning, match="a result holds the last rows of a filled cache"):
+        answered(model, both)
+    torch._dynamo.reset()
+    parvts_fx.uncompile(model)
+    monkeypatch.setattr(sys.modules["parvts_fx.passes.single_sample"]._Writer, "_is_state_alone", lambda *_: True)
+    parvts_fx.compile(model, lowering="eager", keep_ratio=0.25, migration_depth=1, strict=True)
+    (alone,) = answered(model, picture)
+    assert relative_error(answered(model, both)[0], alone) > 1e-3
+
+
+def behind_words(name: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """A model; a batch of its prompt and of text as long, both behind five words; the prompt alone behind them."""
+    built = build(name)
+    words = torch.tensor([[7, 9, 11, 13, 5]])
+    text = torch.randint(4, 90, built.inputs["input_ids"].shape, generator=torch.Generator().manual_seed(9))
+    one, both = dict(built.inputs), dict(built.inputs)
+    for inputs, ids in (one, [one["input_ids"]]), (both, [one["input_ids"], text]):
+        inputs["input_ids"] = torch.cat([words.expand(len(ids), -1), torch.cat(ids)], 1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        if "mm_token_type_ids" in inputs:
+            kinds = torch.nn.functional.pad(inputs["mm_token_type_ids"], (5, 0))
+            inputs["mm_token_type_ids"] = torch.cat([kinds, torch.zeros_like(kinds)])[:len(ids)]
+    return built.model, both, one
+
+
+def answered(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    """[batch, steps, vocabulary]: the logits of a prompt behind its cached first words, and of two decode steps."""
+    how = dict(do_sample=False, return_dict_in_generate=True, output_logits=True)
+    cache = model(input_ids=inputs["input_ids"][:, :5], use_cache=True).past_key_values
+    found = model.generate(**inputs, past_key_values=cache, **how, max_new_tokens=3, min_new_tokens=3)
+    return torch.stack(found.logits, 1)
+
+
 def difference(model: Any, words: torch.Tensor, inputs: dict[str, Any]) -> float:
     """Between a prompt in one piece, and the same behind its cached first words."""
     how = dict(do_sample=False, return_dict_in_generate=True, output_logits=True)

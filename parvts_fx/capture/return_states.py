@@ -59,15 +59,20 @@ def _is_whole(graph: Graph, node: Node) -> bool:
     return not any(changed_in_place(other) is not None or any(user > node for user in other.users) for other in alike)
 
 
+def returned_states(end: Node) -> tuple[tuple[str, ...], bool]:
+    """The inputs that the last results of a graph are to be written into, and whether it returns several results beside them."""
+    return end.meta.get(_STATES, ((), isinstance(end.args[0], (tuple, list))))
+
+
 def write_states(work: Work, end: Node) -> None:
     """Write what the rewritten graph returns of states into those, and return the rest.
 
     Args:
         end: the output of the graph in which :class:`ReturnStates` has put them there.
     """
-    if _STATES not in end.meta:
+    names, returns_several = returned_states(end)
+    if not names:
         return
-    names, returns_several = end.meta[_STATES]
     editor, now = Editor(work.module), output_node(work.module.graph)
     given = {node.name: node for node in work.module.graph.nodes if node.op == "placeholder"}
     left, states = now.args[0][:-len(names)], now.args[0][-len(names):]

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.fx import GraphModule
 
 from parvts_fx.errors import Refusal
-from parvts_fx.passes.single_sample import Parted, Result
+from parvts_fx.passes.parted import Parted, Result
 from parvts_fx.runtime.call import begin_call
 from parvts_fx.runtime.record import CallRecord
 from parvts_fx.torch_private import may_vary
@@ -79,6 +79,8 @@ class BySample:
         record = CallRecord(pruned, reason, visual.shape[1], kept, visual, _kept(samples, visual))
         of_decoder = frozenset(
             place for place, held in enumerate(parted.results) if isinstance(held, Result) and held.is_decoders)
+        for place in reversed(parted.states):
+            inputs[place].copy_(outputs.pop())
         return Ran(outputs[0] if parted.returns_one else outputs, rows, record, of_decoder)
 
     def _run(

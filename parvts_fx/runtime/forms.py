@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from parvts_fx.passes.single_sample import Parted
+from parvts_fx.passes.parted import Parted
 from parvts_fx.rewriting import Rewriting
 from parvts_fx.runtime.merged_embeddings import MergedInput
 
