@@ -70,6 +70,11 @@ def cache_lengths(cache: Any) -> list[int]:
     return [layer.keys.shape[-2] for layer in cache.layers if getattr(layer, "keys", None) is not None]
 
 
+def cache_entries(cache: Any) -> int:
+    """How many numbers a cache holds, whatever its layers call what they hold."""
+    return sum(held.numel() for _, held in cache_tensors(cache))
+
+
 class Captured:
     """A compiled model that Dynamo captures once for several choices of options, until Dynamo is reset.
 
