@@ -15,7 +15,7 @@ from torch.fx.node import map_aggregate
 
 from parvts_fx.analysis.calls import attention_nodes
 from parvts_fx.backends.lowering import Compiled, lower, prepare
-from parvts_fx.errors import NotRewritten, Refusal, does_not_compile, tell_unrewritten
+from parvts_fx.errors import BeginAgain, NotRewritten, Refusal, does_not_compile, tell_unrewritten
 from parvts_fx.options import Options, parse_options
 from parvts_fx.passes.parted import Parted
 from parvts_fx.report import GraphReport
@@ -87,7 +87,7 @@ def parvts(
         if attention_nodes(module.graph):  # it may go on from a shortened cache whose count nobody corrects
             return watch_short_caches(lowered, caches, counts_kept=window_caches_follow)
         return lowered
-    except (ValueError, NotRewritten) as error:
+    except (ValueError, NotRewritten, BeginAgain) as error:
         return _raise_at_call(error)
 
 
@@ -155,6 +155,8 @@ def _attempt(
         return rewrite_graph(
             module, example_inputs, options, window_caches_follow=window_caches_follow, handed=handed, may_wait=True)
     except Refusal as refusal:
+        if current_call().can_begin_again():
+            raise BeginAgain from refusal
         reason = str(refusal)
         if options.strict:
             raise NotRewritten.because(reason) from refusal

@@ -67,8 +67,9 @@ def compile(model: Model, *, on_call: OnCall | None = None, **options: Any) -> M
     modules: list[Any] = [model, *_generating_parts(model)]
     for module in modules:
         own = on_call if module is model else None
-        module.compile(backend=_backend(parsed), **arguments)
-        surround_compiled_call(module, functools.partial(_with_forms, model, module, parsed, own, arguments))
+        backend = _backend(parsed)
+        module.compile(backend=backend, **arguments)
+        surround_compiled_call(module, functools.partial(_with_forms, model, module, parsed, own, arguments, backend))
         if callable(getattr(type(module), "generate", None)):
             vars(module)[MASKS] = MasksOfGenerate(module)
             if _generating_parts(module):
@@ -83,18 +84,24 @@ def _backend(options: Options) -> Callable[..., Any]:
 
 def _with_forms(
     model: torch.nn.Module, module: torch.nn.Module, options: Options, on_call: OnCall | None, arguments: Mapping[str, Any],
-    call: Callable[..., Any],
+    backend: Callable[..., Any], call: Callable[..., Any],
 ) -> Callable[..., Any]:
     """A module's compiled call, which follows what is overridden for the model."""
-    watched = watched_call(call, options, module, on_call, disabled=bool(arguments.get("disable")))
+    watched = watched_call(call, options, module, on_call, disabled=bool(arguments.get("disable")),
+                           anew=functools.partial(_compiled, module, backend, arguments))
     part = None if module is model else uncompiled_call(module)
     return Forms(model, part, watched, functools.partial(_form, module, on_call, arguments))
 
 
 def _form(module: torch.nn.Module, on_call: OnCall | None, arguments: Mapping[str, Any], options: Options) -> Callable[..., Any]:
     """A compiled call of a module beside the one that it holds."""
-    compiled = torch.compile(uncompiled_call(module), backend=_backend(options), **arguments)
-    return watched_call(compiled, options, module, on_call, disabled=bool(arguments.get("disable")))
+    anew = functools.partial(_compiled, module, _backend(options), arguments)
+    return watched_call(anew(), options, module, on_call, disabled=bool(arguments.get("disable")), anew=anew)
+
+
+def _compiled(module: torch.nn.Module, backend: Callable[..., Any], arguments: Mapping[str, Any]) -> Callable[..., Any]:
+    """Another compiled call of a module each time: torch.compile tells them apart by their backends."""
+    return torch.compile(uncompiled_call(module), backend=functools.partial(backend), **arguments)
 
 
 @contextlib.contextmanager
@@ -227,9 +234,13 @@ def explain(model: torch.nn.Module, /, *args: Any, options: Mapping[str, Any] | 
 
     traced = dataclasses.replace(parsed, lowering="eager", mode=None, lowering_options={})
     backend = functools.partial(parvts, options=traced, window_caches_follow=True, on_rewriting=collect)
-    with torch.no_grad():  # static sizes, so that every count is a number
-        compiled = torch.compile(uncompiled_call(model), backend=backend, dynamic=False)
-        watched_call(compiled, parsed, model, once=True)(*args, **inputs)
+
+    def compiled() -> Callable[..., Any]:
+        reports.clear()
+        return _compiled(model, backend, dict(dynamic=False))  # static sizes, so that every count is a number
+
+    with torch.no_grad():
+        watched_call(compiled(), parsed, model, once=True, anew=compiled)(*args, **inputs)
     return Report(tuple(reports))
 
 

@@ -41,6 +41,10 @@ class NotRewritten(RuntimeError):
         return str(self).removeprefix(_CANNOT)
 
 
+class BeginAgain(Exception):
+    """The call can be captured better than it was, and nothing has been run yet that would not be run again."""
+
+
 class ParvtsWarning(UserWarning):
     """A multimodal prefill runs unrewritten; the message names the reason."""
 

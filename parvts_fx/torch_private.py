@@ -357,6 +357,12 @@ class GraphBreak:
     where: str
 
 
+def frames_of_last_break() -> list[tuple[str, int, str]]:
+    """The functions in which Dynamo ended a graph last, inside out: file, line, name."""
+    held = _graph_breaks[-1:]
+    return [(frame.filename, frame.lineno or 0, frame.name) for frame in reversed(held[0].user_stack)] if held else []
+
+
 _EXCLUDED = re.compile(r"Skip calling function `<function (\S+)")
 
 

@@ -131,6 +131,9 @@ class Call:
         """Which rows [batch, seq] of embeddings [batch, seq, hidden] are not those of the call's ids; None if none can be
         told."""
 
+        self.can_begin_again: Callable[[], bool] = lambda: False
+        """Asked where a graph cannot be rewritten: whether there is another way to capture the call."""
+
         self.handed: TensorTable[Handed] = TensorTable()
         self.origins: TensorTable[Origin] = TensorTable()
         self.shortened: TensorTable[Conversation] = TensorTable()

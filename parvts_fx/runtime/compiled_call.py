@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from parvts_fx.errors import NotRewritten, tell_unrewritten
+from parvts_fx.errors import BeginAgain, NotRewritten, tell_unrewritten
 from parvts_fx.options import Options
 from parvts_fx.runtime.cached_rows import can_follow, given_mask, rows_by_mask, with_cached_columns
 from parvts_fx.runtime.caches import find_caches, has_stream, is_cache, with_own_caches
 from parvts_fx.runtime.call import Call, TensorTable, begin_call
+from parvts_fx.runtime.closed_modules import ClosedModules
 from parvts_fx.runtime.garbage import no_collections
 from parvts_fx.runtime.joined_features import JoinedFeatures
 from parvts_fx.runtime.pruned_caches import remember_pruned
@@ -45,7 +46,7 @@ _RECOMPILE_LIMIT = 128  # Dynamo itself stops at 256 per code object, whatever t
 
 def watched_call(
     call: Callable[..., Any], options: Options, model: torch.nn.Module, on_call: OnCall | None = None, once: bool = False,
-    disabled: bool = False,
+    disabled: bool = False, anew: Callable[[], Callable[..., Any]] | None = None,
 ) -> Callable[..., Any]:
     """Run a compiled call under settings of Dynamo's that keep it in one piece, and keep its cache's count right.
 
@@ -56,11 +57,12 @@ def watched_call(
         on_call: given the record of every call with a prompt (:mod:`parvts_fx.runtime.record`).
         once: there will be a single call, in which nothing is tried out for later ones.
         disabled: torch.compile was told to compile nothing.
+        anew: compiles the call once more, so that nothing that is compiled already is used for it.
 
     Raises (the result):
         NotRewritten: with ``strict=True``, for a call with visual inputs that no captured graph merges.
     """
-    watched = _Watched(call, options, model, on_call, once, disabled)
+    watched = _Watched(call, options, model, on_call, once, disabled, anew)
 
     @functools.wraps(call)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -74,11 +76,12 @@ class _Watched:
 
     def __init__(
         self, call: Callable[..., Any], options: Options, model: torch.nn.Module, on_call: OnCall | None, once: bool,
-        disabled: bool,
+        disabled: bool, anew: Callable[[], Callable[..., Any]] | None,
     ) -> None:
-        self._call, self._model, self._on_call = call, model, on_call
+        self._call, self._model, self._on_call, self._anew = call, model, on_call, anew
         self._strict = options.strict
         self._frames = _Frames()
+        self._closed = ClosedModules(model)
         self._unseen = Unseen(disabled)
         self._told: set[str] = set()
         self._returned: TensorTable[bool] = TensorTable()
@@ -97,7 +100,7 @@ class _Watched:
         joined = self._features.joined(given)
         moves = any(map(has_stream, find_caches(args, joined)))
         output, caches, told = self._run(
-            self._run_uncompiled if moves else self._call, args, joined, prompts if has_pictures else [], mask,
+            moves, args, joined, prompts if has_pictures else [], mask,
             lent is None or can_follow(mask))
         if lent is not None:
             output, caches = lent.give_back(output, sum(told.dropped[-1:])), [lent.own]
@@ -107,25 +110,27 @@ class _Watched:
         return self._features.parted(output, given, joined)
 
     def _run(
-        self, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], prompts: Sequence[torch.Tensor],
-        mask: Any, by_sample: bool,
+        self, moves: bool, args: Sequence[Any], kwargs: Mapping[str, Any], prompts: Sequence[torch.Tensor], mask: Any,
+        by_sample: bool,
     ) -> tuple[Any, list[Any], Call]:
         """What the call returns, the caches that it leaves, and what its graphs have told.
 
         Args:
-            call: the model, compiled or as it is.
+            moves: whether the model runs as it is.
             prompts: what may be the ids, if they come with pictures.
             mask: that of a prompt.
             by_sample: False where nobody puts the columns of later calls' masks in place.
         """
         while True:
             try:
-                with paused(), no_collections(), self._frames.capturing(), begin_call() as told:
+                with paused(), no_collections(), self._closed, self._frames.capturing(), begin_call() as told:
+                    if self._anew is not None:
+                        told.can_begin_again = functools.partial(self._closed.can_close, count_graph_breaks())
                     if prompts:
                         told.told_by_ids = functools.partial(_rows_of_none_of, self._model, prompts)
                         told.mask_rows = rows_by_mask(mask, find_caches(args, kwargs))
                     told.by_sample = by_sample and self._by_sample
-                    output = call(*args, **kwargs)
+                    output = (self._run_uncompiled if moves else self._call)(*args, **kwargs)
                     caches = find_caches(output, args, kwargs)
                     if told.rows is None or caches or not told.shortened:
                         return output, caches, told
@@ -133,6 +138,10 @@ class _Watched:
             except (TorchDynamoException, GuardOnDataDependentSymNode):
                 if not self._frames.relax():
                     raise
+            except BeginAgain:
+                assert self._anew is not None, "or nobody had begun again"
+                self._closed.close(functools.partial(self._try_uncompiled, args, with_own_caches(kwargs)))
+                self._call, self._frames = self._anew(), _Frames()
             except NotRewritten as error:
                 keep_record(self._model, told.record or CallRecord(False, error.reason), self._on_call)
                 raise
