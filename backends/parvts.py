@@ -15,6 +15,7 @@ from torch.fx.node import map_aggregate
 
 from parvts_fx.analysis.calls import attention_nodes
 from parvts_fx.backends.lowering import Compiled, lower, prepare
+from parvts_fx.capture import copy_graph_module
 from parvts_fx.errors import BeginAgain, NotRewritten, Refusal, does_not_compile, tell_unrewritten
 from parvts_fx.options import Options, parse_options
 from parvts_fx.passes.parted import Parted
@@ -87,8 +88,30 @@ def parvts(
         if attention_nodes(module.graph):  # it may go on from a shortened cache whose count nobody corrects
             return watch_short_caches(lowered, caches, counts_kept=window_caches_follow)
         return lowered
-    except (ValueError, NotRewritten, BeginAgain) as error:
+    except BeginAgain:
+        return _Again(module, functools.partial(parvts, options=options, mode=mode, window_caches_follow=window_caches_follow,
+                                                on_rewriting=on_rewriting))
+    except (ValueError, NotRewritten) as error:
         return _raise_at_call(error)
+
+
+class _Again:
+    """A graph for a call that may be captured better: where that has come to nothing, it is compiled as it is.
+
+    Args:
+        backend: this one, as it was called.
+    """
+
+    def __init__(self, module: GraphModule, backend: Callable[..., Compiled]):
+        self._module, self._backend = copy_graph_module(module), backend
+        self._compiled: Compiled | None = None
+
+    def __call__(self, *inputs: Any) -> Any:
+        if self._compiled is None:
+            if current_call().can_begin_again():
+                raise BeginAgain
+            self._compiled = torch.compile(self._module, backend=self._backend)
+        return self._compiled(*inputs)
 
 
 _SAMPLES: weakref.WeakValueDictionary[Hashable, Any] = weakref.WeakValueDictionary()

@@ -325,6 +325,16 @@ def surround_compiled_call(module: torch.nn.Module, around: Callable[[Callable[.
     module._compiled_call_impl = around(call)
 
 
+def hook_tables(module: torch.nn.Module) -> list[dict[int, Any]]:
+    """A module's hooks around its forward. Without a table, no module has such hooks."""
+    return [vars(module)[name] for name in ("_forward_hooks", "_forward_pre_hooks") if name in vars(module)]
+
+
+def changes_of(tensor: torch.Tensor) -> int:
+    """How often a tensor has been written into."""
+    return tensor._version
+
+
 # -- what Dynamo raises, and how it captures: parvts_fx.compile's part -----------------------------------------------------------
 
 class _NeverRaised(Exception):
@@ -357,10 +367,10 @@ class GraphBreak:
     where: str
 
 
-def frames_of_last_break() -> list[tuple[str, int, str]]:
-    """The functions in which Dynamo ended a graph last, inside out: file, line, name."""
-    held = _graph_breaks[-1:]
-    return [(frame.filename, frame.lineno or 0, frame.name) for frame in reversed(held[0].user_stack)] if held else []
+def frames_of_breaks(start: int) -> list[list[tuple[str, int, str]]]:
+    """The functions in which Dynamo ended each graph, without the first ones, inside out: file, line, name."""
+    return [[(frame.filename, frame.lineno or 0, frame.name) for frame in reversed(held.user_stack)]
+            for held in _graph_breaks[start:]]
 
 
 _EXCLUDED = re.compile(r"Skip calling function `<function (\S+)")

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from parvts_fx.runtime.module_operation import Closed, close, parameter, takes
-from parvts_fx.torch_private import count_graph_breaks, frames_of_last_break
+from parvts_fx.runtime.module_operation import Closed, close, parameter, state_of, takes
+from parvts_fx.torch_private import frames_of_breaks
 
 Forward = Callable[..., Any]
 
@@ -27,8 +27,8 @@ class ClosedModules:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._model = model
-        self._tried: set[type] = set()
-        self._asked: type | None = None
+        self._tried: set[Any] = set()
+        self._asked: list[type] = []
         self._forwards: dict[torch.nn.Module, Forward] = {}
         self._lock, self._inside = threading.Lock(), 0
 
@@ -47,33 +47,40 @@ class ClosedModules:
                     vars(module).pop("forward", None)
 
     def can_close(self, breaks_before: int) -> bool:
-        """Whether the graph that was captured last ended in the forward of modules that it has not been tried to close, which the
-        next call of :meth:`close` does.
+        """Whether graphs ended in the forward of modules that it has not been tried to close, which the next call of
+        :meth:`close` does. Others end for these to be captured by themselves: which break was the cause, nobody knows.
 
         Args:
             breaks_before: how often Dynamo had broken graphs when the call began.
         """
-        kinds = {type(module) for module in self._model.modules()}
-        frames = frames_of_last_break() if count_graph_breaks() > breaks_before else []
-        inside = (kind for frame in frames for kind in kinds if _has_line(kind, *frame))
-        kind = next(inside, type(self._model))
-        self._asked = None if kind is type(self._model) or kind in self._tried else kind
-        return self._asked is not None
+        kinds = {type(module): None for module in self._model.modules()}
+        ended = (next((kind for frame in frames for kind in kinds if _has_line(kind, *frame)), type(self._model))
+                 for frames in frames_of_breaks(breaks_before))
+        self._asked = [kind for kind in dict.fromkeys(ended)
+                       if kind is not type(self._model) and self._as_it_is(kind) not in self._tried]
+        return bool(self._asked)
 
-    def close(self, call: Callable[[], Any]) -> None:
-        """Args: ``call``, calls the model as it is."""
-        kind, self._asked = self._asked, None
-        if kind is None:
-            return
-        self._tried.add(kind)
-        modules = [module for module in self._model.modules() if type(module) is kind and "forward" not in vars(module)]
-        calls = _calls(modules, call)
+    def _of_kind(self, kind: type) -> list[torch.nn.Module]:
+        return [module for module in self._model.modules() if type(module) is kind]
+
+    def _as_it_is(self, kind: type) -> Any:
+        """What is new when somebody changes the numbers that such modules hold."""
+        return kind, tuple(map(state_of, self._of_kind(kind)))
+
+    def close(self, call: Callable[[], Any]) -> bool:
+        """Close what is asked for, as far as that can be; whether anything is.
+
+        Args:
+            call: calls the model as it is.
+        """
+        modules = [module for kind in self._asked for module in self._of_kind(kind) if "forward" not in vars(module)]
+        self._tried.update(map(self._as_it_is, self._asked))
         known: dict[Any, Closed | None] = {}
-        for module, (args, kwargs) in calls.items():
-            closed = close(module, args, kwargs, known)
-            if closed is not None:
-                with self._lock:
-                    self._forwards[module] = _closed_forward(module, closed)
+        made = {module: closed for module, (args, kwargs) in _calls(modules, call).items()
+                if (closed := close(module, args, kwargs, known)) is not None}
+        with self._lock:
+            self._forwards.update({module: _closed_forward(module, closed) for module, closed in made.items()})
+        return bool(made)
 
 
 def _has_line(kind: type, file: str, line: int, name: str) -> bool:

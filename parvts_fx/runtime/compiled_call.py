@@ -121,11 +121,12 @@ class _Watched:
             mask: that of a prompt.
             by_sample: False where nobody puts the columns of later calls' masks in place.
         """
+        breaks = count_graph_breaks()
         while True:
             try:
                 with paused(), no_collections(), self._closed, self._frames.capturing(), begin_call() as told:
                     if self._anew is not None:
-                        told.can_begin_again = functools.partial(self._closed.can_close, count_graph_breaks())
+                        told.can_begin_again = functools.partial(self._closed.can_close, breaks)
                     if prompts:
                         told.told_by_ids = functools.partial(_rows_of_none_of, self._model, prompts)
                         told.mask_rows = rows_by_mask(mask, find_caches(args, kwargs))
@@ -140,8 +141,8 @@ class _Watched:
                     raise
             except BeginAgain:
                 assert self._anew is not None, "or nobody had begun again"
-                self._closed.close(functools.partial(self._try_uncompiled, args, with_own_caches(kwargs)))
-                self._call, self._frames = self._anew(), _Frames()
+                if self._closed.close(functools.partial(self._try_uncompiled, args, with_own_caches(kwargs))):
+                    self._call, self._frames = self._anew(), _Frames()
             except NotRewritten as error:
                 keep_record(self._model, told.record or CallRecord(False, error.reason), self._on_call)
                 raise

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
+from parvts_fx.torch_private import changes_of, hook_tables
+
 _TENSOR = "a tensor"
 _CONSTANTS = (int, float, bool, str, type(None))
 _CLOSE = 1e-2
 """Of the largest number: how far results may be apart by rounding alone, where numbers have half precision."""
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 Run = Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
 
@@ -166,7 +166,7 @@ def close(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
         return None
     signature = Signature(
         len(args), tuple(kwargs), tuple(_TENSOR if isinstance(held, torch.Tensor) else held for held in given),
-        tuple(held.dtype for held in tensors), tuple(tuple(held.shape) for held in tensors), _state(module))
+        tuple(held.dtype for held in tensors), tuple(tuple(held.shape) for held in tensors), state_of(module))
     kind = type(module), written, signature
     if kind not in known:
         known[kind] = _close(bare, written, signature, tensors, weights) if bare is not None else None
@@ -186,9 +186,9 @@ def _close(
         return [made] if isinstance(made, torch.Tensor) else made
 
     try:
-        before = [held._version for held in (*tensors, *weights.values())]
+        before = [changes_of(held) for held in (*tensors, *weights.values())]
         made = run(tensors)
-        unchanged = before == [held._version for held in (*tensors, *weights.values())] and pickle.dumps(bare) == written
+        unchanged = before == [changes_of(held) for held in (*tensors, *weights.values())] and pickle.dumps(bare) == written
     except Exception:
         return None
     if not unchanged or not kinds <= {torch.Tensor, tuple} or not made or not all(
@@ -246,13 +246,13 @@ def _results(
 
 
 def _keeps_rows_apart(run: Run, tensors: Sequence[torch.Tensor], made: Sequence[torch.Tensor], varying: Sequence[int]) -> bool:
-    """Whether half of the longest axis' entries come to what they come to among all of them."""
-    rows = max((size for size in varying if any(size in held.shape for held in made)), default=1)
+    """Whether half of the entries of any axis but the last come to what they come to among all of them."""
     compared = []
-    for half in (range(rows // 2), range(rows // 2, rows)) if rows > 1 else ():
-        some = run([_chosen(held, rows, half) for held in tensors])
-        compared += [(part, wanted) for part, whole in zip(some, made, strict=True) if rows in whole.shape
-                     for wanted in (_chosen(whole, rows, half),) if part.shape == wanted.shape]
+    for size in (size for size in varying if size > 1 and any(size in held.shape[:-1] for held in made)):
+        for half in range(size // 2), range(size // 2, size):
+            some = run([_chosen(held, size, half) for held in tensors])
+            compared += [(part, wanted) for part, whole in zip(some, made, strict=True) if size in whole.shape[:-1]
+                         for wanted in (_chosen(whole, size, half),) if part.shape == wanted.shape]
     return bool(compared) and all(
         torch.allclose(part, wanted, rtol=0, atol=_CLOSE * float(wanted.abs().max()) if wanted.is_floating_point() else 0)
         for part, wanted in compared)
@@ -287,18 +287,19 @@ def _without_weights(module: torch.nn.Module, weights: Mapping[str, torch.Tensor
     Hooks of its own are called around the operation; of those inside nobody would know.
     """
     inner = [part for part in module.modules() if part is not module]
-    if any(vars(part)[name] for part in inner for name in _HOOKS) or any(
+    if any(table for part in inner for table in hook_tables(part)) or any(
             isinstance(held, torch.Tensor) for part in module.modules() for held in vars(part).values()):
         return None
     if any(type(held) not in (torch.Tensor, torch.nn.Parameter) for held in weights.values()):
         return None
-    memo: dict[int, Any] = {id(vars(module)[name]): collections.OrderedDict() for name in _HOOKS}
+    memo: dict[int, Any] = {id(table): collections.OrderedDict() for table in hook_tables(module)}
     for held in weights.values():
         bare = torch.empty_like(held, device="meta", requires_grad=False)
         memo[id(held)] = torch.nn.Parameter(bare, requires_grad=False) if isinstance(held, torch.nn.Parameter) else bare
     return copy.deepcopy(module, memo)
 
 
-def _state(module: torch.nn.Module) -> tuple[tuple[str, str, Any], ...]:
+def state_of(module: torch.nn.Module) -> tuple[tuple[str, str, Any], ...]:
+    """The numbers and words that a module holds."""
     return tuple((path, name, held) for path, part in module.named_modules() for name, held in vars(part).items()
                  if isinstance(held, _CONSTANTS) and held is not None and not name.startswith("_"))
