@@ -2,7 +2,7 @@
 
 A loop over those experts that were chosen, or a branch on what a tensor holds, ends the graph in the middle of the decoder. Where
 that happens in the forward of a module that makes tensors of tensors, the call is begun again with such modules closed: each is
-an operation that is given their tensors and their weights. What it does with rows is proven as for any other operation, by running
+an operation that is given its tensors and its weights. What it does with rows is proven as for any other operation, by running
 it. How its results' sizes follow those of what it is given is found out in a call of the model as it is. A module in which rows
 meet (a layer, with its attention) stays open: what is to be found out about that is inside.
 """
@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from parvts_fx.runtime.module_operation import Closed, close, parameter, state_of, takes
+from parvts_fx.runtime.close_module import close, state_of
+from parvts_fx.runtime.module_operation import Closed, parameter, takes
 from parvts_fx.torch_private import frames_of_breaks
 
 Forward = Callable[..., Any]
@@ -36,8 +37,7 @@ class ClosedModules:
         with self._lock:
             self._inside += 1
             if self._inside == 1:
-                for module, forward in self._forwards.items():
-                    vars(module)["forward"] = forward
+                self._put()
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
@@ -45,6 +45,10 @@ class ClosedModules:
             if self._inside == 0:
                 for module in self._forwards:
                     vars(module).pop("forward", None)
+
+    def _put(self) -> None:
+        for module, forward in self._forwards.items():
+            vars(module)["forward"] = forward
 
     def can_close(self, breaks_before: int) -> bool:
         """Whether graphs ended in the forward of modules that it has not been tried to close, which the next call of
@@ -80,6 +84,8 @@ class ClosedModules:
                 if (closed := close(module, args, kwargs, known)) is not None}
         with self._lock:
             self._forwards.update({module: _closed_forward(module, closed) for module, closed in made.items()})
+            if self._inside:  # another thread is in a call
+                self._put()
         return bool(made)
 
 
