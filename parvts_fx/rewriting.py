@@ -11,7 +11,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from parvts_fx.analysis import Decoder, VisualMerge, find_decoder
-from parvts_fx.analysis.calls import attention_nodes
+from parvts_fx.analysis.calls import attention_nodes, composed
 from parvts_fx.analysis.decoder import attention_follows
 from parvts_fx.analysis.values import concrete, hint, output_node, value
 from parvts_fx.capture import capture, copy_graph_module
@@ -22,6 +22,7 @@ from parvts_fx.capture.return_states import ReturnStates, write_states
 from parvts_fx.capture.separate_caches import SeparateCaches
 from parvts_fx.capture.spread_masked_updates import SpreadMaskedUpdates
 from parvts_fx.capture.version_writes import VersionWrites
+from parvts_fx.capture.write_out_attention import WriteOutAttention
 from parvts_fx.capture.write_out_sizes import WriteOutSizes
 from parvts_fx.errors import NotRewritten, Refusal
 from parvts_fx.options import Options, parse_options
@@ -141,8 +142,7 @@ def rewrite_graph(
     work = capture(module, example_inputs)
     dump = Dump(work)
     job = Work(work, hooks=(verifier(checks), log_hook, dump))
-    if kernels(work.graph):
-        run_pipeline([NameAttention()], job)
+    _name_attention(job)
     attentions = attention_nodes(work.graph)
     merge = prompt_merge(job, attentions, example_inputs, options, handed)
     if merge is None:
@@ -186,6 +186,14 @@ def rewrite_graph(
     return done if done.module is None else dataclasses.replace(done, stream=stream, handed=handed is not None)
 
 
+def _name_attention(job: Work) -> None:
+    """Write every attention call as one that the analysis knows."""
+    if kernels(job.module.graph):
+        run_pipeline([NameAttention()], job)
+    if composed(job.module.graph):
+        run_pipeline([WriteOutAttention()], job)
+
+
 def _canonicalise(job: Work, merge: VisualMerge) -> None:
     attentions, merged = attention_nodes(job.module.graph), merge.output
     run_pipeline([WriteOutSizes(), InvertPermutations(), SpreadMaskedUpdates(merged, attentions), VersionWrites(merged),
@@ -204,6 +212,7 @@ def part_graph(
     """
     work = capture(module, example_inputs)
     job = Work(work)
+    _name_attention(job)
     merge = prompt_merge(job, attention_nodes(work.graph), example_inputs, options, handed)
     if merge is None:
         raise Refusal(_UNSEEN)

@@ -260,6 +260,9 @@ def _overload(namespace: Any, name: str, instead: Any) -> Any:
 
 
 aten_softmax = _overload(torch.ops.aten, "_softmax", torch.softmax)
+encoder_layer = _find("torch", "_transformer_encoder_layer_fwd")
+"""A whole ``nn.TransformerEncoderLayer``: what it calls where no gradients are recorded."""
+
 assert_scalar = _overload(torch.ops.aten, "_assert_scalar", torch._check)
 
 

@@ -14,14 +14,17 @@ from parvts_fx.analysis.collectives import groups_of
 from parvts_fx.analysis.last_rows import last_rows_of
 from parvts_fx.analysis.records import Attention
 from parvts_fx.analysis.samples import Samples
+from parvts_fx.analysis.tokens import Count
 from parvts_fx.analysis.values import (
     descendants,
     is_symbolic_int,
     is_tensor,
+    leaves,
     needed_for,
     output_node,
     symbols,
     value,
+    with_leaves,
 )
 from parvts_fx.capture.editing import Editor
 from parvts_fx.errors import Refusal
@@ -299,15 +302,18 @@ class Emitter:
             raise Refusal("a number that depends on the prompt's length comes from outside", number)
         key = (number, name)
         if key not in path.numbers:
+            bindings = self.decoder.tokens.bindings.get(number, {})
 
-            def leaf(given: Any) -> Any:
+            def leaf(index: int, given: Any) -> Any:
                 if not isinstance(given, Node):
-                    return given
+                    count = bindings.get(index)
+                    return path.recounted(given, count, name) if isinstance(count, Count) else given
                 if is_tensor(given) and given in self.inside:
                     return path.read(given, self._some_rows(path, given, name))
                 return path.resized(given, name) if value(given) is not None and not is_tensor(given) else self.mapped(given)
 
-            path.numbers[key] = self.editor.copy(number, *map_aggregate((number.args, number.kwargs), leaf))
+            fresh = [leaf(index, given) for index, given in enumerate(leaves(number))]
+            path.numbers[key] = self.editor.copy(number, *with_leaves(number, fresh))
         return path.numbers[key]
 
     def _some_rows(self, path: Path, node: Node, name: str) -> str:

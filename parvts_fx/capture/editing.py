@@ -120,14 +120,17 @@ class Editor:
 
     # -- whole functions --------------------------------------------------------------------------------------------
 
-    def inline(self, function: Callable, *sources: Node) -> Any:
+    def inline(self, function: Callable, *sources: Node, whole: bool = False) -> Any:
         """Trace a function of tensors and write its operations at the insertion point.
+
+        Args:
+            whole: keep operations that torch makes of others (attention, linear layers) as they are called.
 
         Returns:
             What the function returns, with a node in place of every tensor and symbolic size.
         """
         with self.mode, torch.no_grad(), enable_python_dispatcher():
-            traced = make_fx(function)(*(value(source) for source in sources))
+            traced = make_fx(function, pre_dispatch=whole)(*(value(source) for source in sources))
         inputs = iter(sources)
         copies: dict[Node, Any] = {}
         for node in traced.graph.nodes:
