@@ -24,7 +24,7 @@ from parvts_fx.runtime.cached_rows import MASKS, MasksOfGenerate
 from parvts_fx.runtime.compiled_call import watched_call
 from parvts_fx.runtime.overrides import Forms, overriding
 from parvts_fx.runtime.record import OnCall
-from parvts_fx.runtime.watched_generate import WatchedGenerate
+from parvts_fx.runtime.watched_generate import WatchedGenerate, calls_forward
 from parvts_fx.torch_private import surround_compiled_call, uncompiled_call
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -72,7 +72,7 @@ def compile(model: Model, *, on_call: OnCall | None = None, **options: Any) -> M
         surround_compiled_call(module, functools.partial(_with_forms, model, module, parsed, own, arguments, backend))
         if callable(getattr(type(module), "generate", None)):
             vars(module)[MASKS] = MasksOfGenerate(module)
-            if _generating_parts(module):
+            if _generating_parts(module) or not calls_forward(module):
                 module.generate = WatchedGenerate(module, parsed, own)
     vars(model)[_COPIER] = _Copier(model, again)
     return model

@@ -8,6 +8,7 @@ graph recognises the embeddings (:mod:`parvts_fx.runtime.merged_embeddings`).
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -71,6 +72,13 @@ def paused() -> Iterator[None]:
     """Leave the mode for the duration of a compiled call: Dynamo would trace it."""
     with pop_mode_temporarily() if isinstance(current_function_mode(), _Noting) else contextlib.nullcontext():
         yield
+
+
+def calls_forward(model: torch.nn.Module) -> bool:
+    """Whether it is known of a model's ``generate`` that it calls the model as a whole: what transformers gives its models does.
+    Others may merge visual features by themselves, and call parts."""
+    generation = sys.modules.get("transformers.generation")  # whoever has such a model has imported it
+    return generation is not None and isinstance(model, generation.GenerationMixin)
 
 
 class WatchedGenerate:
