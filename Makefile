@@ -51,13 +51,17 @@ test-with-floor test-with-pinned test-with-newest: test-with-%:
 	.venvs/$*/bin/python -m pip install --quiet $($*) --editable ".[demo,test]"
 	OMP_NUM_THREADS=1 .venvs/$*/bin/python -m pytest -n 2 -m versions -rs
 
-# Ray Data, servers, lm-eval, lmms-eval, deployment: what docs/recipes.md shows and needs packages for that nothing else does.
-# lmms-eval brings torchvision, of which not every build can be loaded beside every torch; nothing here needs it.
+# Ray Data, servers, lm-eval, lmms-eval, deployment: what docs/recipes.md shows and needs packages for that nothing else does; and
+# decoders of other packages than transformers. These need torchvision, of which not every build can be loaded beside every torch;
+# nothing else does.
 test-recipes:
 	$(PYTHON) -m venv .venvs/recipes
 	.venvs/recipes/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,test,recipes]"
+	$(pytest_recipes) tests/recipes/test_other_packages.py
 	.venvs/recipes/bin/python -m pip uninstall --quiet --yes torchvision
-	OMP_NUM_THREADS=1 .venvs/recipes/bin/python -m pytest -o addopts="-q --strict-markers -p no:logging" -rs tests/recipes
+	$(pytest_recipes) tests/recipes --ignore tests/recipes/test_other_packages.py
+
+pytest_recipes := OMP_NUM_THREADS=1 .venvs/recipes/bin/python -m pytest -o addopts="-q --strict-markers -p no:logging" -rs
 
 # What only a GPU can show, with a Python whose torch can use one: make test-gpu GPU_PYTHON=python3. Without a GPU they fail.
 GPU_PYTHON ?= $(VENV)/bin/python
