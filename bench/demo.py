@@ -30,7 +30,7 @@ from bench.measuring import in_turns, seconds
 from bench.models import PATCH, TEXT_AFTER, TEXT_BEFORE
 from bench.plots import plot_patches
 from bench.tables import Sheet, progress, quieten
-from parvts_fx.api import flops_of
+from parvts_fx.cost import flops_of
 from tests import reference
 
 IMAGE = 336

@@ -1,7 +1,7 @@
 """What has been measured as tables, for terminals and for pages: ``python -m bench.figures`` writes the latter.
 
 Reads ``compare.json``, ``compile_time.json``, ``picture_sizes.json``, ``uneven_batches.json``, ``soak.json``, ``flops.json``,
-``merging.json`` and ``merging_seed1.json`` in ``bench/results/``; a test fails when a page differs from them.
+``cost.json``, ``merging.json`` and ``merging_seed1.json`` in ``bench/results/``; a test fails when a page differs from them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PAGES = {
     ROOT / "docs" / "options.md": ("by kind",),
     ROOT / "docs" / "figures.md": (
         "methods", "kept", "lengths", "flops", "compile time", "picture sizes", "uneven batches", "soak", "gpu",
-        "cuda kernels", "accuracy"),
+        "cuda kernels", "cost on cpu", "cost on gpus", "accuracy"),
 }
 """The tables of each page, by the name in their markers."""
 
@@ -230,6 +230,37 @@ def schedules(results: dict[str, Any]) -> Sheet:
           f"{rows[0]['prefill']['median'] / row['prefill']['median']:.2f}x" if row is not rows[0] else ""] for row in rows])
 
 
+def cost_on_cpu(results: dict[str, Any]) -> list[Sheet]:
+    """Prefills measured and predicted by the model of cost, a table for each number of threads."""
+    sheets = []
+    for key in sorted(key for key in results if key.startswith("cpu")):
+        rows = results[key]["rows"]
+        threads = rows[0]["threads"]
+        sheets.append(Sheet(key, [f"{threads} thread{'s' * (threads > 1)}", "prefill", "measured", "predicted", "apart"], [[
+            f"{row['layers']} layers of {row['width']}, batch {row['batch']}", title(row["method"]), seconds(row["measured"]),
+            seconds(row["predicted"]), f"{100 * row['apart']:+.0f} %"] for row in rows]))
+    return sheets
+
+
+def cost_on_gpus(results: dict[str, Any]) -> Sheet:
+    """Kernels and whole calls that the model of cost predicts for GPUs, in milliseconds; in brackets what was measured."""
+    named = list(dict.fromkeys(row["gpu"] for row in results["rows"]))
+    of = {(row["model"], row["batch"], row["method"], row["gpu"]): row for row in results["rows"]}
+    prompts = dict.fromkeys((row["model"], row["batch"], row["kept"], row["visual"]) for row in results["rows"])
+
+    def cell(row: Row, what: str) -> str:
+        known = f" ({1e3 * row['measured'][what]:.1f})" if row["measured"] else ""
+        return f"{1e3 * row[what]:.1f}{known}"
+
+    lines = []
+    for model, batch, kept, visual in prompts:
+        for method in ("inductor", "parvts"):
+            each = [of[model, batch, method, gpu] for gpu in named]
+            lines.append([f"{model}, batch {batch}", title(method) + (f", {kept} of {visual}" if method == "parvts" else ""),
+                          str(each[0]["launches"]), *(f"{cell(row, 'kernels')}; {cell(row, 'call')}" for row in each)])
+    return Sheet("Predicted ms of kernels; of a call that launches each (measured)", ["", "", "kernels", *named], lines)
+
+
 def accuracy(results: dict[str, Any], named: dict[str, str]) -> Sheet:
     """Right answers in per cent of the full model's, by the share of visual tokens kept."""
     from bench.accuracy.results import share_of
@@ -262,6 +293,7 @@ def tables() -> dict[str, str]:
     """The tables by the name in their markers."""
     compared = json.loads((RESULTS / "compare.json").read_text())
     answers, others = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("merging", "merging_seed1"))
+    predicted = json.loads((RESULTS / "cost.json").read_text())
     return {
         "speed": speed(compared["methods"]).markdown(),
         "methods": "\n\n".join(sheet.markdown() for sheet in methods(compared["methods"])),
@@ -272,6 +304,8 @@ def tables() -> dict[str, str]:
         "soak": soak(json.loads((RESULTS / "soak.json").read_text())).markdown(),
         "cuda kernels": cuda_kernels(json.loads((RESULTS / "cuda_kernels.json").read_text())).markdown(),
         "gpu": gpu(json.loads((RESULTS / "gpu.json").read_text())).markdown(),
+        "cost on cpu": "\n\n".join(sheet.markdown() for sheet in cost_on_cpu(predicted)),
+        "cost on gpus": cost_on_gpus(predicted["gpu"]).markdown(),
         "flops": flops(json.loads((RESULTS / "flops.json").read_text())).markdown(),
         "accuracy": accuracy(answers, ANSWERS).markdown(), "accuracy in short": accuracy(answers, ANSWERS_IN_SHORT).markdown(),
         "by kind": by_kind([answers, others]).markdown(),

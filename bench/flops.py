@@ -23,8 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 
 from bench import figures
-from parvts_fx.api import count_flops
 from parvts_fx.capture import capture
+from parvts_fx.cost import count_flops
 from parvts_fx.options import Options, parse_options
 from parvts_fx.rewriting import Rewriting, rewrite_graph
 
@@ -45,7 +45,7 @@ class Configuration:
     vocabulary: int
     text: int
     visual: int
-    build: Callable[[Configuration], torch.nn.Module]
+    build: Callable[[Configuration, torch.dtype], torch.nn.Module]
 
     def formula(self, rows: Sequence[tuple[int, int, int]], logits: int) -> float:
         """Floating-point operations from (rows that ask, rows with keys, pairs) per layer and rows with logits.
@@ -73,7 +73,7 @@ def rows_of(config: Configuration, kept: int, depth: int) -> list[tuple[int, int
     return rows + [(short, short, short * short)] * (config.layers - depth - 1) + [(1, short, short)]
 
 
-def llava(config: Configuration) -> torch.nn.Module:
+def llava(config: Configuration, dtype: torch.dtype) -> torch.nn.Module:
     given = hf.LlavaConfig(
         vision_config=dict(model_type="clip_vision_model", hidden_size=1024, intermediate_size=4096, num_hidden_layers=1,
                            num_attention_heads=16, image_size=14 * int(config.visual**0.5), patch_size=14),
@@ -81,17 +81,17 @@ def llava(config: Configuration) -> torch.nn.Module:
                          num_hidden_layers=config.layers, num_attention_heads=config.heads,
                          num_key_value_heads=config.key_heads, vocab_size=config.vocabulary),
         image_token_index=IMAGE, vision_feature_layer=-1)
-    return hf.LlavaForConditionalGeneration(given)
+    return hf.LlavaForConditionalGeneration._from_config(given, dtype=dtype)
 
 
-def qwen(config: Configuration) -> torch.nn.Module:
+def qwen(config: Configuration, dtype: torch.dtype) -> torch.nn.Module:
     given = hf.Qwen2_5_VLConfig(
         text_config=dict(hidden_size=config.hidden, intermediate_size=config.mlp, num_hidden_layers=config.layers,
                          num_attention_heads=config.heads, num_key_value_heads=config.key_heads,
                          vocab_size=config.vocabulary,
                          rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24])),
         vision_config=dict(depth=1, hidden_size=1280, out_hidden_size=config.hidden), image_token_id=IMAGE)
-    return hf.Qwen2_5_VLForConditionalGeneration(given)
+    return hf.Qwen2_5_VLForConditionalGeneration._from_config(given, dtype=dtype)
 
 
 CONFIGURATIONS = (
@@ -106,16 +106,18 @@ class _Captured(Exception):
     """The prefill's graph has been seen; nothing needs to run."""
 
 
-def capture_prefill(config: Configuration) -> tuple[GraphModule, list[object]]:
+def capture_prefill(
+    config: Configuration, batch: int = 1, dtype: torch.dtype = torch.float32
+) -> tuple[GraphModule, list[object]]:
     """The graph of merge and decoder, as generate's prefill has it: the features are given."""
-    ids = torch.full((1, config.text + config.visual), 9)
+    ids = torch.full((batch, config.text + config.visual), 9)
     ids[:, 35:35 + config.visual] = IMAGE
     with FakeTensorMode() as mode:
-        model = config.build(config).eval().requires_grad_(False)
-        embeddings = torch.empty(1, ids.shape[1], config.hidden)
-        features = torch.empty(config.visual, config.hidden)
-        positions = torch.arange(ids.shape[1])[None]
-        mask = torch.empty(1, ids.shape[1], 1, dtype=torch.bool)
+        model = config.build(config, dtype).eval().requires_grad_(False)
+        embeddings = torch.empty(batch, ids.shape[1], config.hidden, dtype=dtype)
+        features = torch.empty(batch * config.visual, config.hidden, dtype=dtype)
+        positions = torch.arange(ids.shape[1])[None].expand(batch, -1)
+        mask = torch.empty(batch, ids.shape[1], 1, dtype=torch.bool)
     text = model.model.language_model
     seen: list[Any] = []
 

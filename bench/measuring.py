@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.methods import Backend, Method, Recorder, inductor
 from bench.models import Decode, Prefill, Scene, Tower, shallow_copy, step_positions
-from parvts_fx.api import count_flops
+from parvts_fx.cost import count_flops
 
 
 @dataclasses.dataclass

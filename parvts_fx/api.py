@@ -11,12 +11,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch.fx import GraphModule
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from parvts_fx.analysis.values import fake_mode_of, value
 from parvts_fx.backends.parvts import parvts
-from parvts_fx.capture import WithPrefix, capture
+from parvts_fx.capture import capture
+from parvts_fx.cost import CPU, NAMES, compare, count, named
 from parvts_fx.options import SHORT_FORM, Options, parse_options
 from parvts_fx.report import GraphReport, Report
 from parvts_fx.rewriting import Rewriting
@@ -203,7 +201,10 @@ def _generating_parts(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [part for part in model.modules() if part is not model and callable(getattr(type(part), "generate", None))]
 
 
-def explain(model: torch.nn.Module, /, *args: Any, options: Mapping[str, Any] | None = None, **inputs: Any) -> Report:
+def explain(
+    model: torch.nn.Module, /, *args: Any, options: Mapping[str, Any] | None = None, processors: Sequence[str] | None = None,
+    **inputs: Any,
+) -> Report:
     """Trace one call of a model, and tell what the backend finds and does.
 
     Args:
@@ -211,14 +212,17 @@ def explain(model: torch.nn.Module, /, *args: Any, options: Mapping[str, Any] | 
         *args: what to call it with, as in ``model(*args, **inputs)``.
         **inputs: the same, by name.
         options: the backend's options; None for those that the model was compiled with by :func:`compile`, or else the defaults.
+        processors: names of those for which the prefill's time is predicted (:func:`parvts_fx.cost.predict`); None for all that
+            are known, and for the CPU where the prompt is on one, which is measured for a second or so, once a process.
 
     Returns:
-        A record of every graph, with FLOPs before and after, and of everything that is merged into the prompt: its modality,
-        what tells that, and whether its tokens may be pruned. ``print`` it for tables.
+        A record of every graph, with FLOPs before and after and what is predicted of them, and of everything that is merged into
+        the prompt: its modality, what tells that, and whether its tokens may be pruned. ``print`` it for tables.
 
     Raises:
-        ValueError: bad options.
+        ValueError: bad options, or an unknown processor.
     """
+    names = _processors((*args, *inputs.values())) if processors is None else [named(name) for name in processors]
     copier = vars(model).get(_COPIER) if isinstance(model, torch.nn.Module) else None
     parsed = parse_options(copier.merged({}) if options is None and isinstance(copier, _Copier) else options)
     reports: list[GraphReport] = []
@@ -226,8 +230,9 @@ def explain(model: torch.nn.Module, /, *args: Any, options: Mapping[str, Any] | 
     def collect(module: GraphModule, example_inputs: Sequence[object], done: Rewriting) -> None:
         report = done.report
         if done.module is not None:
-            before, after = count_flops(capture(module, example_inputs)), count_flops(done.module)
-            report = dataclasses.replace(report, flops_before=before, flops_after=after)
+            before, after = count(capture(module, example_inputs)), count(done.module)
+            report = dataclasses.replace(report, flops_before=before.flops, flops_after=after.flops,
+                                         costs=compare(before, after, names, parsed.linear_kernels))
             if (reason := done.reason_against(example_inputs)) is not None:  # its samples are reported one by one
                 report = GraphReport("unrewritten", reason, report.nodes, merges=report.merges)
         reports.append(report)
@@ -244,25 +249,7 @@ def explain(model: torch.nn.Module, /, *args: Any, options: Mapping[str, Any] | 
     return Report(tuple(reports))
 
 
-def count_flops(module: GraphModule, shared_prefix: int = 0) -> int:
-    """Floating-point operations of a captured graph, by torch's FlopCounterMode on its fake example values.
-
-    Attention is counted as its two matrix products over all pairs, causal or not.
-
-    Args:
-        shared_prefix: with constant weights, how many leading positions both paths share. The graph finds that out when
-            it runs; 0 gives the most that it may take.
-    """
-    inputs = [value(node) for node in module.graph.nodes if node.op == "placeholder"]
-    with fake_mode_of(module.graph), torch.no_grad():
-        return flops_of(lambda: WithPrefix(module, shared_prefix).run(*inputs))[0]
-
-
-def flops_of(call: Callable[[], Any]) -> tuple[int, Any]:
-    """Floating-point operations of an eager call, by torch's FlopCounterMode, and its result."""
-    with (
-        sdpa_kernel(SDPBackend.MATH),  # the counter knows bmm on every device, but not the CPU's fused attention
-        FlopCounterMode(display=False) as counter,
-    ):
-        result = call()
-    return counter.get_total_flops(), result
+def _processors(given: Sequence[object]) -> Sequence[str]:
+    """Those for which a call is predicted: all that are known, but for the CPU only where the call is on it."""
+    elsewhere = any(isinstance(held, torch.Tensor) and held.device.type != "cpu" for held in given)
+    return [name for name in NAMES if not (elsewhere and name == CPU)]

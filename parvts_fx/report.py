@@ -10,6 +10,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from parvts_fx.cost import Comparison
+from parvts_fx.cost.telling import table
 from parvts_fx.picture import draw
 from parvts_fx.pipeline import PassRecord
 
@@ -82,6 +84,8 @@ class GraphReport:
     """Floating-point operations of this graph as it came, by torch's FlopCounterMode; only in explain()."""
 
     flops_after: int | None = None
+    costs: tuple[Comparison, ...] = ()
+    """What is predicted for this graph as it came and as it was rewritten, by processor; only in explain()."""
 
     @property
     def tokens_kept(self) -> int:
@@ -179,4 +183,4 @@ def _tables(graph: GraphReport) -> list[RenderableType]:
     for record in graph.passes:
         passes.add_row(str(record.position), record.name, str(record.matches), str(record.nodes_added),
                        str(record.nodes_removed), f"{record.milliseconds:.1f}", record.notes)
-    return [facts, layers, passes]
+    return [facts, *([table(graph.costs)] if graph.costs else []), layers, passes]

@@ -23,6 +23,7 @@ import sympy
 import torch
 import torch.nn.functional as F
 from torch.fx import Graph, GraphModule, Node
+from torch.utils.flop_counter import FlopCounterMode
 
 
 class TorchMoved(ImportError):
@@ -269,6 +270,23 @@ assert_scalar = _overload(torch.ops.aten, "_assert_scalar", torch._check)
 def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """oneDNN's matrix product, what Inductor itself calls. Without it ``linear_kernels="auto"`` fails; "library" does not."""
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], None)
+
+
+class OperationCounter(FlopCounterMode):
+    """Torch's counter of FLOPs, which tells of every operation that it lets run: its name, what it was given, its result, and
+    its FLOPs (None where it does not count them). Where the method is gone, FLOPs are counted and nothing is told."""
+
+    def __init__(self, tell: Callable[[str, Any, Any, int | None], None]):
+        super().__init__(display=False)
+        self._tell, self._known = tell, 0
+
+    def _count_flops(self, func_packet: Any, out: Any, args: Any, kwargs: Any) -> Any:
+        super()._count_flops(func_packet, out, args, kwargs)
+        counts = func_packet in self.flop_registry
+        total = self.get_total_flops() if counts else self._known
+        self._tell(str(func_packet), (args, kwargs), out, total - self._known if counts else None)
+        self._known = total
+        return out
 
 
 # -- graphs and modules ----------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import parvts_fx
 from parvts_fx.backends import lowering
 from parvts_fx.backends.parvts import parvts
 from parvts_fx.capture.editing import Editor
+from parvts_fx.cost import count_flops
 from parvts_fx.options import Options
 from parvts_fx.passes import PassResult, Plan, Work
 from tests import llava
@@ -349,7 +350,7 @@ def test_a_plan_of_ones_own():
         with torch.no_grad():
             result = torch.compile(plain, backend="parvts", options=options)(*given.arguments)
         assert largest_error(result, wanted) <= TOLERANCE
-    lean, full = map(parvts_fx.api.count_flops, graphs)
+    lean, full = map(count_flops, graphs)
     assert lean < full
 
 

@@ -7,7 +7,7 @@ import torch
 from torch.fx import GraphModule, Interpreter, Node
 
 import parvts_fx
-from parvts_fx.api import count_flops
+from parvts_fx.cost import count_flops
 from tests import llava
 from tests.comparing import assert_equal_prefill, expected, uncompile
 from tests.test_dumps import attention_flops, linear_flops

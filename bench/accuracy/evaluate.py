@@ -29,7 +29,7 @@ from bench.accuracy.ways import WEIGHTS, Way, load, prepare
 from bench.measuring import machine
 from bench.methods import named
 from bench.tables import progress
-from parvts_fx.api import flops_of
+from parvts_fx.cost import flops_of
 from parvts_fx.options import Options
 from parvts_fx.scores import AUTO, known_rules, reads_attention
 

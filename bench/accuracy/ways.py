@@ -24,7 +24,7 @@ import parvts_fx
 from bench.accuracy.examples import LONGEST_ANSWER, Answer
 from bench.accuracy.scenes import GRID, IMAGE
 from bench.models import rectangle
-from parvts_fx.api import flops_of
+from parvts_fx.cost import count_flops, flops_of
 from parvts_fx.places import places_of
 from parvts_fx.scores import ATTENDED, reads_places, rule_named
 from parvts_fx.stages import Stage
@@ -121,7 +121,7 @@ def _compiled(model: Any, way: Way) -> Prepared:
 
     def lowering(module: GraphModule, example_inputs: list[object]) -> Callable[..., Any]:
         if not counts:  # the prefill comes first
-            counts.append(parvts_fx.api.count_flops(module))
+            counts.append(count_flops(module))
         return module.forward
 
     parvts_fx.compile(model, lowering=lowering, strict=True, **pruning)

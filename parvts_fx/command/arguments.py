@@ -43,6 +43,7 @@ def _try(made: argparse.ArgumentParser) -> None:
                        help="what compiles both: inductor, eager, aot_eager, or another registered backend of torch.compile")
     group.add_argument("--linear-kernels", choices=("inductor", "auto"), default="inductor",
                        help="matrix products on CPU as plain Inductor's, so that pruning alone is measured, or as by default")
+    _processors(group)
     group = made.add_argument_group("what is written")
     group.add_argument("--json", metavar="FILE", help="all results; - for standard output, and nothing else there")
     group.add_argument("--html", type=Path, metavar="FILE", help="one page with answers, pictures, tables and the plan")
@@ -53,6 +54,7 @@ def _try(made: argparse.ArgumentParser) -> None:
 def _explain(made: argparse.ArgumentParser) -> None:
     _prompt(made)
     _pruning(made)
+    _processors(made)
     made.add_argument("--plan", type=Path, metavar="FILE", help="draw the plan; the ending says in which format")
     made.set_defaults(run=explaining.run)
 
@@ -76,6 +78,11 @@ def _prompt(made: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", choices=("auto", "float32", "float16", "bfloat16"),
                        help="of the weights (float32 on CPU, elsewhere as they are stored)")
     group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+
+
+def _processors(group: Any) -> None:
+    group.add_argument("--processor", action="append", metavar="NAME",
+                       help="predict the prefill's time there: cpu (this one), H100, H200, A100, L4; may be given again (all)")
 
 
 def _pruning(made: argparse.ArgumentParser) -> None:

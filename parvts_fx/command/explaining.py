@@ -9,7 +9,7 @@ from rich.console import Console
 import parvts_fx
 from parvts_fx.command.errors import BadInput, because
 from parvts_fx.command.measuring import prefill_of
-from parvts_fx.command.preparing import prepare, pruning
+from parvts_fx.command.preparing import prepare, processors, pruning
 from parvts_fx.command.progress import progress
 
 
@@ -19,13 +19,14 @@ def run(given: argparse.Namespace) -> int:
         BadInput: what was given cannot be used.
         ValueError: bad options.
     """
-    options = pruning(given)
+    options, names = pruning(given), processors(given)
     with progress(2) as advance:
         advance("load the model")
         prepared = prepare(given)
         advance("trace a call")
         with because("the model does not take this prompt"):
-            report = parvts_fx.explain(prepared.model, options=options, **prefill_of(prepared.model, prepared.inputs))
+            inputs = prefill_of(prepared.model, prepared.inputs)
+            report = parvts_fx.explain(prepared.model, options=options, processors=names, **inputs)
     console = Console()
     console.print(report)
     if given.plan is not None:

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from parvts_fx.api import flops_of
 from parvts_fx.command.errors import BadInput, because
+from parvts_fx.cost import flops_of
 from parvts_fx.report import Report
 from parvts_fx.torch_private import dynamo_config
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
 from parvts_fx.command import telling
 from parvts_fx.command.results import Result
+from parvts_fx.cost import telling as predicted
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; color: #222 }
@@ -32,6 +34,8 @@ def html(result: Result) -> str:
         *(f"<h2>{escape(f'Answer, {name}')}</h2><blockquote>{escape(text)}</blockquote>"
           for name, text in telling.answers(result)),
         "<h2>Measured</h2>", _table(result), f'<p class="small">{escape(telling.settings(result))}</p>',
+        *([f"<h2>{escape(predicted.TITLE)}</h2>", _cells(predicted.HEADINGS, predicted.rows(result.costs))]
+          if result.costs else []),
         *_picture("Kept patches", "The pictures as the model sees them, and the patches whose tokens are kept", result.patches),
         *_picture("Plan", "Rows that run through each decoder layer", result.plan),
         *(f'<p class="small">Note: {escape(note)}</p>' for note in result.notes),
@@ -42,8 +46,12 @@ def html(result: Result) -> str:
 
 
 def _table(result: Result) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in telling.headings(result))
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in telling.rows(result))
+    return _cells(telling.headings(result), telling.rows(result))
+
+
+def _cells(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in headings)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 

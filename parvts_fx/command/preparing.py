@@ -13,6 +13,7 @@ import transformers
 from parvts_fx.command.errors import BadInput, because
 from parvts_fx.command.prompts import build_inputs
 from parvts_fx.command.visuals import read_picture, read_video
+from parvts_fx.cost import named
 from parvts_fx.options import parse_options
 
 
@@ -46,6 +47,19 @@ def pruning(given: argparse.Namespace) -> dict[str, Any]:
         found["merge"] = None
     parse_options(found)
     return found
+
+
+def processors(given: argparse.Namespace) -> list[str] | None:
+    """The processors to predict for, by their names in full; None for all.
+
+    Raises:
+        BadInput: one of them is unknown.
+    """
+    found = []
+    for name in given.processor or ():
+        with because(f"--processor {name}"):
+            found.append(named(name))
+    return found or None
 
 
 def prepare(given: argparse.Namespace) -> Prepared:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from parvts_fx.command.measuring import Flops, Side, Spread
+from parvts_fx.cost import Comparison
 from parvts_fx.runtime.record import CallRecord
 
 _MATTERS = 1.05
@@ -46,11 +47,13 @@ class Result:
     """Pictures, where they could be drawn."""
 
     notes: list[str]
+    costs: tuple[Comparison, ...] = ()
+    """What is predicted for the prefill alone, by processor; empty where nothing was pruned."""
 
     @classmethod
     def of(
         cls, settings: dict[str, Any], ids: torch.Tensor, record: CallRecord, flops: Flops | None, sides: tuple[Side, Side],
-        patches: Path | None, plan: Path | None, notes: Sequence[str],
+        patches: Path | None, plan: Path | None, notes: Sequence[str], costs: Sequence[Comparison] = (),
     ) -> Result:
         """Args: ``ids``, the prompt's [1, tokens]."""
         count = sum(record.visual_tokens) if record.visual is not None else None
@@ -59,7 +62,7 @@ class Result:
             notes = [*notes, "the times scatter widely: other work on this machine may disturb them (try --repeats 15)"]
         places = None if record.kept is None else record.kept[0].nonzero()[:, 0].tolist()
         return cls(settings, record.pruned, record.reason, record.prompt_tokens or ids.shape[1], count, kept, places,
-                   flops if record.pruned else None, *sides, patches, plan, list(notes))
+                   flops if record.pruned else None, *sides, patches, plan, list(notes), tuple(costs) if record.pruned else ())
 
     @property
     def equal(self) -> bool:
@@ -102,9 +105,17 @@ class Result:
             "visual_tokens": self.visual_tokens, "kept_tokens": self.kept_tokens, "kept": self.kept, "flops": flops,
             "all": dataclasses.asdict(self.whole), "few": dataclasses.asdict(self.few), "answers_equal": self.equal,
             "first_token_ratio": self.first_token_ratio, "step_ratio": self.step_ratio,
+            "predicted": [_predicted(cost) for cost in self.costs],
             "pictures": [str(path) for path in (self.patches, self.plan) if path is not None], "notes": self.notes,
             "verdict": self.verdict,
         }
+
+
+def _predicted(cost: Comparison) -> dict[str, Any]:
+    sides = {}
+    for name, one in (("all", cost.whole), ("few", cost.few)):
+        sides[name] = dataclasses.asdict(one) | {"dtype": str(one.dtype).removeprefix("torch."), "seconds": one.seconds}
+    return {"processor": cost.few.processor, **sides, "kernels_ratio": cost.kernels_ratio, "ratio": cost.ratio}
 
 
 def _differ(one: Spread, other: Spread) -> bool:

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from parvts_fx.command.measuring import Spread
 from parvts_fx.command.results import Result
+from parvts_fx.cost import telling as predicted
 
 
 def rows(result: Result) -> list[tuple[str, str, str, str]]:
@@ -59,6 +60,8 @@ def tell(console: Console, result: Result) -> None:
         table.add_row(*row)
     console.print(table)
     console.print(Text(settings(result)))
+    if result.costs:
+        console.print(predicted.table(result.costs))
     for name, text in answers(result):
         console.print(Text(f"Answer, {name}: ", style="bold"), Text(text), sep="")
     for what, path in (("Kept patches", result.patches), ("Plan", result.plan)):

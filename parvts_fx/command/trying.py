@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from rich.console import Console
 import parvts_fx
 from parvts_fx.command import measuring, page, telling
 from parvts_fx.command.errors import BadInput, because, first_line
-from parvts_fx.command.preparing import Prepared, prepare, pruning
+from parvts_fx.command.preparing import Prepared, prepare, processors, pruning
 from parvts_fx.command.progress import progress
 from parvts_fx.command.results import Result
 from parvts_fx.command.visuals import as_seen
@@ -32,7 +33,7 @@ def run(given: argparse.Namespace) -> int:
         BadInput: what was given cannot be used.
         ValueError: bad options.
     """
-    options = pruning(given)
+    options, names = pruning(given), processors(given)
     for path in (given.html, None if given.json in (None, "-") else Path(given.json)):
         if path is not None and not path.parent.is_dir():
             raise BadInput(f"there is no folder {path.parent} for {path.name}")
@@ -40,7 +41,7 @@ def run(given: argparse.Namespace) -> int:
         advance("load the model")
         prepared = prepare(given)
         advance("trace a call")
-        report, why_none = _explained(prepared, options)
+        report, why_none = _explained(prepared, options, given.linear_kernels, names)
         flops = measuring.count_flops(prepared.model, prepared.inputs, report)
         whole, pruned = measuring.twin_of(prepared.model), prepared.model
         measuring.compile_plainly(whole, given.lowering)
@@ -54,16 +55,19 @@ def run(given: argparse.Namespace) -> int:
         drawn = _draw(given.out, prepared, record, report)
     notes = [note for note in (why_none, *drawn.notes) if note]
     result = Result.of(_settings(given, prepared, options), prepared.inputs["input_ids"], record, flops, sides, drawn.patches,
-                       drawn.plan, notes)
+                       drawn.plan, notes, report.prefill.costs if report is not None and report.prefill is not None else ())
     _write(given, result)
     return 0
 
 
-def _explained(prepared: Prepared, options: dict[str, Any]) -> tuple[Report | None, str]:
+def _explained(
+    prepared: Prepared, options: dict[str, Any], linear_kernels: str, names: Sequence[str] | None
+) -> tuple[Report | None, str]:
     """What pruning does to a call, or why that cannot be told: some models' ``generate`` does what no call of theirs does."""
     inputs = measuring.prefill_of(prepared.model, prepared.inputs)
     try:
-        return parvts_fx.explain(prepared.model, options=options, **inputs), ""
+        return parvts_fx.explain(
+            prepared.model, options=options | {"linear_kernels": linear_kernels}, processors=names, **inputs), ""
     except (ValueError, RuntimeError, TypeError, LookupError) as error:
         if str(error).startswith("parvts_fx: option"):
             raise
