@@ -22,7 +22,7 @@ from parvts_fx.torch_private import FakeTensor, disable_current_modes, native_li
 _LEAST_FLOPS = 1 << 24
 """Products smaller than this stay as they are: calls cost more than kernels there."""
 
-_LEAST_GAIN = 1.15
+LEAST_GAIN = 1.15
 """Clearly quicker, so that the choice does not change from run to run (and compile caches hit)."""
 
 _LEAST_TURNS, _MOST_TURNS, _ENOUGH = 4, 12, 0.15
@@ -109,7 +109,7 @@ def _is_quicker(rows: int, columns: int, inner: int, bias: bool, threads: int) -
         while len(taken) < _LEAST_TURNS or len(taken) < _MOST_TURNS and sum(map(sum, taken)) < _ENOUGH:
             taken.append(tuple(_seconds(kernel, *given) for kernel in kernels))  # in turns: others may use the processor
     usual, other = map(min, zip(*taken))
-    return usual > _LEAST_GAIN * other
+    return usual > LEAST_GAIN * other
 
 
 def _seconds(kernel: Callable[..., torch.Tensor], *given: torch.Tensor | None) -> float:

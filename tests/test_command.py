@@ -30,6 +30,7 @@ from parvts_fx.command import listing, main, prompts, visuals
 from parvts_fx.command.measuring import Flops, Side, Spread
 from parvts_fx.command.preparing import load
 from parvts_fx.command.results import Result
+from parvts_fx.cost import telling
 from parvts_fx.runtime.record import KEPT_ALL
 from tests.models.page import PAGE
 from tests.models.page import load as load_findings
@@ -85,7 +86,7 @@ def test_the_trained_model(capsys: Any, tmp_path: Path, scene: Any, square: Path
     picture, (question, *_) = scene
     model, batch = load_trained(), next(lay_out([picture], [question]).batches(1))
     found = tried(capsys, tmp_path, WEIGHTS, "--image", square, "--prompt", question.text, "--keep-tokens", 9,
-                  "--new-tokens", 5)
+                  "--new-tokens", 5, "--processor", "h100")
     (whole,) = words(generate(model, batch))
     parvts_fx.compile(model, lowering="eager", keep_tokens=9, strict=True)
     (few,) = words(generate(model, batch))
@@ -95,6 +96,9 @@ def test_the_trained_model(capsys: Any, tmp_path: Path, scene: Any, square: Path
     assert found["pruned"] and found["options"] == {"keep_tokens": 9}
     assert found["kept"] == record.kept[0].nonzero()[:, 0].tolist() and len(found["kept"]) == 9
     assert found["flops"]["allow"] == found["flops"]["whole"] / found["flops"]["pruned"] > 1.2
+    (predicted,) = found["predicted"]
+    assert (predicted["processor"], predicted["few"]["dtype"]) == ("NVIDIA H100", "bfloat16")
+    assert predicted["ratio"] == predicted["all"]["seconds"] / predicted["few"]["seconds"]
     assert [Path(path).name for path in found["pictures"]] == ["kept_patches.png", "plan.png"]
     for path in found["pictures"]:
         Image.open(path).verify()
@@ -232,7 +236,7 @@ def test_the_page(capsys: Any, tmp_path: Path, square: Path) -> None:
         assert kind == "data:image/png" and base64.b64decode(data) == Path(path).read_bytes()
         Image.open(io.BytesIO(base64.b64decode(data))).verify()
     text = " ".join(read.text)
-    for told in (found["verdict"], "what <b> & colour", found["all"]["answer"], found["few"]["answer"]):
+    for told in (found["verdict"], "what <b> & colour", found["all"]["answer"], found["few"]["answer"], telling.TITLE):
         assert told in text
     assert found["verdict"] in " ".join(out.split())
 
@@ -241,8 +245,9 @@ def test_the_page(capsys: Any, tmp_path: Path, square: Path) -> None:
 def test_explain(capsys: Any, tmp_path: Path, square: Path) -> None:
     plan = tmp_path / "plan.png"
     code, out, error = run(capsys, "explain", WEIGHTS, "--image", square, "--prompt", "describe the subject", "--plan", plan,
-                           "--keep-tokens", 20, "--migration-depth", 2)
+                           "--keep-tokens", 20, "--migration-depth", 2, "--processor", "l4", "--processor", "A100")
     assert (code, error) == (0, "")
+    assert telling.TITLE in out and "L4, bfloat16" in out and "A100, bfloat16" in out and "H100" not in out
     assert "150, of which 144 visual" in out and "26, of which 20 visual" in out and "8, in 2 of which two groups run" in out
     Image.open(plan).verify()
 

@@ -65,6 +65,7 @@ def test_models_and_pictures(capsys: Any, tmp_path: Path, picture: Path, command
     cut.write_bytes(picture.read_bytes()[:60])
     assert "cut.png cannot be read" in told(WEIGHTS, "--image", cut)
     assert "nothing to prune: give a picture" in told(WEIGHTS)
+    assert "--processor: 'B300' is not one of cpu, NVIDIA H100, " in told(WEIGHTS, *given, "--processor", "B300")
     assert "--device gpu9" in told(WEIGHTS, *given, "--device", "gpu9")
 
 

@@ -55,11 +55,10 @@ def processors(given: argparse.Namespace) -> list[str] | None:
     Raises:
         BadInput: one of them is unknown.
     """
-    found = []
-    for name in given.processor or ():
-        with because(f"--processor {name}"):
-            found.append(named(name))
-    return found or None
+    try:
+        return [named(name) for name in given.processor or ()] or None
+    except ValueError as error:
+        raise BadInput("--processor: " + str(error).removeprefix("parvts_fx: processors: ")) from error
 
 
 def prepare(given: argparse.Namespace) -> Prepared:

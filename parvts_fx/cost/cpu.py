@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from parvts_fx.backends.linear import LEAST_GAIN
 from parvts_fx.cost.fusing import Operation
 from parvts_fx.cost.processors import CPU, Bound, at_least, bound_by
 from parvts_fx.torch_private import disable_current_modes, onednn_linear
@@ -36,7 +37,7 @@ class Cpu:
     """Seconds for each weight of a product, by its number of rows."""
 
     quicker_products: Mapping[int, float]
-    """The same where each product runs on the quicker library (``linear_kernels="auto"``)."""
+    """The same with ``linear_kernels="auto"``: on another library where that is clearly quicker."""
 
     attention: Mapping[bool, float]
     """FLOP/s over all pairs, of causal calls and of those with a mask."""
@@ -91,20 +92,17 @@ def measured(dtype: torch.dtype, quicker_products: bool = False) -> Cpu:
 def _measured(dtype: torch.dtype, threads: int) -> Cpu:
     with torch.no_grad(), disable_current_modes():
         usual = _products(F.linear, dtype)
-        other = _products(functools.partial(_onednn, bias=None), dtype) if dtype == torch.float32 and (
+        other = _products(lambda x, weight: onednn_linear(x, weight, None), dtype) if dtype == torch.float32 and (
             torch.backends.mkldnn.is_available()) else usual
         small = torch.ones(8, 8, dtype=dtype)
-        return Cpu(usual, {rows: min(usual[rows], other[rows]) for rows in usual}, _attention(dtype), _copies(),
+        quicker = {rows: other[rows] if usual[rows] > LEAST_GAIN * other[rows] else usual[rows] for rows in usual}
+        return Cpu(usual, quicker, _attention(dtype), _copies(),
                    _seconds([lambda: torch.add(small, small, out=small)] * _TURNS))
 
 
 def forget() -> None:
     """Measure again at the next call: other work on the machine may have come or gone."""
     _measured.cache_clear()
-
-
-def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: None) -> torch.Tensor:
-    return onednn_linear(x, weight, bias)
 
 
 def _products(multiply: Callable[..., torch.Tensor], dtype: torch.dtype) -> dict[int, float]:
