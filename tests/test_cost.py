@@ -98,6 +98,13 @@ def test_views_and_repeated_work_cost_nothing_and_writes_do() -> None:
     assert (found.operations[0].read, found.operations[0].written) == (24 * FLOAT, 8 * FLOAT)
 
 
+def test_what_compilers_do_not_copy_is_not_moved() -> None:
+    empty, new = torch.empty(0, 4), torch.randn(3, 4)
+    assert traced(lambda cached, new: torch.cat([cached, new]), empty, new).launches == 0
+    twice, = traced(lambda new: torch.cat([new, new]), new).operations
+    assert (twice.read, twice.written) == (new.nbytes, 2 * new.nbytes)
+
+
 def test_rows_that_are_picked_are_all_that_is_read() -> None:
     table, index = torch.randn(1000, 8), torch.arange(5)
     found, = traced(lambda table, index: table[index] * 2, table, index).operations

@@ -115,7 +115,6 @@ class _Reader(WithPrefix):
         self._notes.add("scaled_dot_product_attention", "attention", (args, kwargs), result, sum(flops), causal)
         return result
 
-
     def _fake(self, held: Any) -> Any:
         """A tensor that the graph's module holds, without its data: views of a real one would have other memory."""
         real = isinstance(held, torch.Tensor) and not isinstance(held, FakeTensor)
@@ -169,9 +168,9 @@ class _Notes:
     def _same(self, name: str, given: Any) -> list[int] | None:
         """The tensors that an operation computes once more, or copies although compilers do not: an attention call's result has
         the layout that is wanted already, and what is put behind an empty cache stays where it is."""
-        taken = {self._number(held) for held in _tensors(given) if _elements(held)}
-        if len(taken) == 1 and (name == "aten.cat" or name == "aten.clone" and taken <= self._attended):
-            return list(taken)
+        taken = [self._number(held) for held in _tensors(given) if _elements(held)]
+        if len(taken) == 1 and (name == "aten.cat" or name == "aten.clone" and taken[0] in self._attended):
+            return taken
         return self._made.get(self._key(name, given))
 
     def _key(self, name: str, given: Any) -> object:
@@ -194,13 +193,11 @@ class _Notes:
         if kind == "attention":
             self._attended.update(writes)
         wide, narrow = (max((_elements(held) for held in side), default=0) for side in (taken, made))
-        shape = made[0].shape if made else ()
-        rows = 0 if kind not in ("product", "attention") or len(shape) < 2 else (
-            _elements(made[0]) // max(1, hint(shape[1]) or 0) if "conv" in name else hint(shape[-2]) or 0)
-        dtype = (taken or made or [torch.empty(0)])[0].dtype if kind in ("product", "attention") else (
-            made or [torch.empty(0)])[0].dtype
-        self._ran.append(Ran(name, kind, reads, writes, narrow if picks else max(wide, narrow), dtype, flops, rows, picks,
-                             narrow < wide and not picks, causal))
+        multiplies = kind in ("product", "attention")
+        typed = (taken if multiplies and taken else made)[0]
+        self._ran.append(Ran(
+            name, kind, reads, writes, narrow if picks else max(wide, narrow), typed.dtype, flops,
+            _rows(name, made[0]) if multiplies else 0, picks, narrow < wide and not picks, causal))
 
     def kernels(self, returned: Any) -> tuple[Operation, ...]:
         return fuse(self._ran, self._whole, self._weights, {self._number(held) for held in _tensors(returned)})
@@ -221,6 +218,13 @@ def _is_free(name: str, given: Any, result: Any) -> bool:
     return name == "aten.lift_fresh" or all(_memory(held) in taken for held in _tensors(result))
 
 
+def _rows(name: str, result: torch.Tensor) -> int:
+    """Of the matrix that a product makes, or of each in a batch; of a convolution all places in all samples."""
+    if "conv" in name:
+        return _elements(result) // max(1, hint(result.shape[1]) or 0)
+    return (hint(result.shape[-2]) or 0) if result.dim() > 1 else 1
+
+
 def _tensors(held: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(held) if isinstance(leaf, torch.Tensor)]
 
@@ -234,7 +238,10 @@ def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _memory(tensor: torch.Tensor) -> int:
-    return memory_of(_parts(tensor)[0])
+    try:
+        return memory_of(_parts(tensor)[0])
+    except (NotImplementedError, RuntimeError):  # tensors inside vmap and sparse ones have none of their own
+        return id(tensor)
 
 
 def _elements(tensor: torch.Tensor) -> int:
@@ -248,4 +255,7 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 
 def _stored(tensor: torch.Tensor) -> int:
-    return sum(hint(part.untyped_storage().nbytes()) or 0 for part in _parts(tensor))
+    try:
+        return sum(hint(part.untyped_storage().nbytes()) or 0 for part in _parts(tensor))
+    except (NotImplementedError, RuntimeError):
+        return _elements(tensor) * tensor.element_size()
