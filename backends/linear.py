@@ -19,10 +19,10 @@ from parvts_fx.analysis.values import hint, is_tensor, value
 from parvts_fx.capture import copy_graph_module
 from parvts_fx.torch_private import FakeTensor, disable_current_modes, native_linear, onednn_linear
 
-_LEAST_FLOPS = 1 << 24
+LEAST_FLOPS = 1 << 24
 """Products smaller than this stay as they are: calls cost more than kernels there."""
 
-LEAST_GAIN = 1.15
+_LEAST_GAIN = 1.15
 """Clearly quicker, so that the choice does not change from run to run (and compile caches hit)."""
 
 _LEAST_TURNS, _MOST_TURNS, _ENOUGH = 4, 12, 0.15
@@ -88,7 +88,7 @@ def _sizes(node: Node) -> tuple[int, int, int, bool, int] | None:
     if x.dim() < 2 or weight.dim() != 2:
         return None
     rows, columns, inner = hint(x.numel() // x.shape[-1]), hint(weight.shape[0]), hint(weight.shape[1])
-    if None in (rows, columns, inner) or 2 * rows * columns * inner < _LEAST_FLOPS:
+    if None in (rows, columns, inner) or 2 * rows * columns * inner < LEAST_FLOPS:
         return None
     return rows, columns, inner, len(operands) == 3, torch.get_num_threads()
 
@@ -109,7 +109,7 @@ def _is_quicker(rows: int, columns: int, inner: int, bias: bool, threads: int) -
         while len(taken) < _LEAST_TURNS or len(taken) < _MOST_TURNS and sum(map(sum, taken)) < _ENOUGH:
             taken.append(tuple(_seconds(kernel, *given) for kernel in kernels))  # in turns: others may use the processor
     usual, other = map(min, zip(*taken))
-    return usual > LEAST_GAIN * other
+    return usual > _LEAST_GAIN * other
 
 
 def _seconds(kernel: Callable[..., torch.Tensor], *given: torch.Tensor | None) -> float:

@@ -241,7 +241,7 @@ CACHED = """
     from parvts_fx.backends import linear
     from tests.plain import Plain, Specification, prompt
     if {kernels}:  # of any size, whatever the processor
-        linear._LEAST_FLOPS, linear.prefers_onednn = 0, lambda *sizes: True
+        linear.LEAST_FLOPS, linear.prefers_onednn = 0, lambda *sizes: True
     specification = Specification(layers=2, attention="masked", numbering="mask")
     given, ratio = prompt(specification), {ratio}
     fast = torch.compile(Plain(specification), backend="parvts", dynamic={dynamic}, options=dict(strict=True, {options}))

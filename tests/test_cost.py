@@ -64,6 +64,7 @@ def test_every_tensor_is_moved_once() -> None:
     for product in products:
         assert (product.read, product.weights, product.written, product.rows) == (
             rows + weights, weights, ROWS * INNER * FLOAT, ROWS)
+        assert product.columns == INNER
     assert (activation.read, activation.written) == (2 * ROWS * INNER * FLOAT, ROWS * INNER * FLOAT)
     assert (total.read, total.written) == (2 * rows, rows) and last.weights == weights
 
@@ -189,11 +190,12 @@ def test_a_cpus_rates_lie_between_those_that_were_measured(monkeypatch: pytest.M
     rates = cpu.Cpu({1: 1e-9, 100: 10e-9}, {1: 1e-9, 100: 5e-9}, {True: 2e9, False: 1e9}, {1000: 1e-6}, 1e-8)
     monkeypatch.setattr(cpu, "_measured", lambda dtype, threads: rates)
     product = next(one for one in traced(Block(), torch.randn(ROWS, WIDTH)).operations if one.weights and one.flops)
-    for quicker, last in ((False, 10e-9), (True, 5e-9)):
+    monkeypatch.setattr(cpu, "prefers_onednn", lambda rows, columns, inner, bias, threads: columns == 8)
+    for quicker, columns, last in ((False, 8, 10e-9), (True, 8, 5e-9), (True, 4, 10e-9)):
         found = cpu.measured(torch.float32, quicker)
         for rows, each in ((1, 1e-9), (100, last), (34, (2e-9 + last) / 3), (300, 3 * last)):
-            held = dataclasses.replace(product, rows=rows, flops=2 * rows * 10**6)
-            assert found.kernel(held) == (pytest.approx(10**6 * each), "arithmetic")
+            held = dataclasses.replace(product, rows=rows, columns=columns, flops=2 * rows * 10**8)
+            assert found.kernel(held) == (pytest.approx(10**8 * each), "arithmetic")
     attend = dataclasses.replace(product, kind="attention", flops=10**9, causal=True)
     assert math.isclose(rates.kernel(attend)[0], 0.5) and rates.kernel(dataclasses.replace(attend, causal=False))[0] == 1
     assert rates.kernel(dataclasses.replace(product, kind="fused", read=500, written=0)) == (pytest.approx(5e-7), "memory")

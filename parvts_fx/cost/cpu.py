@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from parvts_fx.backends.linear import LEAST_GAIN
+from parvts_fx.backends.linear import LEAST_FLOPS, prefers_onednn
 from parvts_fx.cost.fusing import Operation
 from parvts_fx.cost.processors import CPU, Bound, at_least, bound_by
 from parvts_fx.torch_private import disable_current_modes, onednn_linear
@@ -36,8 +36,8 @@ class Cpu:
     products: Mapping[int, float]
     """Seconds for each weight of a product, by its number of rows."""
 
-    quicker_products: Mapping[int, float]
-    """The same with ``linear_kernels="auto"``: on another library where that is clearly quicker."""
+    other_products: Mapping[int, float]
+    """The same on the other library that ``linear_kernels="auto"`` takes where it is quicker."""
 
     attention: Mapping[bool, float]
     """FLOP/s over all pairs, of causal calls and of those with a mask."""
@@ -51,7 +51,7 @@ class Cpu:
     name: str = CPU
     launch: float = 0.0
     quicker: bool = False
-    """Which of the two kinds of products is asked for."""
+    """Whether products are on the library that is quicker for their sizes, as :mod:`parvts_fx.backends.linear` finds."""
 
     def kernel(self, operation: Operation) -> tuple[float, Bound]:
         moving = _at(self.copies, operation.moved)
@@ -60,10 +60,18 @@ class Cpu:
         if operation.kind == "attention":
             computing = operation.flops / self.attention[operation.causal]
         else:
-            points = self.quicker_products if self.quicker and operation.weights else self.products
+            points = self.other_products if self.quicker and _prefers_other(operation) else self.products
             rows = max(1, operation.rows)
             computing = operation.flops / (2 * rows) * _at(points, rows)
         return at_least(self.least, max(computing, moving), bound_by(operation, computing, moving))
+
+
+def _prefers_other(operation: Operation) -> bool:
+    """What is chosen for a linear layer when it is compiled in this process."""
+    if operation.dtype != torch.float32 or not operation.weights or operation.flops < LEAST_FLOPS:
+        return False
+    inner = operation.flops // (2 * operation.rows * operation.columns)
+    return prefers_onednn(operation.rows, operation.columns, inner, operation.name == "aten.addmm", torch.get_num_threads())
 
 
 def _at(points: Mapping[int, float], place: int) -> float:
@@ -95,8 +103,7 @@ def _measured(dtype: torch.dtype, threads: int) -> Cpu:
         other = _products(lambda x, weight: onednn_linear(x, weight, None), dtype) if dtype == torch.float32 and (
             torch.backends.mkldnn.is_available()) else usual
         small = torch.ones(8, 8, dtype=dtype)
-        quicker = {rows: other[rows] if usual[rows] > LEAST_GAIN * other[rows] else usual[rows] for rows in usual}
-        return Cpu(usual, quicker, _attention(dtype), _copies(),
+        return Cpu(usual, other, _attention(dtype), _copies(),
                    _seconds([lambda: torch.add(small, small, out=small)] * _TURNS))
 
 

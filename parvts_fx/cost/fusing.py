@@ -31,6 +31,7 @@ class Ran:
     dtype: torch.dtype
     flops: int = 0
     rows: int = 0
+    columns: int = 0
     picks: bool = False
     """Whether it reads rows by an index."""
 
@@ -61,6 +62,7 @@ class Operation:
     rows: int
     """Rows of a product's result, of each matrix of a batch; of attention the queries."""
 
+    columns: int
     dtype: torch.dtype
     """What is multiplied; of a fused kernel that of its first result."""
 
@@ -102,7 +104,8 @@ def fuse(ran: Sequence[Ran], whole: Mapping[int, int], weights: set[int], result
         first = held[0]
         kernels.append(Operation(
             first.name, first.kind, first.flops, sum(read.values()), sum(read[tensor] for tensor in read if tensor in weights),
-            sum(written.values()) if written else sum(first.writes.values()), first.rows, first.dtype, first.causal))
+            sum(written.values()) if written else sum(first.writes.values()), first.rows, first.columns, first.dtype,
+            first.causal))
     return tuple(kernels)
 
 

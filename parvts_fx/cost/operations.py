@@ -194,10 +194,9 @@ class _Notes:
             self._attended.update(writes)
         wide, narrow = (max((_elements(held) for held in side), default=0) for side in (taken, made))
         multiplies = kind in ("product", "attention")
-        typed = (taken if multiplies and taken else made)[0]
-        self._ran.append(Ran(
-            name, kind, reads, writes, narrow if picks else max(wide, narrow), typed.dtype, flops,
-            _rows(name, made[0]) if multiplies else 0, picks, narrow < wide and not picks, causal))
+        typed, (rows, columns) = (taken if multiplies and taken else made)[0], _matrix(name, made[0]) if multiplies else (0, 0)
+        self._ran.append(Ran(name, kind, reads, writes, narrow if picks else max(wide, narrow), typed.dtype, flops, rows, columns,
+                             picks, narrow < wide and not picks, causal))
 
     def kernels(self, returned: Any) -> tuple[Operation, ...]:
         return fuse(self._ran, self._whole, self._weights, {self._number(held) for held in _tensors(returned)})
@@ -218,11 +217,11 @@ def _is_free(name: str, given: Any, result: Any) -> bool:
     return name == "aten.lift_fresh" or all(_memory(held) in taken for held in _tensors(result))
 
 
-def _rows(name: str, result: torch.Tensor) -> int:
-    """Of the matrix that a product makes, or of each in a batch; of a convolution all places in all samples."""
-    if "conv" in name:
-        return _elements(result) // max(1, hint(result.shape[1]) or 0)
-    return (hint(result.shape[-2]) or 0) if result.dim() > 1 else 1
+def _matrix(name: str, result: torch.Tensor) -> tuple[int, int]:
+    """(rows, columns) of what a product makes, or of each in a batch; a convolution has a row for each place in each sample."""
+    shape = [hint(size) or 1 for size in result.shape]
+    columns = shape[1] if "conv" in name else shape[-1]
+    return _elements(result) // columns if "conv" in name else shape[-2] if len(shape) > 1 else 1, columns
 
 
 def _tensors(held: Any) -> list[torch.Tensor]:

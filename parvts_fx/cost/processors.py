@@ -69,14 +69,14 @@ class Gpu:
     """Share of the bandwidth that kernels between products reach. Fitted to the same."""
 
     least: float = 4e-6
-    """Seconds that no kernel is quicker than. Fitted to what 474 kernels of a pruned prefill took, most of them small."""
+    """Seconds that no kernel is quicker than. Fitted to Qwen2.5-VL-7B's pruned prefill of one prompt, of many small kernels."""
 
     tile: int = 128
     """Rows of a product are computed in so many at a time: 206 take as long as 256."""
 
     launch: float = 40e-6
     """Seconds a kernel, launched by Inductor's Python beside a Xeon. Fitted to a prefill whose kernels took half of its time
-    (18.9 ms for 474); decode steps take as much. CUDA graphs do without it."""
+    (18.9 ms for 474). CUDA graphs do without it."""
 
     def kernel(self, operation: Operation) -> tuple[float, Bound]:
         if operation.kind not in ("product", "attention"):
