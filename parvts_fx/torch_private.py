@@ -351,6 +351,11 @@ def hook_tables(module: torch.nn.Module) -> list[dict[int, Any]]:
     return [vars(module)[name] for name in ("_forward_hooks", "_forward_pre_hooks") if name in vars(module)]
 
 
+def weight_tables(module: torch.nn.Module) -> list[dict[str, torch.Tensor | None]]:
+    """A module's own parameters and buffers, by name."""
+    return [vars(module)["_parameters"], vars(module)["_buffers"]]
+
+
 def changes_of(tensor: torch.Tensor) -> int:
     """How often a tensor has been written into."""
     return tensor._version

@@ -49,7 +49,7 @@ def close(
         return None
     signature = Signature(
         len(args), tuple(kwargs), tuple(TENSOR if isinstance(held, torch.Tensor) else held for held in given),
-        tuple(held.dtype for held in tensors), tuple(tuple(held.shape) for held in tensors), state_of(module))
+        tuple(held.dtype for held in tensors), tuple(tuple(held.shape) for held in tensors))
     kind = type(module), written, signature
     if kind not in known:
         known[kind] = _close(bare, written, signature, tensors, weights) if bare is not None else None
@@ -169,9 +169,3 @@ def _without_weights(module: torch.nn.Module, weights: Mapping[str, torch.Tensor
         bare = torch.empty_like(held, device="meta", requires_grad=False)
         memo[id(held)] = torch.nn.Parameter(bare, requires_grad=False) if isinstance(held, torch.nn.Parameter) else bare
     return copy.deepcopy(module, memo)
-
-
-def state_of(module: torch.nn.Module) -> tuple[tuple[str, str, Any], ...]:
-    """The numbers and words that a module holds."""
-    return tuple((path, name, held) for path, part in module.named_modules() for name, held in vars(part).items()
-                 if isinstance(held, _CONSTANTS) and held is not None and not name.startswith("_"))

@@ -9,6 +9,7 @@ meet (a layer, with its attention) stays open: what is to be found out about tha
 
 from __future__ import annotations
 
+import copy
 import inspect
 import threading
 from collections.abc import Callable, Sequence
@@ -16,9 +17,9 @@ from typing import Any
 
 import torch
 
-from parvts_fx.runtime.close_module import close, state_of
+from parvts_fx.runtime.close_module import close
 from parvts_fx.runtime.module_operation import Closed, parameter, takes
-from parvts_fx.torch_private import frames_of_breaks
+from parvts_fx.torch_private import frames_of_breaks, hook_tables, weight_tables
 
 Forward = Callable[..., Any]
 
@@ -28,9 +29,10 @@ class ClosedModules:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._model = model
-        self._tried: set[Any] = set()
+        self._tried: set[type] = set()
         self._asked: list[type] = []
         self._forwards: dict[torch.nn.Module, Forward] = {}
+        self._states: dict[torch.nn.Module, list[_State]] = {}
         self._lock, self._inside = threading.Lock(), 0
 
     def __enter__(self) -> None:
@@ -61,15 +63,21 @@ class ClosedModules:
         ended = (next((kind for frame in frames for kind in kinds if _has_line(kind, *frame)), type(self._model))
                  for frames in frames_of_breaks(breaks_before))
         self._asked = [kind for kind in dict.fromkeys(ended)
-                       if kind is not type(self._model) and self._as_it_is(kind) not in self._tried]
+                       if kind is not type(self._model) and kind not in self._tried]
         return bool(self._asked)
 
-    def _of_kind(self, kind: type) -> list[torch.nn.Module]:
-        return [module for module in self._model.modules() if type(module) is kind]
+    def open_changed(self) -> bool:
+        """Open what has been changed since it was closed, by other parts or adapters, say; whether there is any.
 
-    def _as_it_is(self, kind: type) -> Any:
-        """What is new when somebody changes the numbers that such modules hold."""
-        return kind, tuple(map(state_of, self._of_kind(kind)))
+        Dynamo does not look into the operation, and so guards nothing of what is in there but the weights.
+        """
+        with self._lock:
+            changed = [module for module, states in self._states.items() if any(state.has_changed() for state in states)]
+            for module in changed:
+                del self._forwards[module], self._states[module]
+                vars(module).pop("forward", None)
+            self._tried.difference_update(map(type, changed))
+        return bool(changed)
 
     def close(self, call: Callable[[], Any]) -> bool:
         """Close what is asked for, as far as that can be; whether anything is.
@@ -77,16 +85,41 @@ class ClosedModules:
         Args:
             call: calls the model as it is.
         """
-        modules = [module for kind in self._asked for module in self._of_kind(kind) if "forward" not in vars(module)]
-        self._tried.update(map(self._as_it_is, self._asked))
+        modules = [module for module in self._model.modules() if type(module) in self._asked and "forward" not in vars(module)]
+        self._tried.update(self._asked)
         known: dict[Any, Closed | None] = {}
         made = {module: closed for module, (args, kwargs) in _calls(modules, call).items()
                 if (closed := close(module, args, kwargs, known)) is not None}
         with self._lock:
+            self._states.update({module: [_State(part, part is module) for part in module.modules()] for module in made})
             self._forwards.update({module: _closed_forward(module, closed) for module, closed in made.items()})
             if self._inside:  # another thread is in a call
                 self._put()
         return bool(made)
+
+
+class _State:
+    """What a module holds beside its weights' numbers, to be compared with later on.
+
+    Args:
+        outer: whether it is a closed module itself, which may have hooks.
+    """
+
+    def __init__(self, module: torch.nn.Module, outer: bool):
+        self._module, self._outer = module, outer
+        left_out = {id(table) for table in (*weight_tables(module), *(hook_tables(module) if outer else ()))}
+        self._held = [(name, held, copy.copy(held) if isinstance(held, (list, dict, set)) else held)
+                      for name, held in vars(module).items() if id(held) not in left_out]
+        self._count, self._weights = len(vars(module)), self._kinds()
+
+    def has_changed(self) -> bool:
+        now = vars(self._module)
+        return len(now) != self._count + (self._outer and "forward" in now) or self._weights != self._kinds() or any(
+            (now.get(name, self) is not held or held is not wanted) and now.get(name, self) != wanted
+            for name, held, wanted in self._held)
+
+    def _kinds(self) -> list[Any]:
+        return [(name, getattr(held, "dtype", None)) for table in weight_tables(self._module) for name, held in table.items()]
 
 
 def _has_line(kind: type, file: str, line: int, name: str) -> bool:
@@ -129,7 +162,7 @@ def _closed_forward(module: torch.nn.Module, closed: Closed) -> Forward:
     def forward(*args: Any, **kwargs: Any) -> Any:
         given = (*args, *kwargs.values())
         if torch.is_grad_enabled() or torch.is_autocast_enabled() or not takes(
-                signature, module, len(args), tuple(kwargs), given):
+                signature, len(args), tuple(kwargs), given):
             return own(*args, **kwargs)
         tensors = [held for held in given if isinstance(held, torch.Tensor)]
         made = torch.ops.parvts_fx.module.default(key, tensors, [parameter(module, path) for path in weights])

@@ -122,6 +122,8 @@ class _Watched:
             by_sample: False where nobody puts the columns of later calls' masks in place.
         """
         breaks = count_graph_breaks()
+        if self._anew is not None and self._closed.open_changed():
+            self._call, self._frames = self._anew(), _Frames()
         while True:
             try:
                 with paused(), no_collections(), self._closed, self._frames.capturing(), begin_call() as told:

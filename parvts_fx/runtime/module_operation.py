@@ -29,9 +29,6 @@ class Signature:
     sizes: tuple[tuple[int, ...], ...]
     """Of each tensor: a size that must be as it is; or -1, -2, ... for one that may be any, the same wherever that number is."""
 
-    state: tuple[tuple[str, str, Any], ...]
-    """Numbers and words that the module holds: where, by what name, which."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Size:
@@ -118,16 +115,13 @@ def parameter(module: torch.nn.Module, path: str) -> Any:
     return held
 
 
-def takes(signature: Signature, module: torch.nn.Module, positional: int, names: tuple[str, ...], given: tuple[Any, ...]) -> bool:
+def takes(signature: Signature, positional: int, names: tuple[str, ...], given: tuple[Any, ...]) -> bool:
     """Whether what is known of a module holds for these arguments. Dynamo captures this, and guards what it asks."""
     if (positional, names, len(given)) != (signature.positional, signature.names, len(signature.given)):
         return False
     tensors = [held for held in given if isinstance(held, torch.Tensor)]
     for held, wanted in zip(given, signature.given):
         if isinstance(held, torch.Tensor) != (wanted == TENSOR) or not isinstance(held, torch.Tensor) and held != wanted:
-            return False
-    for path, name, wanted in signature.state:
-        if getattr(parameter(module, path) if path else module, name) != wanted:
             return False
     return all(held.dtype == dtype for held, dtype in zip(tensors, signature.dtypes)) and _fit(signature, tensors)
 
