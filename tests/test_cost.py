@@ -14,6 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import parvts_fx
+from bench import compare, figures
+from bench.cost import COMPARED, Layout, on_cpu
 from bench.flops import CONFIGURATIONS, capture_prefill, rewrite
 from parvts_fx.capture import capture
 from parvts_fx.cost import GPUS, NAMES, Tally, count, cpu, named, predict, telling
@@ -247,3 +249,19 @@ def test_all_processors_are_predicted_for_unless_some_are_named(monkeypatch: pyt
 def test_an_unknown_processor_is_told_before_anything_runs() -> None:
     with pytest.raises(ValueError, match="processors: 'B300' is not one of"):
         parvts_fx.explain(nn.Identity(), torch.ones(1), processors=["B300"])
+
+
+def test_the_benchmark_holds_predictions_against_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rows and table on a small model that runs eagerly; what the times are is no matter here."""
+    rates = cpu.Cpu({1: 1e-9}, {1: 1e-9}, {True: 1e9, False: 1e9}, {1000: 1e-6}, 1e-8)
+    monkeypatch.setattr(cpu, "_measured", lambda dtype, threads: rates)
+    monkeypatch.setattr(cpu, "forget", lambda: None)
+    settings = compare.Settings(layers=3, width=128, visual=36, kept=9, depth=2, sweep=(9,), lengths=(36,))
+    with torch.no_grad():
+        rows = list(on_cpu(Layout("small", settings, 2), "eager", 1))
+    assert [row["method"] for row in rows] == list(COMPARED)
+    assert rows[0]["flops"] > rows[1]["flops"] and rows[0]["predicted"]["median"] > rows[1]["predicted"]["median"]
+    for row in rows:
+        assert row["apart"] == pytest.approx(row["predicted"]["median"] / row["measured"]["median"] - 1)
+    sheet, = figures.cost_on_cpu({"cpu, 2 threads": {"rows": rows}})
+    assert [line[:2] for line in sheet.rows][0] == ["3 layers of 128, batch 2", "Inductor"] and len(sheet.rows) == 4
