@@ -143,7 +143,7 @@ class _Watched:
                     raise
             except BeginAgain:
                 assert self._anew is not None, "or nobody had begun again"
-                if self._closed.close(functools.partial(self._try_uncompiled, args, with_own_caches(kwargs))):
+                if self._closed.close(lambda: self._try_uncompiled(args, with_own_caches(kwargs))):
                     self._call, self._frames = self._anew(), _Frames()
             except NotRewritten as error:
                 keep_record(self._model, told.record or CallRecord(False, error.reason), self._on_call)
