@@ -93,7 +93,8 @@ def _write_out(path: Path, attention: Attention, queries: str, keys: str, result
                 leaf = editor.least(emitter.mapped(leaf), sets[choice[binding.label]].count)
             elif isinstance(binding, AxisLabels):
                 samples = samples_of_side(decoder, leaf, node, index, node)
-                leaf = path.cut_side(leaf, [(axis, choice[label]) for axis, label in binding.axes], samples)
+                axes = [(axis, choice[label]) for axis, label in binding.axes]
+                leaf = path.cut_side(leaf, axes, samples, path.rows_left(attention.output))
             elif isinstance(leaf, Node) and leaf in emitter.inside:
                 leaf = path.read(leaf, keys)
             else:
@@ -118,7 +119,7 @@ def _fused_operands(path: Path, attention: Attention, queries: str, keys: str) -
         assert isinstance(binding, AxisLabels), "a fused call's mask has axes, and nothing else of it is bound"
         samples = samples_of_side(emitter.decoder, named["attn_mask"], node, index, query.node)
         axes = [(axis, queries if label == QUERY else keys) for axis, label in binding.axes]
-        named["attn_mask"] = path.cut_side(named["attn_mask"], axes, samples)
+        named["attn_mask"] = path.cut_side(named["attn_mask"], axes, samples, path.rows_left(node))
     named["scale"] = emitter.mapped(named["scale"])
     named["query"] = path.read(query.node, queries)
     named["key"], named["value"] = (path.keys(operand.node, operand.axis, keys) for operand in (key, val))
@@ -140,15 +141,17 @@ def _attend_fused(path: Path, attention: Attention, queries: str, keys: str) -> 
 def attention_weights(path: Path, attention: Attention, queries: str, keys: str) -> Node:
     """[batch, heads, queries, keys] float32: how much some rows look at others; rows that see nothing have zeros."""
     weights = _all_weights(path, attention, queries, keys)
-    if not attention.on_filled_cache:
+    softmax = next((node for node in attention.nodes if is_softmax(node)), None)
+    alone = softmax is None or all(kind.is_plain for kind in path.emitter.decoder.tokens.axes[softmax].values())
+    if alone and not attention.on_filled_cache:
         return weights
-    editor = path.emitter.editor
-    in_front = editor.plus(editor.size(weights, 3), path.emitter.sets[keys].count, -1)
-    return editor.call(operator.getitem, weights, (slice(None), slice(None), slice(None), slice(in_front, None)))
+    editor, count = path.emitter.editor, path.emitter.sets[keys].count
+    own = slice(None, count) if attention.others_behind else slice(editor.plus(editor.size(weights, 3), count, -1), None)
+    return editor.call(operator.getitem, weights, (slice(None), slice(None), slice(None), own))
 
 
 def _all_weights(path: Path, attention: Attention, queries: str, keys: str) -> Node:
-    """The same, and how much they look at cached rows in front of these."""
+    """The same, and how much they look at what else there is: cached rows in front of these, sinks behind them."""
     emitter = path.emitter
     softmax = next((node for node in attention.nodes if is_softmax(node)), None)
     if softmax is None:
@@ -187,7 +190,7 @@ def _mask_of(path: Path, attention: Attention, call: Node, queries: str, keys: s
     binding = attention.bindings[call].get(index)
     assert isinstance(binding, AxisLabels), "a mask has axes along queries or keys"
     axes = [(axis, queries if label == QUERY else keys) for axis, label in binding.axes]
-    return path.cut_side(mask, axes, samples_of_side(emitter.decoder, mask, call, index, call))
+    return path.cut_side(mask, axes, samples_of_side(emitter.decoder, mask, call, index, call), path.rows_left(attention.output))
 
 
 def _weights(

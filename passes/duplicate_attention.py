@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from parvts_fx.analysis.calls import is_fused_attention
+from parvts_fx.analysis.calls import asks_tokens, is_fused_attention
 from parvts_fx.errors import Refusal
 from parvts_fx.passes.plan import Plan
 from parvts_fx.pipeline import PassResult
@@ -37,7 +37,8 @@ class DuplicateAttention:
         if stage.end == len(plan.layers):
             known = {node for layer in plan.layers for attention in layer.attentions for node in attention.nodes}
             for node in plan.decoder.nodes:
-                if is_fused_attention(node) and node not in known and node > plan.link(stage.at):
+                if is_fused_attention(node) and node not in known and node > plan.link(stage.at) and asks_tokens(
+                        node, plan.decoder.tokens):
                     raise Refusal("the prompt's last rows ask by themselves in a layer where both groups run (use a smaller "
                                   "migration_depth)", node)
         return calls

@@ -146,6 +146,7 @@ class Emitter:
 
         self._taken_over: set[int] = set()
         self._masks: dict[tuple, Node] = {}
+        self._tables: dict[tuple, Node] = {}
         self.attentions = {
             node: attention for layer in self.decoder.layers for attention in layer.attentions for node in attention.nodes}
         self.main = Path(self, self.inside, self._rows_of, self._rows_left)
@@ -343,6 +344,18 @@ class Emitter:
             self._masks[key] = self.editor.inline(
                 mask, self.sets[queries].index, prompt if everything else self.sets[keys].index)
         return self._masks[key]
+
+    def first_rows(self, table: Node, axes: Sequence[int], name: str) -> Node:
+        """As many of a table's first rows, along some axes, as a set has."""
+        if name == live(0):
+            return table
+        key = (table, tuple(axes), name)
+        if key not in self._tables:
+            first = table
+            for axis in axes:
+                first = self.editor.call(torch.narrow, first, axis, 0, self.sets[name].count)
+            self._tables[key] = first
+        return self._tables[key]
 
     def note_call(self, attention: Attention, queries: str, keys: str, output: Node) -> None:
         self.calls.append(Call(attention, queries, keys, output))

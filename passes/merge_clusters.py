@@ -76,17 +76,18 @@ def has_place_for_bias(attention: Attention, tokens: TokenMap) -> bool:
         if is_fused_attention(node):
             return True
         if is_softmax(node):
-            return _has_tokens_last(node.all_input_nodes[0], tokens, 2)
+            return _has_tokens_last(node.all_input_nodes[0], tokens, 2, attention.on_filled_cache)
     return False
 
 
-def _has_tokens_last(node: Node, tokens: TokenMap, count: int) -> bool:
+def _has_tokens_last(node: Node, tokens: TokenMap, count: int, has_cached: bool = False) -> bool:
     """Whether a tensor's last axes, so many and no other, run along the prompt and nothing else.
 
-    Scores (of two such axes) may have other keys in front of the prompt's: the cached ones.
+    Args:
+        has_cached: whether scores may have other keys in front of the prompt's, the cached ones.
     """
     axes, rank = tokens.axes.get(node, {}), value(node).dim()
-    alone = [kind.is_plain or count > 1 and kind.has_rows_in_front for kind in axes.values()]
+    alone = [kind.is_plain or has_cached and kind.has_rows_in_front for kind in axes.values()]
     return sorted(axes) == list(range(rank - count, rank)) and all(alone)
 
 

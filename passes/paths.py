@@ -152,20 +152,27 @@ class Path:
             return editor.plus(emitter.mapped(leaf), editor.plus(emitter.sets[live(0)].count, rows.count, -1))
         if isinstance(binding, AxisLabels):
             samples = samples_of_side(emitter.decoder, leaf, node, index, like)
-            return self.cut_side(leaf, [(axis, name) for axis, _ in binding.axes], samples)
+            return self.cut_side(leaf, [(axis, name) for axis, _ in binding.axes], samples, self.rows_left(node))
         if isinstance(leaf, Node) and isinstance(value(leaf), torch.SymFloat):
             return self.resized(leaf, name)
         return emitter.mapped(leaf)
 
-    def cut_side(self, side: Node, axes: list[tuple[int, str]], samples: Samples | None) -> Node:
-        """A tensor from outside the decoder, with the given rows along its axes."""
+    def cut_side(self, side: Node, axes: list[tuple[int, str]], samples: Samples | None, left: str) -> Node:
+        """A tensor from outside the decoder, with the given rows along its axes.
+
+        Args:
+            left: the rows that are left where it is read.
+        """
         sets, size = self.emitter.sets, hint(self.emitter.decoder.tokens.size)
+        numbered = side in self.emitter.decoder.numbered
         rank, taken = value(side).dim(), self.emitter.outside[side]
+        if numbered:
+            taken = self.emitter.first_rows(taken, [axis for axis, _ in axes], left)
         for axis, name in axes:
             new_in_front = value(taken).dim() - rank  # of axes, one of which holds the samples
             held = dataclasses.replace(samples, axis=0) if samples is not None and new_in_front else samples
             if hint(value(side).shape[axis]) == size:
-                taken = sets.take(taken, axis + new_in_front, name, live(0), held)
+                taken = sets.take(taken, axis + new_in_front, name, left if numbered else live(0), held)
             else:
                 taken = sets.take_behind_cached(taken, axis + new_in_front, name, held)
         return taken

@@ -17,7 +17,8 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from parvts_fx.analysis.last_rows import nodes_without_tokens
-from parvts_fx.analysis.masks import all_masks
+from parvts_fx.analysis.lengths import may_count
+from parvts_fx.analysis.masks import Mask, all_masks
 from parvts_fx.analysis.records import Decoder
 from parvts_fx.analysis.samples import samples_of
 from parvts_fx.analysis.tokens import AtMost, AxisLabels, Count, Filling, cached_in_front
@@ -107,6 +108,7 @@ class _Writer:
         merged = self.graph.call_method("masked_scatter", (embeddings, everywhere, features))
         self.new: dict[Node, Any] = {decoder.merge.output: merged}
         self.sides: dict[Side, Node] = {}
+        self._tables: dict[Node, Node] = {}
         self._first = self.length
         self._handed_on: list[Node] = []
         self._numbers: dict[tuple[int, int | Node], Any] = {}
@@ -158,7 +160,32 @@ class _Writer:
         samples = None
         if isinstance(of_samples, AxisLabels):
             ((samples, _),) = of_samples.axes
+        if leaf in self.decoder.numbered:
+            table = self._table(leaf)
+            return table if samples is None else self.graph.call_function(torch.narrow, (table, samples, 0, 1))
         return self._side_of(Side(leaf, samples, axes))
+
+    def _table(self, table: Node) -> Node:
+        """What numbers the rows that are there, made anew for those of a sample."""
+        size = self.decoder.tokens.size
+        for node in sorted(ancestors([table])):
+            if node in self._tables or not node.op.startswith("call"):
+                continue
+            args, kwargs = with_leaves(node, [self._of_table(node, leaf, size) for leaf in leaves(node)])
+            self._tables[node] = self.graph.create_node(node.op, node.target, args, kwargs, name=node.name)
+        return self._tables[table]
+
+    def _of_table(self, node: Node, leaf: Any, size: int | torch.SymInt) -> Any:
+        if isinstance(leaf, Node) and leaf in self._tables:
+            return self._tables[leaf]
+        if isinstance(size, int) and may_count(leaf, size):
+            if isinstance(leaf, float):
+                raise Refusal("a number that depends on the prompt's length cannot be told for one sample", node)
+            return self._number(node, leaf, Count("", leaf // size), None)
+        own = value(leaf) if isinstance(leaf, Node) else None
+        if isinstance(own, torch.SymInt) and isinstance(size, torch.SymInt) and expression(own) == expression(size):
+            return self.length
+        return self._constant(node, leaf)
 
     def _side_of(self, side: Side) -> Node:
         if side not in self.sides:

@@ -107,7 +107,9 @@ class Plain(nn.Module):
             distance = positions[..., :, None] - torch.cat([before, positions], -1)[..., None, :]
             bias = self.slopes[:, None, None] * distance.abs()[..., None, :, :]
             bias = bias if bias.dim() == 4 else bias[None]
-        if spec.attention in ("written", "relative"):
+        if spec.attention == "given":
+            bias = (index[:, None] - index)[None, None]
+        if spec.attention not in ("causal", "masked"):
             allowed = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(x.dtype).min)
         return self._layers(x, cached or [None] * spec.layers, allowed, bias, angles)
 

@@ -97,8 +97,14 @@ class Layer(nn.Module):
         else:
             wide_key, wide_value = (part.repeat_interleave(repeats, 0 if heads_first else 1) for part in (key, value))
             scores = torch.matmul(query, wide_key.transpose(2, 3)) * spec.score_scale
+            if spec.attention in ("counted", "given"):
+                bias = counted(query, bias)
             scores = scores if bias is None else scores + bias
-            mixed = F.softmax(scores + mask, dim=-1) @ wide_value
+            if spec.attention == "sinks":
+                scores = torch.cat([scores + mask, query[..., :1]], -1)
+                mixed = F.softmax(scores, dim=-1)[..., :-1] @ wide_value
+            else:
+                mixed = F.softmax(scores + mask, dim=-1) @ wide_value
         return weights.out(self.together(mixed)), key, value
 
     def folded(
@@ -224,6 +230,19 @@ class Layer(nn.Module):
 def _swapped(side: Tensor | None) -> Tensor | None:
     """A mask, a bias or angles for heads in front of the batch."""
     return side.transpose(0, 1) if side is not None and side.dim() == 4 else side
+
+
+def counted(query: Tensor, distance: Tensor | None) -> Tensor:
+    """[..., queries, keys]: one of a query's own entries for each of the nearest keys, more of it in later rows.
+
+    Args:
+        distance: [1, 1, queries, keys]; None to count it here.
+    """
+    number = torch.arange(query.shape[2])
+    if distance is None:
+        distance = (number[:, None] - torch.arange(query.shape[2]))[None, None]
+    bias = query.gather(-1, distance.clamp(0, query.shape[3] - 1).expand(*query.shape[:2], -1, -1))
+    return bias.masked_fill((distance < 0) | (distance >= query.shape[3]), 0.0) * (number + 1).sqrt()[:, None]
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:

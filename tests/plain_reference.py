@@ -170,6 +170,8 @@ class _Sample:
             if spec.attention == "relative":
                 at = self.positions[rows]
                 scores = scores + self.model.slopes[head] * (at[:, None] - at[None, :]).abs()
+            if spec.attention == "counted":
+                scores = scores + _counted(query[:, head])
             scores[~self.is_visual[rows]] += self.sizes.log().float()  # of text: keys may stand for several tokens
             scores = scores.masked_fill(~allowed[rows][:, rows], -math.inf)
             values = value[:, group]
@@ -179,7 +181,9 @@ class _Sample:
                     before = before + self.model.slopes[head] * (self.positions[rows][:, None] - torch.arange(spec.past)).abs()
                 scores = torch.cat([before.masked_fill(~self.sees_past[rows], -math.inf), scores], 1)
                 values = torch.cat([past[1][group], values])
-            seen = torch.softmax(scores, 1)
+            if spec.attention == "sinks":
+                scores = torch.cat([scores, query[:, head, :1]], 1)
+            seen = torch.softmax(scores, 1)[:, :len(values)]
             weights.append(seen[:, spec.past:])
             heads.append(seen @ values)
         cached = key.transpose(0, 1)[None], value.transpose(0, 1)[None]
@@ -222,6 +226,15 @@ class _Sample:
         x = self.model.norm(x)
         x = mixed(final, x, rows) if final is not None and final.place == "behind" else x
         return self.model.head(x[-1:] if self.spec.last_only else x)
+
+
+def _counted(query: Tensor) -> Tensor:
+    """[rows, rows]: what :func:`tests.plain_layers.counted` adds to the scores of rows that are there."""
+    bias = torch.zeros(len(query), len(query))
+    for row in range(len(query)):
+        for distance in range(min(query.shape[1], row + 1)):
+            bias[row, row - distance] = query[row, distance] * (row + 1) ** 0.5
+    return bias
 
 
 @dataclasses.dataclass

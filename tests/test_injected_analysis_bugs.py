@@ -326,6 +326,8 @@ SIZES: dict[str, tuple[Patch, Comparison]] = {
     "the feed-forward's size taken for the number of rows": (
         WHOLE, of(LIVE, ALONE, length=19, flat_feed=True, feed_mixing=MEAN)),
     "the heads' size taken for the number of rows": (WHOLE, of(LIVE, ALONE, length=6, visual=3, hybrid="linear")),
+    "distances of rows taken for those of positions": (
+        always(decoder, "find_numbered", frozenset()), of(attention="counted")),
 }
 
 # -- what is merged --------------------------------------------------------------------------------------------------
@@ -379,12 +381,12 @@ MISSING_CHECKS: dict[str, tuple[Patch, Comparison]] = {
     **{f"numbers not checked, {kind} {code}": (always(decoder, "check_numbers", None), mixed(kind, code))
        for kind, code in (("count", 0), ("mean", 1), ("mean", 2))},
     "one over a number not checked": (
-        wrap(lengths, "_may_count", lambda original, leaf, length: isinstance(leaf, int) and original(leaf, length)),
+        wrap(lengths, "may_count", lambda original, leaf, length: isinstance(leaf, int) and original(leaf, length)),
         mixed("count", 1)),
     "every number taken for a size": (always(lengths, "_is_a_value", False), mixed("count", 0)),
     "tables not checked": (always(lengths.Tables, "check", None), mixed("running mean", 0)),
     "tables taken for positions": (tables(counts=False), mixed("running mean", 0)),
-    "all taken for attention's tables": (always(lengths.Tables, "_ends_in", True), mixed("running mean", 0)),
+    "all taken for attention's tables": (always(lengths.Tables, "ends_in", True), mixed("running mean", 0)),
     "tables taken for as good for any length": (tables(extends=True), mixed("mean", 5)),
     **{f"a mixer at the final norm taken for the last layer's, {place}": (END_KNOWN, comparison)
        for place, comparison in FINAL.items()},

@@ -153,13 +153,6 @@ def test_what_is_joined_with_text_is_visual_where_all_goes_on_from_there(functio
     assert rewritten_alike(function, inputs, lambda module: UnifyMerges().run(Work(module)).matches) == count
 
 
-@pytest.mark.supports("Left unrewritten", "a learned bias chosen by a table of distances, which decode steps would count anew")
-def test_a_bias_by_a_table_of_distances():
-    built = BUILDERS["inkling_mm_model"]()
-    with Comparison(built) as compared, pytest.raises(parvts_fx.NotRewritten, match="table of distances"):
-        compared.forward(built.inputs)
-
-
 def test_rows_that_the_ids_do_not_explain():
     """Where Dynamo skips the merge: rows of the decoder's input that are not the ids' embeddings."""
     class Embedding(nn.Module):

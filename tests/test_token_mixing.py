@@ -120,6 +120,25 @@ def test_layouts(layout: str, stream: str, attention: str, batch: int) -> None:
     check(Choice(depth=2), layout=layout, stream=stream, attention=attention, rows=rows, heads=2)
 
 
+@pytest.mark.supports("Attention", "a learned bias by distances that a layer counts in its own rows; sinks")
+@pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES.keys())
+@pytest.mark.parametrize("attention", ["counted", "sinks"])
+def test_numbers_of_rows_and_sinks(attention: str, choice: Choice) -> None:
+    rewritten(choice, attention=attention, layers=3, rows=ROWS[:2], last_only=choice.depth == 2)
+
+
+@pytest.mark.parametrize("attention", ["counted", "sinks"])
+@pytest.mark.parametrize("layout, stream", [("heads first", ""), ("", "rows first"), ("heads first", "rows first")])
+def test_numbers_of_rows_and_sinks_in_other_layouts(layout: str, stream: str, attention: str) -> None:
+    rewritten(Choice(depth=2), layout=layout, stream=stream, attention=attention, rows=ROWS[:2], heads=2)
+
+
+@pytest.mark.supports("Left unrewritten", "a learned bias by distances that layers are given and decode steps count anew")
+def test_distances_that_layers_are_given_are_refused() -> None:
+    result = outcome(Specification(**{**BASE, "attention": "given"}), Choice(depth=1))
+    assert result.kind == "refused" and "does not count by itself" in result.reason, result
+
+
 @pytest.mark.parametrize("form", ["flat", "stacked", "one"])
 @pytest.mark.parametrize("batch", [1, 2, 3])
 def test_cache_forms(form: str, batch: int) -> None:

@@ -6,10 +6,9 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 
-import torch
 from torch.fx import GraphModule, Node
 
-from parvts_fx.analysis.calls import fused_arguments, is_fused_attention, is_softmax
+from parvts_fx.analysis.calls import asks_tokens, fused_arguments, is_fused_attention, is_softmax
 from parvts_fx.analysis.last_rows import is_state, takes_last_rows
 from parvts_fx.analysis.pairs import keeps_pairs_apart
 from parvts_fx.analysis.probe import Probe
@@ -90,6 +89,8 @@ def _fused(
     query, key, val, mask = (arguments[name] for name in ("query", "key", "value", "attn_mask"))
     if key not in decoder and val not in decoder:
         return None  # attends to something that is not the prompt: each row by itself
+    if tokens.axes.get(key) and tokens.axes.get(val) and not asks_tokens(node, tokens):
+        return None  # the tokens' rows lie side by side: that they do not meet is still to be shown
     if arguments["dropout_p"] not in (0, 0.0):
         raise Refusal("attention dropout is active", node)
     if query in decoder and not tokens.axes.get(query) and not is_state(query, tokens.probed, tokens):
@@ -186,14 +187,7 @@ def _with_computed_mask(
     def labels(found: TokenMap, node: Node) -> dict[int, str]:
         return {axis: kind.label for axis, kind in found.axes.get(node, {}).items()}
 
-    attention = _labelled(module, ordered, call, tokens, explains, "written out", known)
-    for node, bindings in attention.bindings.items():
-        for index, binding in bindings.items():
-            paired_axes = isinstance(binding, AxisLabels) and {label for _, label in binding.axes} == {QUERY, KEY}
-            if paired_axes and value(leaves(node)[index]).dtype in (torch.int32, torch.int64):
-                raise Refusal("the attention's bias is chosen by a table of distances, which decode steps would count in the "
-                              "pruned cache", call)
-    return attention
+    return _labelled(module, ordered, call, tokens, explains, "written out", known)
 
 
 def _written_out(module: GraphModule, softmax: Node, nodes: Sequence[Node], tokens: TokenMap) -> Attention:
@@ -260,14 +254,30 @@ def _labelled(
         if explains(probe.found):
             split = {label: tuple(o for o, own in zip(operands, labels) if own == label) for label in (QUERY, KEY)}
             joins = frozenset(_joins_with_cached(ordered, ordered, tokens))
-            if (softmax is not None or joins) and not keeps_pairs_apart(module, ordered, softmax, output, probe.found, split):
-                what = ("scores are not computed pair by pair" if softmax is not None and not joins else
-                        "does not have the prompt's keys behind the cached ones")
-                raise Refusal(f"attention {what}, or that cannot be shown", output if softmax is None else softmax)
+            behind = False
+            if softmax is not None or joins:
+                behind = _shows_pairs(module, ordered, softmax, output, probe.found, split, bool(joins))
             bindings = {node: dict(probe.found.bindings.get(node, {})) for node in ordered}
             axis = next(iter(probe.found.axes[output]))
-            return Attention(ordered, split[QUERY], split[KEY], output, axis, kind, bindings, joins)
+            return Attention(ordered, split[QUERY], split[KEY], output, axis, kind, bindings, joins, behind)
     raise Refusal("no reading of its operands as queries and keys explains this attention", output)
+
+
+def _shows_pairs(
+    module: GraphModule, region: tuple[Node, ...], softmax: Node | None, output: Node, labelled: TokenMap,
+    operands: Mapping[str, Sequence[Operand]], has_cached: bool,
+) -> bool:
+    """Whether what scores have beside the prompt's keys stands behind them.
+
+    Raises:
+        Refusal: scores do not belong to single pairs of a query and a key.
+    """
+    for behind in (False,) if has_cached else (False, True):
+        if keeps_pairs_apart(module, region, softmax, output, labelled, operands, behind):
+            return behind
+    what = ("does not have the prompt's keys behind the cached ones" if has_cached else
+            "scores are not computed pair by pair")
+    raise Refusal(f"attention {what}, or that cannot be shown", output if softmax is None else softmax)
 
 
 def _softmax_axis(node: Node) -> int:

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Graph, Node
 
-from parvts_fx.analysis.values import has_target, is_tensor
+from parvts_fx.analysis.tokens import TokenMap
+from parvts_fx.analysis.values import has_target, is_tensor, value
 from parvts_fx.torch_private import aten_softmax, encoder_layer
 
 _FUSED = (F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
@@ -26,6 +27,13 @@ def fused_arguments(node: Node) -> dict[str, Any]:
     """The arguments of a fused attention call by name, whichever way they were passed; defaults filled in."""
     defaults = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
     return {**defaults, **dict(zip(_FUSED_ARGUMENTS, node.args)), **node.kwargs}
+
+
+def asks_tokens(node: Node, tokens: TokenMap) -> bool:
+    """Whether the keys of a fused call are tokens of the prompt, or its values: not where it asks something else for each token
+    by itself, along another axis."""
+    read = [source for name, source in fused_arguments(node).items() if name in ("key", "value") and is_tensor(source)]
+    return any(value(source).dim() - 2 in tokens.axes.get(source, {}) for source in read)
 
 
 def is_softmax(node: Node) -> bool:

@@ -16,6 +16,7 @@ from parvts_fx.analysis.layers import find_entry, find_layers
 from parvts_fx.analysis.lengths import Tables, check_numbers, scales_scores
 from parvts_fx.analysis.merge import find_merge
 from parvts_fx.analysis.mixers import find_mixers
+from parvts_fx.analysis.numbered import find_numbered
 from parvts_fx.analysis.period import matrices_of
 from parvts_fx.analysis.probe import Probe
 from parvts_fx.analysis.records import Decoder, VisualMerge
@@ -103,10 +104,12 @@ def find_decoder(
     check_numbers(runs, nodes, float, _in_head(module.graph, nodes, tokens, final, output),
                   lambda node: scales_scores(node, attentions, tokens))
     meeting = {mixer.output for mixer in mixers if mixer.attention is None}
-    Tables(runs).check(nodes, meeting, attentions, layers)
+    tables = Tables(runs)
+    tables.check(nodes, meeting, attentions, layers)
+    numbered = find_numbered(tables, nodes, attentions, {final, *(layer.input for layer in layers)})
     decoder = Decoder(merge, tuple(nodes), tuple(layers), final, output, tokens, window_caches_follow, period, samples,
                       sample_layouts, find_entry(nodes, layers, merge.output), unordered,
-                      find_grid(nodes, merge.output, layers[0].input))
+                      find_grid(nodes, merge.output, layers[0].input), numbered)
     _check(module, decoder)
     return decoder
 

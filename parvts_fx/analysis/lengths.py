@@ -126,10 +126,11 @@ def _lengths(runs: SmallRuns) -> list[int]:
 
 def _length_of(runs: SmallRuns, leaf: object) -> int | None:
     """The length that a number may mean; None for any other number."""
-    return next((length for length in _lengths(runs) if _may_count(leaf, length)), None)
+    return next((length for length in _lengths(runs) if may_count(leaf, length)), None)
 
 
-def _may_count(leaf: object, length: int) -> bool:
+def may_count(leaf: object, length: int) -> bool:
+    """Whether a number in a graph with static sizes may follow the prompt's length."""
     if isinstance(leaf, bool) or not isinstance(leaf, (int, float)) or length < 3:
         return False
     if isinstance(leaf, float):
@@ -262,7 +263,7 @@ class Tables:
                     continue  # masks and biases belong to pairs of positions
                 if table.extends is False or table.extends is None and node in behind:
                     raise Refusal("a table made for the prompt's length holds numbers that depend on it", node)
-                if table.counts and node in behind and (node in meeting or not self._ends_in(node, own, stops)):
+                if table.counts and node in behind and (node in meeting or not self.ends_in(node, own, stops)):
                     raise Refusal("a table of positions is read where tokens meet other than by attention: whether it numbers "
                                   "the rows that are there or the prompt's positions cannot be told", node)
 
@@ -278,7 +279,7 @@ class Tables:
             if isinstance(binding, AxisLabels) and is_tensor(leaves(node)[index]):
                 yield index, tuple(axis for axis, _ in binding.axes)
 
-    def _ends_in(self, node: Node, own: Collection[Node], stops: Collection[Node]) -> bool:
+    def ends_in(self, node: Node, own: Collection[Node], stops: Collection[Node]) -> bool:
         """Whether all that a node leads to, up to the next link of the residual stream, is attention."""
         seen, stack = set(), [node]
         while stack:
@@ -296,6 +297,17 @@ class Tables:
         if (side, axes) not in self._known:
             self._known[side, axes] = self._look(side, axes)
         return self._known[side, axes]
+
+    def is_first_of_longer(self, side: Node, axes: tuple[int, ...]) -> bool:
+        """Whether a table is made from sizes alone, and for any prompt is the first rows, along some axes, of a longer one's."""
+        table, length = self.look(side, axes), self.runs.length
+        if table is None or not table.extends:
+            return False
+        held, shorter = self.runs.constant(side), self._for_more(side, -(length // 2))
+        assert held is not None, "a table has a value"
+        for axis in axes:
+            held = held.narrow(axis, 0, length - length // 2)
+        return shorter is not None and torch.equal(shorter, held)
 
     def _look(self, side: Node, axes: tuple[int, ...]) -> _Table | None:
         table = self.runs.constant(side)
@@ -325,7 +337,7 @@ class Tables:
         def changed(leaf: Any) -> Any:
             if isinstance(leaf, Node):
                 return held[leaf]
-            if not of_prompt and _may_count(leaf, length):
+            if not of_prompt and may_count(leaf, length):
                 return _for_more(leaf, length, more)
             return local_argument(leaf, None)
 

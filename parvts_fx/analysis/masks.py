@@ -19,6 +19,9 @@ _FILLS = (torch.masked_fill, torch.ops.aten.masked_fill.Scalar)
 _KEEPS = (torch.where, operator.and_, torch.logical_and)
 """Operations in which a bool mask is true where a key may be seen."""
 
+_FORBIDS = torch.finfo(torch.float16).min / 2
+"""A logit below it hides a key."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Mask:
@@ -37,7 +40,7 @@ class Mask:
         """Bool, of the same shape as the mask's values."""
         if values.dtype == torch.bool:
             return values ^ (not self.forbids)
-        return values <= torch.finfo(torch.float16).min / 2
+        return values <= _FORBIDS
 
     def forbidden_to_themselves(self, values: torch.Tensor) -> torch.Tensor:
         """[..., seq] bool: which keys even their own rows do not see."""
@@ -74,6 +77,9 @@ def _as_mask(node: Node, index: int, binding: object) -> Mask | None:
     if KEY not in axes:
         return None
     if has_target(node, _FILLS, ("masked_fill", "masked_fill_")):
+        filled = node.kwargs.get("value", node.args[2] if len(node.args) > 2 else None)
+        if isinstance(filled, (int, float)) and filled > _FORBIDS:
+            return None  # a bias that is zero there
         return Mask(mask, axes.get(QUERY), axes[KEY], True)
     if value(mask).is_floating_point() or is_fused_attention(node) or has_target(node, _KEEPS):
         return Mask(mask, axes.get(QUERY), axes[KEY], False)

@@ -25,7 +25,7 @@ _CHOICES = ((1, 2, 5, 9), (0, 3, 4, 7, 10))
 
 def keeps_pairs_apart(
     module: GraphModule, region: Sequence[Node], softmax: Node | None, output: Node, labelled: TokenMap,
-    operands: Mapping[str, Sequence[Operand]],
+    operands: Mapping[str, Sequence[Operand]], others_behind: bool = False,
 ) -> bool:
     """Whether scores and outputs commute with every choice of queries, and scores with every choice of keys.
 
@@ -36,13 +36,15 @@ def keeps_pairs_apart(
         softmax: None for a fused call, whose scores are known to be such.
         labelled: what a probe has found of them, with the labels "query" and "key".
         operands: what enters, by those labels.
+        others_behind: whether what scores have beside the prompt's keys stands behind these (sinks), not in front.
     """
     in_front = set() if softmax is None else ancestors([softmax]) - {softmax}
     scores = [node for node in region if node in in_front and _is_pair(labelled, node) or _has_cached_keys(labelled, node)]
     for precision in ("double", "single", "own"):
         try:
             with really():
-                return _commute(_Runs(module, region, labelled, operands, precision), scores, output, labelled)
+                runs = _Runs(module, region, labelled, operands, precision)
+                return _commute(runs, scores, output, labelled, others_behind)
         except Exception:  # these numbers are not what some operation takes
             continue
     return False
@@ -58,7 +60,7 @@ def _is_pair(labelled: TokenMap, node: Node) -> bool:
     return {kind.label for kind in kinds} == set(_COUNTS) and all(kind.is_plain or kind.has_rows_in_front for kind in kinds)
 
 
-def _commute(runs: _Runs, scores: Sequence[Node], output: Node, labelled: TokenMap) -> bool:
+def _commute(runs: _Runs, scores: Sequence[Node], output: Node, labelled: TokenMap, others_behind: bool) -> bool:
     full = runs.run({})
     for rows in _CHOICES:
         for columns in _CHOICES:
@@ -66,7 +68,7 @@ def _commute(runs: _Runs, scores: Sequence[Node], output: Node, labelled: TokenM
             for node in scores:
                 chosen = full[node]
                 for axis, kind in labelled.axes[node].items():
-                    chosen = _select(chosen, axis, rows if kind.label == "query" else columns, kind.offset)
+                    chosen = _select(chosen, axis, rows if kind.label == "query" else columns, kind.offset, others_behind)
                 if not runs.equal(chosen, some[node]):
                     return False
         some = runs.run({"query": rows})
@@ -76,9 +78,11 @@ def _commute(runs: _Runs, scores: Sequence[Node], output: Node, labelled: TokenM
     return True
 
 
-def _select(tensor: torch.Tensor, axis: int, choice: Sequence[int], in_front: int) -> torch.Tensor:
-    """Some of the tokens along an axis, and all other rows in front of them."""
-    return tensor.index_select(axis, torch.tensor([*range(in_front), *(in_front + token for token in choice)]))
+def _select(tensor: torch.Tensor, axis: int, choice: Sequence[int], others: int, behind: bool = False) -> torch.Tensor:
+    """Some of the tokens along an axis, and all other rows in front of them or behind them."""
+    entries = tensor.shape[axis]
+    rows = [*choice, *range(entries - others, entries)] if behind else [*range(others), *(others + token for token in choice)]
+    return tensor.index_select(axis, torch.tensor(rows))
 
 
 class _Runs:

@@ -44,6 +44,9 @@ class Block:
     matrices: int = 0
     """How many, those of one shape counted each."""
 
+    attends: bool = False
+    """Whether tokens meet in it by softmax attention."""
+
     @property
     def mixes(self) -> bool:
         return self.group is not None
@@ -108,7 +111,7 @@ def _block(link: Node, group: int | None, own: Collection[Node], mixers: Sequenc
         group, frozenset(weight for weights in found.values() for weight in weights),
         frozenset(str(node.target) for node in own), has_target(link, SUMS, ("add", "add_")),
         frozenset(weight for node, weights in found.items() if node not in behind | in_front for weight in weights),
-        sum(map(len, found.values())))
+        sum(map(len, found.values())), any(mixer.attention is not None for mixer in mixers))
 
 
 def _operands(mixer: Mixer) -> list[Node]:
@@ -182,6 +185,10 @@ def _find_starts(blocks: Sequence[Block], count: int) -> tuple[list[int], str]:
         found = _beginning_alike(whole, period)
         if found is not None:
             return found, f"{period} blocks of the residual stream, the first one alike in all layers"
+    for period in range(2, len(whole) // 2 + 1):
+        found = _attending_first(whole, period)
+        if found is not None:
+            return found, f"{period} blocks of the residual stream, attention in the first one alone"
     found = _behind_those_like_the_last(whole)
     if found is not None:
         return found, "each ends with a block of the same matrices"
@@ -280,6 +287,17 @@ def _beginning_alike(blocks: Sequence[Block], period: int) -> list[int] | None:
     others = [block for chunk in chunks for block in chunk[1:]]
     alike = len(first) == 1 and weights and not any(weights & block.weights for block in others)
     return _starts(chunks) if alike else None
+
+
+def _attending_first(blocks: Sequence[Block], period: int) -> list[int] | None:
+    """Layers whose first blocks alone attend, with matrices in common that no other block has."""
+    chunks = _chunks(blocks, period)
+    if chunks is None:
+        return None
+    others = [block for chunk in chunks for block in chunk[1:]]
+    shared = frozenset.intersection(*(chunk[0].weights for chunk in chunks))
+    alone = all(chunk[0].attends for chunk in chunks) and not any(block.attends for block in others)
+    return _starts(chunks) if alone and shared and not any(shared & block.weights for block in others) else None
 
 
 def _repeating(blocks: Sequence[Block], period: int) -> list[int] | None:

@@ -105,6 +105,9 @@ class Attention:
     joins: frozenset[Node] = frozenset()
     """Own nodes that put cached rows in front of the prompt's keys and values; empty where the cache was empty."""
 
+    others_behind: bool = False
+    """Whether scores that belong to no key of the prompt stand behind those that do (sinks), and not in front (cached keys)."""
+
     @property
     def on_filled_cache(self) -> bool:
         return bool(self.joins)
@@ -183,6 +186,10 @@ class Decoder:
 
     grid: Node | None = None
     """[3 or 4, batch, seq] integers, of which the last two may be rows and columns of pictures: multimodal rotary positions."""
+
+    numbered: frozenset[Node] = frozenset()
+    """Tensors from outside the decoder that number the rows which are there, not the prompt's positions: the first rows of them
+    are those of any rows."""
 
     @property
     def visual_tokens(self) -> int | torch.SymInt:

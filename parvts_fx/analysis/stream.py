@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 import networkx as nx
 from torch.fx import GraphModule, Node
 
-from parvts_fx.analysis.calls import fused_arguments, is_fused_attention
+from parvts_fx.analysis.calls import asks_tokens, fused_arguments, is_fused_attention
 from parvts_fx.analysis.last_rows import is_state
 from parvts_fx.analysis.period import matrices_of
 from parvts_fx.analysis.records import Mixer
@@ -43,7 +43,9 @@ def find_stream(
         (source, own) for attention in attentions for own in attention.nodes for source in own.all_input_nodes
         if source not in attention.nodes and source not in {query.node for query in attention.queries}
     }
-    for node in filter(is_fused_attention, nodes):  # those of the last rows alone among them
+    for node in nodes:  # calls of the last rows alone among them
+        if not is_fused_attention(node) or not asks_tokens(node, tokens):
+            continue
         named = fused_arguments(node)
         shared |= {(named[name], node) for name in ("key", "value") if named[name] is not named["query"]}
         sides |= {(named[name], node) for name in ("key", "value", "attn_mask") if named[name] is not named["query"]}

@@ -180,11 +180,13 @@ def _variables(node: Node, labels: tuple[str, ...], tokens: TokenMap) -> dict[in
                 continue
             if of_prompt and not follows:
                 continue
+            length = hint(tokens.size)
             offsets = (*in_front, *(_OFFSETS if is_indexing(node) else ()))
-            offset = next((o for o in offsets if number == hint(tokens.size) + o), 0)
-            if not number or not offset and number % hint(tokens.size):
+            offset = next((o for o in offsets if number == length + o), 0)
+            offset = offset or next((-o for o in in_front if number == -length - o), 0)  # the last so many
+            if not number or not offset and number % length:
                 continue  # no multiple: right as it is, where the tokens are padded up to it
-            counts: list[Binding | None] = [Count(label, (number - offset) // hint(tokens.size), offset) for label in labels]
+            counts: list[Binding | None] = [Count(label, (number - offset) // length, offset) for label in labels]
             variables[index] = counts if follows else [None, *counts]
         elif is_tensor(leaf):
             sides = _side_readings(value(leaf), labels, tokens, in_front)
@@ -194,9 +196,11 @@ def _variables(node: Node, labels: tuple[str, ...], tokens: TokenMap) -> dict[in
 
 
 def _in_front(node: Node, tokens: TokenMap) -> tuple[int, ...]:
-    """How many cached rows may stand in front of the tokens in what a node reads; a convolution pads them further."""
+    """How many rows may stand in front of the tokens in what a node reads: cached ones, which a convolution pads further, or the
+    padding alone."""
     kinds = (kind for source in node.all_input_nodes for kind in tokens.axes.get(source, {}).values())
-    return tuple(sorted(tokens.cached)) if any(kind.has_rows_in_front for kind in kinds) else ()
+    offsets = {kind.offset for kind in kinds if kind.has_rows_in_front}
+    return tuple(sorted(offsets | tokens.cached)) if offsets else ()
 
 
 def cached_in_front(node: Node) -> tuple[Node, int] | None:

@@ -380,7 +380,8 @@ def fill(cache: Any, source: Any, empty: Any) -> None:
         if type(own) is type(held):
             own = held
         else:
-            states = {name: entry for name, entry in vars(held).items() if "conv" in name or "recurrent" in name}
+            words = "conv", "recurrent", "previous_state"
+            states = {name: entry for name, entry in vars(held).items() if any(word in name for word in words)}
             vars(own).update(states)
             if held.keys is not None:
                 own.update(held.keys, held.values)
