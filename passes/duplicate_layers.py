@@ -6,6 +6,7 @@ import dataclasses
 from typing import ClassVar
 
 from parvts_fx.analysis.values import descendants, needed_for
+from parvts_fx.errors import Refusal
 from parvts_fx.passes.plan import Plan, Twin
 from parvts_fx.pipeline import PassResult
 from parvts_fx.stages import PlacedStage
@@ -31,4 +32,7 @@ class DuplicateLayers:
         graph, start, end = plan.decoder.merge.output.graph, plan.link(stage.at), plan.end_of(stage)
         needed, behind = needed_for(graph, [end]), set(descendants(graph, [start]))
         nodes = tuple(node for node in plan.decoder.nodes if node in needed and node in behind and node is not start)
+        kept = next((node for node in nodes if node in plan.decoder.kept and node is not end), None)
+        if kept is not None:
+            raise Refusal("later layers choose among states of which both paths have their own (use fusion=\"attention\")", kept)
         return Twin(stage, start, end, nodes)

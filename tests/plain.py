@@ -116,9 +116,11 @@ class Plain(nn.Module):
     def _layers(self, x: Tensor, cached: Sequence[Any], *sides: Tensor | None) -> tuple[Tensor, Any]:
         spec, rows_first = self.spec, self.spec.stream == "rows first"
         x = x.transpose(0, 1) if rows_first else x
-        caches, states = [], []
+        caches, states, kept = [], [], []
         for layer, past in zip(self.layers, cached):
-            x, held, state = layer(x, *sides, past)
+            read = dict(read=chosen(kept, x)) if kept else {}
+            kept += [x] if spec.kept and layer.index % 2 == 0 else []
+            x, held, state = layer(x, *sides, past, **read)
             caches.extend(held)
             states.extend([] if state is None else [state])
         at_norm = spec.final_mixing.place if spec.final_mixing is not None else ""
@@ -150,6 +152,13 @@ class Plain(nn.Module):
         if self.spec.reads_padding:
             allowed = allowed & F.pad(mask.bool(), (past, 0), value=True)[:, None, :] | (query == key)
         return allowed[:, None] if allowed.dim() == 3 else allowed[None, None]
+
+
+def chosen(kept: Sequence[Tensor], x: Tensor) -> Tensor:
+    """For each row a mixture of its states, by attention with one query for all."""
+    stack = torch.cat([state.unsqueeze(-2) for state in (*kept, x)], -2)
+    query = torch.ones(stack.shape[-1]).expand(*stack.shape[:-2], 1, -1)
+    return F.scaled_dot_product_attention(query, stack, stack)[..., 0, :]
 
 
 class Watching(Plain):

@@ -206,11 +206,12 @@ class Layer(nn.Module):
         return self.mixed(function(norm, self.mixed(x, f"before {which}")), f"behind {which}")
 
     def forward(
-        self, x: Tensor, *sides: Any, call: Callable[..., Tensor] = nn.Module.__call__
+        self, x: Tensor, *sides: Any, call: Callable[..., Tensor] = nn.Module.__call__, read: Tensor | None = None
     ) -> tuple[Tensor, Cached, Tensor | None]:
-        """``sides``: mask, bias, angles and cached keys and values; ``call``: how norms are called."""
+        """``sides``: mask, bias, angles and cached keys and values; ``call``: how norms are called; ``read``: what attention
+        reads in place of the stream."""
         post = self.spec.place == "post"
-        inner = x if post else self.normed(self.first, "first", x, call)
+        inner = x if post else self.normed(self.first, "first", x if read is None else read, call)
         mixed, cached, state = self.attentions(inner, *sides)
         if self.spec.parallel:
             x = x + mixed + self.feed(inner)

@@ -120,7 +120,7 @@ class _Sample:
             x = norm(layer.second, "second", x + self._feed(index, x, rows)) if post else (
                 x + self._feed(index, norm(layer.second, "second", x), rows))
             return _Ran(self._mixed(index, "stream", x, rows))
-        inner = x if post else norm(layer.first, "first", x)
+        inner = x if post else norm(layer.first, "first", _chosen((*path.kept, x)))
         ran = self._attention(index, inner, rows, allowed)
         x = x + ran.x + (self._feed(index, inner, rows) if what == "whole" else 0)
         x = norm(layer.first, "first", x) if post else x
@@ -228,6 +228,12 @@ class _Sample:
         return self.model.head(x[-1:] if self.spec.last_only else x)
 
 
+def _chosen(states: Sequence[Tensor]) -> Tensor:
+    """[rows, hidden]: what :func:`tests.plain.chosen` makes of a row's states."""
+    shares = torch.softmax(torch.stack([state.sum(1) for state in states]) / states[0].shape[1] ** 0.5, 0)
+    return sum(share[:, None] * state for share, state in zip(shares, states))
+
+
 def _counted(query: Tensor) -> Tensor:
     """[rows, rows]: what :func:`tests.plain_layers.counted` adds to the scores of rows that are there."""
     bias = torch.zeros(len(query), len(query))
@@ -249,12 +255,15 @@ class _Path:
     states: list[Tensor] = dataclasses.field(default_factory=list)
     weights: Tensor | None = None
     """Of the last attention call, as :class:`_Ran` has them."""
+    kept: tuple[Tensor, ...] = ()
+    """[rows, hidden] each: what has entered layers in front, where later ones choose among that."""
 
     def only(self, at: Tensor) -> _Path:
         """The rows where ``at`` [rows] bool is true. States stay: the others have left their trace there."""
         cached = [(key[:, :, at], value[:, :, at]) for key, value in self.cached]
         weights = None if self.weights is None else self.weights[:, at][:, :, at]
-        return _Path(self.rows[at], self.x[at], self.sizes[at], cached, self.states, weights)
+        kept = tuple(state[at] for state in self.kept)
+        return _Path(self.rows[at], self.x[at], self.sizes[at], cached, self.states, weights, kept)
 
     def merged(self, found: Clusters, step: Tensor, visual: Tensor) -> _Path:
         """With what kept rows take over of the stream [rows, hidden], and of cached values."""
@@ -267,7 +276,9 @@ class _Path:
             ran = sample.run(step, path, allowed)
             states = path.states if ran.state is None else [*path.states, ran.state]
             weights = path.weights if step[0] == "feed" else ran.weights
-            path = _Path(path.rows, ran.x, path.sizes, path.cached + ran.cached, states, weights)
+            begins = sample.spec.kept and step[0] in ("attend", "whole") and step[1] % 2 == 0
+            kept = (*path.kept, path.x) if begins else path.kept
+            path = _Path(path.rows, ran.x, path.sizes, path.cached + ran.cached, states, weights, kept)
         return path
 
 

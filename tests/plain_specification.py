@@ -118,6 +118,9 @@ class Specification:
     the first gives) or "sum" (both read the same rows)."""
     layout: str = ""
     """Of queries, keys and values: "" (batch, heads, rows, dim), "heads first" or "folded" (batch * heads)."""
+    kept: bool = False
+    """Attention reads what every row chooses among the stream and what has entered every second layer in front; with norms in
+    front alone, and not "flat"."""
     stream: str = ""
     """"" (batch, rows, hidden) or "rows first"."""
     flat_feed: bool = False

@@ -133,6 +133,20 @@ def test_numbers_of_rows_and_sinks_in_other_layouts(layout: str, stream: str, at
     rewritten(Choice(depth=2), layout=layout, stream=stream, attention=attention, rows=ROWS[:2], heads=2)
 
 
+@pytest.mark.supports("Layers", "rows that choose among states which entered earlier layers")
+@pytest.mark.parametrize("choice", [
+    Choice(depth=0), Choice(depth=1), Choice(depth=2), Choice(depth=3), Choice(depth=2, fusion=0.4),
+    Choice(depth=2, merge="clusters"), Choice(depth=3, merge="clusters")])
+@pytest.mark.parametrize("attention", ["masked", "causal"])
+def test_states_that_are_kept_beside_later_ones(attention: str, choice: Choice) -> None:
+    rewritten(choice, attention=attention, layers=5, kept=True)
+
+
+def test_two_paths_with_states_of_their_own_are_refused() -> None:
+    result = outcome(Specification(**{**BASE, "layers": 5, "kept": True}), Choice(depth=3, fusion=0.4))
+    assert result.kind == "refused" and "of which both paths have their own" in result.reason, result
+
+
 @pytest.mark.supports("Left unrewritten", "a learned bias by distances that layers are given and decode steps count anew")
 def test_distances_that_layers_are_given_are_refused() -> None:
     result = outcome(Specification(**{**BASE, "attention": "given"}), Choice(depth=1))

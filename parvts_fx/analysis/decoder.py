@@ -100,7 +100,7 @@ def find_decoder(
     check_numbers(runs, nodes)
     sample_layouts = _apart(runs, nodes, merge.output)
     mixers, unordered = find_mixers(runs, nodes, merge.output, attentions)
-    layers, final, output, period = find_layers(module, nodes, mixers, tokens, merge.output)
+    layers, final, output, period, kept = find_layers(module, nodes, mixers, tokens, merge.output)
     check_numbers(runs, nodes, float, _in_head(module.graph, nodes, tokens, final, output),
                   lambda node: scales_scores(node, attentions, tokens))
     meeting = {mixer.output for mixer in mixers if mixer.attention is None}
@@ -109,7 +109,7 @@ def find_decoder(
     numbered = find_numbered(tables, nodes, attentions, {final, *(layer.input for layer in layers)})
     decoder = Decoder(merge, tuple(nodes), tuple(layers), final, output, tokens, window_caches_follow, period, samples,
                       sample_layouts, find_entry(nodes, layers, merge.output), unordered,
-                      find_grid(nodes, merge.output, layers[0].input), numbered)
+                      find_grid(nodes, merge.output, layers[0].input), numbered, kept)
     _check(module, decoder)
     return decoder
 

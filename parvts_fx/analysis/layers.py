@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 
 from parvts_fx.analysis.period import Period, blocks_of, find_period
 from parvts_fx.analysis.records import Layer, Mixer
-from parvts_fx.analysis.stream import find_stream, links_in_front
+from parvts_fx.analysis.stream import find_stream, kept_states, links_in_front
 from parvts_fx.analysis.tokens import TokenMap
 from parvts_fx.analysis.values import ancestors, descendants, output_node
 from parvts_fx.errors import Refusal
@@ -17,27 +17,34 @@ from parvts_fx.errors import Refusal
 
 def find_layers(
     module: GraphModule, nodes: list[Node], mixers: list[Mixer], tokens: TokenMap, start: Node
-) -> tuple[list[Layer], Node, Node | None, Period]:
+) -> tuple[list[Layer], Node, Node | None, Period, frozenset[Node]]:
     """Cut the decoder into layers along the chain of dominators from its first token mixer to its result.
 
     Returns:
-        the layers; the first link behind the last mixer; the last layer's output, where that can be told; and by what the
-        layers were told apart.
+        the layers; the first link behind the last mixer; the last layer's output, where that can be told; by what the layers
+        were told apart; and states of the stream that are kept beside later ones.
     """
     main = [mixer for mixer in mixers if mixer.attention is not None or _bypasses(mixer, mixers, module)]
     last = main[-1]
-    chain = find_stream(module, nodes, main, tokens, start)
+    stacks = kept_states(nodes, tokens)
+    kept = frozenset(state for parts in stacks.values() for states in parts.values() for state in states)
+    chain = find_stream(module, nodes, main, tokens, start, stacks)
     touched = set(descendants(module.graph, [main[0].output]))
     groups: list[tuple[Node, list[Mixer]]] = [(start, [])]
     waiting: list[Mixer] = []
+    passed: list[Node] = [start]
     for mixer in mixers:
         if mixer not in main:
             waiting.append(mixer)  # it belongs to the attention that follows
             continue
         before = ancestors(mixer.reads)
         links = [link for link in chain if link in before]
-        if links and links[-1] is not groups[-1][0]:
-            groups.append((links[-1], []))
+        if links and links[-1] is not passed[-1]:
+            new = [link for link in links if link not in passed]
+            begin = max((place for place, link in enumerate(new) if link in kept), default=len(new) - 1)
+            chain = [link for link in chain if link not in new[begin + 1:]]  # a layer begins with what is kept of it
+            groups.append((new[begin] if new else links[-1], []))
+            passed = links
         groups[-1][1].extend([*waiting, mixer])
         waiting.clear()
     before_last = ancestors(last.reads)
@@ -53,7 +60,7 @@ def find_layers(
     output = None
     if len({end - begin for begin, end in zip(starts, ends)}) == 1:  # else what follows their last mixers is not alike
         layers, output = _without_entries(chain, layers, _output_of_last_layer(chain, layers))
-    return layers, final, output, period
+    return layers, final, output, period, kept
 
 
 def find_entry(nodes: list[Node], layers: list[Layer], start: Node) -> Node:

@@ -191,6 +191,9 @@ class Decoder:
     """Tensors from outside the decoder that number the rows which are there, not the prompt's positions: the first rows of them
     are those of any rows."""
 
+    kept: frozenset[Node] = frozenset()
+    """States of the residual stream that are kept beside later ones, among which layers choose."""
+
     @property
     def visual_tokens(self) -> int | torch.SymInt:
         """Visual tokens per sample, once their number is known (:attr:`VisualMerge.count`).

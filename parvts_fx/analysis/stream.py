@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 
 import networkx as nx
 from torch.fx import GraphModule, Node
@@ -12,8 +13,8 @@ from parvts_fx.analysis.calls import asks_tokens, fused_arguments, is_fused_atte
 from parvts_fx.analysis.last_rows import is_state
 from parvts_fx.analysis.period import matrices_of
 from parvts_fx.analysis.records import Mixer
-from parvts_fx.analysis.tokens import TokenMap
-from parvts_fx.analysis.values import ancestors, descendants, is_symbolic_int, output_node
+from parvts_fx.analysis.tokens import CATS, TokenMap
+from parvts_fx.analysis.values import ancestors, descendants, has_target, is_symbolic_int, is_tensor, output_node, value
 from parvts_fx.errors import Refusal
 
 _SINK = "sink"
@@ -21,16 +22,19 @@ _Edges = set[tuple[Node, Node]]
 
 
 def find_stream(
-    module: GraphModule, nodes: Sequence[Node], mixers: Sequence[Mixer], tokens: TokenMap, start: Node
+    module: GraphModule, nodes: Sequence[Node], mixers: Sequence[Mixer], tokens: TokenMap, start: Node,
+    kept: Mapping[Node, Mapping[Node, Collection[Node]]] = MappingProxyType({}),
 ) -> list[Node]:
     """The links behind the first mixer, in order.
 
     Keys and values are left out of the flow: layers may share them. What leads around the first mixers alone shows which
-    links lie within the first layer: no residual has joined them yet. Where something leads from the embeddings around whole
+    links lie within the first layer: no residual has joined them yet. Earlier states that are kept beside the newest one, for
+    layers to choose among, are left out too. Where something leads from the embeddings around whole
     layers as well (inputs of each layer computed from them), all that no mixer has touched is left out instead.
 
     Args:
         mixers: those through which the stream passes, in graph order.
+        kept: see :func:`kept_states`.
     """
     first, last = mixers[0].output, mixers[-1].output
     attentions = [mixer.attention for mixer in mixers if mixer.attention is not None]
@@ -49,6 +53,7 @@ def find_stream(
         named = fused_arguments(node)
         shared |= {(named[name], node) for name in ("key", "value") if named[name] is not named["query"]}
         sides |= {(named[name], node) for name in ("key", "value", "attn_mask") if named[name] is not named["query"]}
+    shared |= {(part, node) for node, parts in kept.items() for part in parts}
     touched = set(descendants(module.graph, [first]))
     after_last = set(descendants(module.graph, [last]))
     results = [
@@ -71,6 +76,42 @@ def find_stream(
     bypassed = next((index for index, link in enumerate(chain) if any(
         source in decoder and source not in touched for source in link.all_input_nodes)), 0)
     return chain[bypassed:]  # what is in front is inside the first mixer: no residual has bypassed it yet
+
+
+def kept_states(nodes: Sequence[Node], tokens: TokenMap) -> dict[Node, dict[Node, set[Node]]]:
+    """Where earlier states of the stream are laid beside the newest one, on an axis of their own: the operands that hold earlier
+    ones, and these. The newest is computed from all others.
+    """
+    inside, found = set(nodes), dict[Node, dict[Node, set[Node]]]()
+    for node in nodes:
+        axis = _stacks(node, tokens)
+        if axis is None:
+            continue
+        states = {part: _states(part, inside) for part in node.args[0] if part in inside}
+        for newest, own in states.items():
+            before = ancestors(own) - own
+            if len(own) == 1 and all(others <= before for part, others in states.items() if part is not newest):
+                found[node] = {part: others for part, others in states.items() if part is not newest}
+    return found
+
+
+def _stacks(node: Node, tokens: TokenMap) -> int | None:
+    """The axis along which a node lays tensors side by side, where it is neither the tokens' nor the last one."""
+    if not has_target(node, CATS) or not node.args or not isinstance(node.args[0], (list, tuple)):
+        return None
+    axis = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+    rank, rows = value(node).dim(), tokens.plain_axis(node)
+    return axis % rank if isinstance(axis, int) and rows is not None and axis % rank not in (rows, rank - 1) else None
+
+
+def _states(part: Node, inside: Collection[Node]) -> set[Node]:
+    """What has one axis less and lies in a tensor that is laid beside others."""
+    rank, found, stack = value(part).dim(), set[Node](), [part]
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source in inside and is_tensor(source):
+                (stack.append if value(source).dim() == rank else found.add)(source)
+    return found
 
 
 def links_in_front(nodes: Sequence[Node], mixers: Sequence[Mixer], start: Node, end: Node) -> list[Node]:

@@ -34,7 +34,7 @@ _OFFSETS = (-1, -2, 1)
 """Of positions in an index that may be counted from the end."""
 
 _TOPKS = (torch.topk, torch.ops.aten.topk.default)
-_CATS = (torch.cat, torch.concat, torch.ops.aten.cat.default)
+CATS = (torch.cat, torch.concat, torch.ops.aten.cat.default)
 _PADS = (F.pad, native_pad, torch.ops.aten.pad.default, torch.ops.aten.constant_pad_nd.default)
 
 
@@ -206,7 +206,7 @@ def _in_front(node: Node, tokens: TokenMap) -> tuple[int, ...]:
 def cached_in_front(node: Node) -> tuple[Node, int] | None:
     """The tensor that the graph is given and whose rows a node puts in front of others, those of a filled cache, and along which
     axis; None for any other node."""
-    if not has_target(node, _CATS) or not node.args or not isinstance(node.args[0], (list, tuple)) or len(node.args[0]) < 2:
+    if not has_target(node, CATS) or not node.args or not isinstance(node.args[0], (list, tuple)) or len(node.args[0]) < 2:
         return None
     first, axis = node.args[0][0], node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
     if not isinstance(first, Node) or first.op != "placeholder" or not isinstance(axis, int):

@@ -72,6 +72,8 @@ class _Path:
     """[rows]: how many tokens each stands for."""
     weights: torch.Tensor | None = None
     """[heads, rows, rows] in the layer behind which they stand, where that was watched."""
+    entered: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
+    """What has entered each layer so far, by its number: models may keep it for later layers to choose among."""
 
 
 class Oracle:
@@ -150,7 +152,7 @@ class Oracle:
                     raise LookupError(f"the choice at layer {turn.begin} is about rounding")
                 path, done = self._migrated(path, turn, subject, watch=turn.end in read_at), turn.end
             path = self._through(path, done, len(self.layers))
-            logits = self._finish(inputs, path.hidden)
+            logits = self._finish(inputs, path)
         self.rows = len(path.rows)
         return Pruned(logits, path.cache, self.length - self.rows)
 
@@ -197,7 +199,8 @@ class Oracle:
         _keep_rows(cache, at, count)
         shared = {name: _cut(held, at, count) for name, held in path.shared.items()}
         weights = None if path.weights is None else path.weights[:, at][:, :, at]
-        return _Path(path.rows[at], path.hidden.index_select(self.axis, at), cache, shared, path.sizes[at], weights)
+        entered = {index: held.index_select(self.axis, at) for index, held in path.entered.items()}
+        return _Path(path.rows[at], path.hidden.index_select(self.axis, at), cache, shared, path.sizes[at], weights, entered)
 
     def _through(self, path: _Path, begin: int, end: int, apart: torch.Tensor | None = None, watch: bool = False) -> _Path:
         """The path behind layer ``end - 1``; ``apart`` [seq, seq] is what the groups do not see of each other."""
@@ -208,7 +211,8 @@ class Oracle:
                 hidden = self._run(index, path, allowed)
             if watching and (not weights or weights[-1].shape[-2:] != (len(path.rows),) * 2):
                 raise LookupError(f"layer {index} shows no attention of every row to every row")
-            path = dataclasses.replace(path, hidden=hidden, weights=weights[-1][0] if weights else None)
+            path = dataclasses.replace(
+                path, hidden=hidden, weights=weights[-1][0] if weights else None, entered={**path.entered, index: path.hidden})
         return path
 
     def _visual(self, inputs: Mapping[str, Any], length: int) -> torch.Tensor:
@@ -236,7 +240,8 @@ class Oracle:
             if attends and (held is None and name == "attention_mask" or _is_mask(held, asking, length)):
                 mask = _mask(held, allowed[length - asking:])
                 return (mask.index_select(2, rows) if asking == length else mask).index_select(3, rows)
-            return _cut(held, rows, length)
+            kept = self._kept(held, index, path)
+            return _cut(held, rows, length) if kept is None else kept
 
         attends = self._attends(index, cache)
         kwargs = {name: own(name, held) for name, held in call.kwargs.items()}
@@ -245,6 +250,15 @@ class Oracle:
         with counting(sizes, ~self.seen[rows]):
             output = _first(layer(hidden, *args, **kwargs))
         return output + self._added(index + 1, rows) if output.shape[self.axis] == len(rows) else output
+
+    def _kept(self, held: Any, index: int, path: _Path) -> torch.Tensor | None:
+        """What has entered earlier layers, laid side by side on an axis of its own, as these rows have it; None for all else."""
+        first = self.calls[0].hidden
+        if not isinstance(held, torch.Tensor) or held.dim() != first.dim() + 1 or not held.numel():
+            return None
+        layers = [next((layer for layer in range(index) if torch.equal(self.calls[layer].hidden, state)), None)
+                  for state in held.unbind(-2)] if held[..., 0, :].shape == first.shape else [None]
+        return None if None in layers else torch.stack([path.entered[layer] for layer in layers], -2)
 
     def _added(self, index: int, rows: torch.Tensor) -> torch.Tensor | float:
         """What the model adds to the stream between layers, in front of this one."""
@@ -261,17 +275,24 @@ class Oracle:
         held = cache.layers[index] if cache is not None and index < len(cache.layers) else None
         return not (isinstance(held, cache_utils.LinearAttentionLayer) and not isinstance(held, cache_utils.DynamicLayer))
 
-    def _finish(self, inputs: Mapping[str, Any], hidden: torch.Tensor) -> torch.Tensor:
-        """The model's own forward from the last layer's output."""
+    def _finish(self, inputs: Mapping[str, Any], path: _Path) -> torch.Tensor:
+        """The model's own forward from the last layer's output, and from what it has kept of earlier ones."""
 
         def replace(module: nn.Module, args: tuple, output: Any) -> Any:
-            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+            return (path.hidden, *output[1:]) if isinstance(output, tuple) else path.hidden
 
-        handle = self.layers[-1].register_forward_hook(replace)
+        def give(module: nn.Module, args: tuple) -> Any:
+            kept = [self._kept(held, len(self.layers), path) for held in args]
+            return tuple(held if own is None else own for held, own in zip(args, kept))
+
+        inside = {part for layer in self.layers for part in layer.modules()}
+        behind = [module for module in self.model.modules() if module not in inside]
+        handles = [self.layers[-1].register_forward_hook(replace), *(module.register_forward_pre_hook(give) for module in behind)]
         try:
             return self.model(**inputs).logits
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     # -- the model, pruned, for anything that calls it ----------------------------------------------------------------
 
