@@ -15,11 +15,11 @@ from tests.models.registry import Built
 GENERATE = (
     "llava", "llava_next", "internvl", "qwen2_vl", "qwen3_vl", "gemma3", "paligemma", "aya_vision", "idefics3", "mistral3",
     "llama4", "qwen3_vl_moe", "qwen3_5", "lfm2_vl", "gemma3n", "gemma4", "granite4_vision", "kimi_k25", "molmo2",
-    "nemotron_h_omni", "exaone4_5", "video_llama_3 (video)", "dots3_note", "ovis2", "git",
+    "nemotron_h_omni", "exaone4_5", "video_llama_3 (video)", "dots3_note", "ovis2", "git", "inkling_mm_model",
 )
 """One architecture for every structural trait."""
 
-FORWARD = ("llava", "qwen2_5_vl", "qwen3_vl", "idefics3", "kosmos-2", "git", "mistral_large4", "kimi_k25")
+FORWARD = ("llava", "qwen2_5_vl", "qwen3_vl", "idefics3", "kosmos-2", "git", "mistral_large4", "inkling2", "kimi_k25")
 """The last one's embeddings arrive at the decoder's graph with placeholders that its features are yet to replace."""
 
 
