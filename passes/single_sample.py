@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from parvts_fx.analysis.last_rows import nodes_without_tokens
 from parvts_fx.analysis.lengths import may_count
-from parvts_fx.analysis.masks import Mask, all_masks
+from parvts_fx.analysis.masks import all_masks
 from parvts_fx.analysis.records import Decoder
 from parvts_fx.analysis.samples import samples_of
 from parvts_fx.analysis.tokens import AtMost, AxisLabels, Count, Filling, cached_in_front
