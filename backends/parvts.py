@@ -16,7 +16,7 @@ from torch.fx.node import map_aggregate
 from parvts_fx.analysis.calls import attention_nodes
 from parvts_fx.backends.lowering import Compiled, lower, prepare
 from parvts_fx.capture import copy_graph_module
-from parvts_fx.errors import BeginAgain, NotRewritten, Refusal, does_not_compile, tell_unrewritten
+from parvts_fx.errors import BeginAgain, NamesAreNeeded, NotRewritten, Refusal, does_not_compile, tell_unrewritten
 from parvts_fx.options import Options, parse_options
 from parvts_fx.passes.parted import Parted
 from parvts_fx.report import GraphReport
@@ -173,7 +173,11 @@ def _attempt(
     module: GraphModule, example_inputs: Sequence[object], options: Options, window_caches_follow: bool,
     handed: MergedInput | None,
 ) -> Rewriting:
-    """Rewrite, or say why not. The only place that catches everything: users keep their model, whatever breaks."""
+    """Rewrite, or say why not. The only place that catches everything: users keep their model, whatever breaks.
+
+    Raises:
+        NamesAreNeeded: whoever has made the call is to have it captured again.
+    """
     try:
         return rewrite_graph(
             module, example_inputs, options, window_caches_follow=window_caches_follow, handed=handed, may_wait=True)
@@ -181,6 +185,8 @@ def _attempt(
         if current_call().can_begin_again():
             raise BeginAgain from refusal
         reason = str(refusal)
+        if refusal.names_tell and current_call().names_sizes:
+            raise NamesAreNeeded(reason) from refusal
         if options.strict:
             raise NotRewritten.because(reason) from refusal
     except ValueError as error:

@@ -9,6 +9,9 @@ from types import FrameType
 import torch
 
 _LIBRARIES = {"parvts_fx", "torch", "transformers", "accelerate", "peft", "contextlib", "functools"}
+REMEDY = "compile with dynamic=True, where sizes have names: then it can be told"
+"""What stands in a refusal because of numbers that may be the prompt's length or a constant."""
+
 _CANNOT = "parvts_fx: this multimodal prefill cannot be rewritten: "
 
 
@@ -21,11 +24,13 @@ class Refusal(Exception):
     Args:
         reason: one sentence that says what was found and, where there is one, the remedy.
         node: the graph node at which the analysis stopped.
+        names_tell: whether a graph in which sizes have names may tell what this one does not.
     """
 
-    def __init__(self, reason: str, node: torch.fx.Node | None = None):
+    def __init__(self, reason: str, node: torch.fx.Node | None = None, names_tell: bool = False):
         self.reason = reason
         self.node = node
+        self.names_tell = names_tell
         super().__init__(f"{reason} (at node '{node.name}')" if node is not None else reason)
 
 
@@ -43,6 +48,10 @@ class NotRewritten(RuntimeError):
 
 class BeginAgain(Exception):
     """The call can be captured better than it was, and nothing has been run yet that would not be run again."""
+
+
+class NamesAreNeeded(Exception):
+    """A prefill is to be captured again, with names for its sizes: raised where somebody does that."""
 
 
 class ParvtsWarning(UserWarning):

@@ -81,6 +81,15 @@ enable_python_dispatcher = _find("torch._dispatch.python", "enable_python_dispat
 free_unbacked_symbols = _find("torch.fx.experimental.symbolic_shapes", "free_unbacked_symbols")
 """Sizes that depend on data; the cache of evaluations must not let two results share one."""
 
+
+
+def settle_sizes(mode: Any) -> None:
+    """Sizes that depend on data have been found in what was just evaluated; torch.fx's tracers ask for each where it arises."""
+    pending = getattr(getattr(mode, "shape_env", None), "pending_fresh_unbacked_symbols", None)
+    if pending:
+        pending.clear()
+
+
 OpOverload = _find("torch._ops", "OpOverload")
 OpOverloadPacket = _find("torch._ops", "OpOverloadPacket")
 HigherOrderOperator = _find("torch._ops", "HigherOrderOperator")

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch.fx import Node
 
 from parvts_fx.analysis.attention import KEY, QUERY
-from parvts_fx.analysis.calls import fused_arguments, is_fused_attention, is_softmax
+from parvts_fx.analysis.calls import fused_arguments, is_fused_attention
 from parvts_fx.analysis.records import Attention
 from parvts_fx.analysis.samples import Samples, along, samples_of, samples_of_side
-from parvts_fx.analysis.tokens import AtMost, AxisLabels, Count
+from parvts_fx.analysis.tokens import AtMost, AxisLabels, Computed, Count
 from parvts_fx.analysis.values import leaves, value, with_leaves
 from parvts_fx.passes.clusters import biased, counted, levels_of
 from parvts_fx.passes.paths import Path
@@ -89,6 +89,8 @@ def _write_out(path: Path, attention: Attention, queries: str, keys: str, result
                 leaf = new[leaf]
             elif isinstance(binding, Count):
                 leaf = path.recounted(leaf, binding, choice[binding.label])
+            elif isinstance(binding, Computed):
+                leaf = path.resized(leaf, choice[binding.label])
             elif isinstance(binding, AtMost):
                 leaf = editor.least(emitter.mapped(leaf), sets[choice[binding.label]].count)
             elif isinstance(binding, AxisLabels):
@@ -100,7 +102,7 @@ def _write_out(path: Path, attention: Attention, queries: str, keys: str, result
             else:
                 leaf = emitter.mapped(leaf)
             fresh.append(leaf)
-        counts = emitter.sizes and (is_softmax(node) or is_fused_attention(node))
+        counts = emitter.sizes and node is attention.heart
         read = counted(emitter, attention.output, node, fresh, queries, keys) if counts else with_leaves(node, fresh)
         new[node] = editor.copy(node, *read)
     return new[result]
@@ -141,8 +143,8 @@ def _attend_fused(path: Path, attention: Attention, queries: str, keys: str) -> 
 def attention_weights(path: Path, attention: Attention, queries: str, keys: str) -> Node:
     """[batch, heads, queries, keys] float32: how much some rows look at others; rows that see nothing have zeros."""
     weights = _all_weights(path, attention, queries, keys)
-    softmax = next((node for node in attention.nodes if is_softmax(node)), None)
-    alone = softmax is None or all(kind.is_plain for kind in path.emitter.decoder.tokens.axes[softmax].values())
+    heart = attention.heart
+    alone = is_fused_attention(heart) or all(kind.is_plain for kind in path.emitter.decoder.tokens.axes[heart].values())
     if alone and not attention.on_filled_cache:
         return weights
     editor, count = path.emitter.editor, path.emitter.sets[keys].count
@@ -153,31 +155,34 @@ def attention_weights(path: Path, attention: Attention, queries: str, keys: str)
 def _all_weights(path: Path, attention: Attention, queries: str, keys: str) -> Node:
     """The same, and how much they look at what else there is: cached rows in front of these, sinks behind them."""
     emitter = path.emitter
-    softmax = next((node for node in attention.nodes if is_softmax(node)), None)
-    if softmax is None:
-        (call,) = (node for node in attention.nodes if is_fused_attention(node))
-        query = fused_arguments(call)["query"]
+    heart = attention.heart
+    if is_fused_attention(heart):
+        query = fused_arguments(heart)["query"]
         samples = samples_of(emitter.decoder, query)
         if len(attention.nodes) == 1:
             named = _fused_operands(path, attention, queries, keys)
             mask = named["attn_mask"]
         else:
-            named = fused_arguments(call)
+            named = fused_arguments(heart)
+            named["scale"] = emitter.mapped(named["scale"])
             key, asked = named["key"], path.read(query, queries)
             named |= {"query": asked, "key": (
                 _write_out(path, attention, queries, keys, key) if key in attention.nodes else path.read(key, keys))}
-            mask = _mask_of(path, attention, call, queries, keys)
+            mask = _mask_of(path, attention, heart, queries, keys)
             if emitter.sizes:
                 columns = emitter.editor.size(named["key"], value(key).dim() - 2) if attention.on_filled_cache else None
                 mask = biased(emitter, attention.output, queries, keys, mask, value(query).dim(), samples, asked, columns)
         scale, causal = named["scale"], named["is_causal"]
+        if isinstance(scale, Node):  # an input, where Dynamo takes every number for one
+            asked = emitter.editor.method("float", named["query"])
+            named["query"], scale = emitter.editor.call(torch.mul, asked, scale), 1.0
 
         def weigh(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
             return _by_head(_weights(query, key, mask, scale, causal), samples)
 
         return emitter.editor.inline(weigh, named["query"], named["key"], *([] if mask is None else [mask]))
-    samples = samples_of(emitter.decoder, softmax)
-    weights = _write_out(path, attention, queries, keys, softmax)
+    samples = samples_of(emitter.decoder, heart)
+    weights = _write_out(path, attention, queries, keys, heart)
     return emitter.editor.inline(lambda given: _by_head(given.float().nan_to_num(), samples), weights)
 
 

@@ -72,12 +72,8 @@ def steps(merging: Merging) -> str:
 
 def has_place_for_bias(attention: Attention, tokens: TokenMap) -> bool:
     """Whether logits of (queries, keys) can be added to: in a fused call's mask, or in front of a softmax over keys alone."""
-    for node in attention.nodes:
-        if is_fused_attention(node):
-            return True
-        if is_softmax(node):
-            return _has_tokens_last(node.all_input_nodes[0], tokens, 2, attention.on_filled_cache)
-    return False
+    heart = attention.heart
+    return is_fused_attention(heart) or _has_tokens_last(heart.all_input_nodes[0], tokens, 2, attention.on_filled_cache)
 
 
 def _has_tokens_last(node: Node, tokens: TokenMap, count: int, has_cached: bool = False) -> bool:

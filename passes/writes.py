@@ -24,13 +24,19 @@ def refuse_split_writes(emitter: Emitter, nodes: Sequence[Node]) -> None:
     """
     levels, written = emitter.plan.levels, [node for node in nodes if changed_in_place(node) is not None]
     alive = set(nodes)
+
+    def within_call(*members: Node) -> bool:
+        """Whether nodes are an attention call's own: they are written together, on the same rows, each time it is asked."""
+        calls = {id(emitter.attentions.get(member)) for member in members}
+        return len(calls) == 1 and members[0] in emitter.attentions
+
     for write in written:
         shared = storage_of(changed_in_place(write))
         for other in nodes:
             if other >= write or not is_tensor(other) or storage_of(other) != shared:
                 continue
             later = [user for user in other.users if user > write and (user in alive or user.op == "output")]
-            if not later:
+            if not later or within_call(write, other, *later):
                 continue
             level = levels.get(write, 0)
             if other not in emitter.fresh:

@@ -9,13 +9,14 @@ from types import MappingProxyType
 from torch.fx import GraphModule, Node
 
 from parvts_fx.analysis.calls import asks_tokens, fused_arguments, is_fused_attention, is_softmax
+from parvts_fx.analysis.choices import find_choice, refuse_positions
 from parvts_fx.analysis.last_rows import is_state, takes_last_rows
 from parvts_fx.analysis.pairs import keeps_pairs_apart
 from parvts_fx.analysis.probe import Probe
 from parvts_fx.analysis.records import Attention, Operand
 from parvts_fx.analysis.tokens import AxisLabels, TokenMap
-from parvts_fx.analysis.values import changed_in_place, hint, is_tensor, leaves, storage_of, value
-from parvts_fx.errors import Refusal
+from parvts_fx.analysis.values import changed_in_place, hint, is_tensor, leaves, storage_of, symbols, value
+from parvts_fx.errors import REMEDY, Refusal
 
 QUERY, KEY = "query", "key"
 
@@ -167,14 +168,22 @@ def _with_computed_mask(
 ) -> Attention:
     """A fused call together with all that its mask is computed from pair by pair: a learned bias, an index's choice of keys."""
     arguments = fused_arguments(call)
+    known: dict[Node, str] = {}
     region, stack = {call}, [mask]
     while stack:
         node = stack.pop()
         if node in paired and node not in region:
             region.add(node)
             stack.extend(node.all_input_nodes)
-    ordered = tuple(node for node in nodes if node in region)
-    known = {arguments["query"]: QUERY, arguments["key"]: KEY, arguments["value"]: KEY}
+    choice = find_choice(module.graph, call, mask, nodes, tokens)
+    if choice is not None:
+        if not symbols(tokens.size):
+            raise Refusal(
+                f"which blocks of keys are chosen may follow from the prompt's length ({REMEDY})", call, names_tell=True)
+        region |= choice.nodes
+        known = dict.fromkeys(choice.pooled, KEY)
+    ordered = tuple(node for node in module.graph.nodes if node in region)
+    known |= {arguments["query"]: QUERY, arguments["key"]: KEY, arguments["value"]: KEY}
 
     def explains(found: TokenMap) -> bool:
         if [kind.label for kind in found.axes.get(call, {}).values()] != [QUERY]:
@@ -187,7 +196,10 @@ def _with_computed_mask(
     def labels(found: TokenMap, node: Node) -> dict[int, str]:
         return {axis: kind.label for axis, kind in found.axes.get(node, {}).items()}
 
-    return _labelled(module, ordered, call, tokens, explains, "written out", known)
+    attention = _labelled(module, ordered, call, tokens, explains, "written out", known, chooses=choice is not None)
+    if choice is not None:
+        refuse_positions(ordered, attention.bindings, call)
+    return attention
 
 
 def _written_out(module: GraphModule, softmax: Node, nodes: Sequence[Node], tokens: TokenMap) -> Attention:
@@ -227,24 +239,28 @@ def _written_out(module: GraphModule, softmax: Node, nodes: Sequence[Node], toke
 
 def _labelled(
     module: GraphModule, ordered: tuple[Node, ...], output: Node, tokens: TokenMap, explains: Callable[[TokenMap], bool],
-    kind: str, known: Mapping[Node, str] = MappingProxyType({}), softmax: Node | None = None,
+    kind: str, known: Mapping[Node, str] = MappingProxyType({}), softmax: Node | None = None, chooses: bool = False,
 ) -> Attention:
     """Find out which operands of a region hold queries and which hold keys, by probes with two lengths.
 
     Args:
         known: what is known of some of them.
         softmax: the one whose scores are to be shown to belong to single pairs of a query and a key.
+        chooses: whether blocks of keys are chosen: numbers are computed again for as many keys as there are, or for as many
+            queries where the sizes ask for it.
     """
     inputs = [
         source for source in dict.fromkeys(s for node in ordered for s in node.all_input_nodes)
         if tokens.axes.get(source) and source not in ordered
     ]
     operands = [_operand(source, tokens, output) for source in inputs]
-    lengths = Probe.lengths_for(module, hint(tokens.size), (QUERY, KEY))
+    lengths = Probe.lengths_for(module, tokens.size, (QUERY, KEY))  # more keys: an index that is too small fails nowhere
+    if chooses:
+        lengths = {label: lengths[label] for label in (KEY, QUERY)}
     for labels in itertools.product((QUERY, KEY), repeat=len(operands)):
         if len(set(labels)) < 2 or any(known.get(operand.node, own) != own for operand, own in zip(operands, labels)):
             continue
-        probe = Probe(module, tokens.size, lengths)
+        probe = Probe(module, tokens.size, lengths, computes=chooses)
         for operand, label in zip(operands, labels):
             probe.seed(operand.node, {operand.axis: label})
         try:
@@ -255,8 +271,8 @@ def _labelled(
             split = {label: tuple(o for o, own in zip(operands, labels) if own == label) for label in (QUERY, KEY)}
             joins = frozenset(_joins_with_cached(ordered, ordered, tokens))
             behind = False
-            if softmax is not None or joins:
-                behind = _shows_pairs(module, ordered, softmax, output, probe.found, split, bool(joins))
+            if softmax is not None or joins or chooses:
+                behind = _shows_pairs(module, ordered, softmax, output, probe.found, split, bool(joins), chooses)
             bindings = {node: dict(probe.found.bindings.get(node, {})) for node in ordered}
             axis = next(iter(probe.found.axes[output]))
             return Attention(ordered, split[QUERY], split[KEY], output, axis, kind, bindings, joins, behind)
@@ -265,17 +281,18 @@ def _labelled(
 
 def _shows_pairs(
     module: GraphModule, region: tuple[Node, ...], softmax: Node | None, output: Node, labelled: TokenMap,
-    operands: Mapping[str, Sequence[Operand]], has_cached: bool,
+    operands: Mapping[str, Sequence[Operand]], has_cached: bool, chooses: bool,
 ) -> bool:
     """Whether what scores have beside the prompt's keys stands behind them.
 
     Raises:
         Refusal: scores do not belong to single pairs of a query and a key.
     """
-    for behind in (False,) if has_cached else (False, True):
+    for behind in (False,) if has_cached or chooses else (False, True):
         if keeps_pairs_apart(module, region, softmax, output, labelled, operands, behind):
             return behind
-    what = ("does not have the prompt's keys behind the cached ones" if has_cached else
+    what = ("does not ask for each query by itself" if chooses else
+            "does not have the prompt's keys behind the cached ones" if has_cached else
             "scores are not computed pair by pair")
     raise Refusal(f"attention {what}, or that cannot be shown", output if softmax is None else softmax)
 

@@ -119,13 +119,13 @@ def _token_axes(module: GraphModule, nodes: list[Node], start: Node, size: int |
     problems: list[Refusal] = []
     for shorter in (False, True):
         try:
-            probe = Probe(module, size, Probe.lengths_for(module, hint(size), [TOKEN], shorter))
+            probe = Probe(module, size, Probe.lengths_for(module, size, [TOKEN], shorter))
             probe.seed(start, {1: TOKEN})
             probe.run([node for node in nodes if node is not start])
             return probe.found
         except Refusal as refusal:
             problems.append(refusal)
-    raise problems[0]
+    raise next((problem for problem in problems if problem.names_tell), problems[0])
 
 
 def _sample_axes(module: GraphModule, nodes: list[Node], start: Node, batch: int | torch.SymInt) -> TokenMap:
@@ -185,7 +185,7 @@ def _check(module: GraphModule, decoder: Decoder) -> None:
     tokens = decoder.tokens
     joins = copies_of_joins(decoder.nodes, (call for layer in decoder.layers for call in layer.attentions), tokens)
     after_last = set(descendants(module.graph, [decoder.final]))
-    inside = set(decoder.nodes)
+    inside = {*decoder.nodes, *(own for layer in decoder.layers for call in layer.attentions for own in call.nodes)}
     for node in decoder.nodes:
         target = changed_in_place(node)
         if target is not None and target not in inside:

@@ -37,7 +37,7 @@ from parvts_fx.analysis.values import (
     value,
     with_leaves,
 )
-from parvts_fx.errors import Refusal
+from parvts_fx.errors import REMEDY, Refusal
 
 _FUNCTIONS: tuple[Callable[[int], float], ...] = (
     float, lambda length: 1 / length, lambda length: length ** 0.5, lambda length: length ** -0.5, math.log, math.log2,
@@ -45,7 +45,6 @@ _FUNCTIONS: tuple[Callable[[int], float], ...] = (
 """What a graph with static sizes may hold in place of the prompt's length as a fraction."""
 
 _NEAR = 3
-_REMEDY = "compile with dynamic=True, where sizes have names: then it can be told"
 
 
 def check_numbers(
@@ -79,7 +78,7 @@ def check_numbers(
             counts = static and _length_of(runs, leaf) is not None and not (
                 scales(node) and _is_explained(runs, node, leaf) or constant(node, leaf))
             if counts and _is_a_value(runs, node, index):
-                raise Refusal(f"the number {leaf} may be the prompt's length or a constant ({_REMEDY})", node)
+                raise Refusal(f"the number {leaf} may be the prompt's length or a constant ({REMEDY})", node)
             near_end = is_index(node) and isinstance(leaf, int) and any(
                 2 < length - 3 <= leaf < length for length in _lengths(runs))
             if near_end and _is_a_value(runs, node, index):

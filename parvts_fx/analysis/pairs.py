@@ -16,8 +16,8 @@ from torch.fx import GraphModule, Node
 
 from parvts_fx.analysis.records import Operand
 from parvts_fx.analysis.small_runs import Scale, SmallRuns, Unproven, local_argument, really
-from parvts_fx.analysis.tokens import AtMost, AxisLabels, Count, TokenMap
-from parvts_fx.analysis.values import ancestors, call, hint, hint_shape, is_tensor, leaves, value, with_leaves
+from parvts_fx.analysis.tokens import AtMost, AxisLabels, Computed, Count, TokenMap
+from parvts_fx.analysis.values import ancestors, call, for_length, hint, hint_shape, is_tensor, leaves, value, with_leaves
 
 _COUNTS = {"query": 11, "key": 13}
 _CHOICES = ((1, 2, 5, 9), (0, 3, 4, 7, 10))
@@ -43,8 +43,9 @@ def keeps_pairs_apart(
     for precision in ("double", "single", "own"):
         try:
             with really():
-                runs = _Runs(module, region, labelled, operands, precision)
-                return _commute(runs, scores, output, labelled, others_behind)
+                runs = (_Runs(module, region, labelled, operands, precision, sees_all)
+                        for sees_all in ((False,) if scores else (False, True)))
+                return all(_commute(each, scores, output, labelled, others_behind) for each in runs)
         except Exception:  # these numbers are not what some operation takes
             continue
     return False
@@ -63,7 +64,7 @@ def _is_pair(labelled: TokenMap, node: Node) -> bool:
 def _commute(runs: _Runs, scores: Sequence[Node], output: Node, labelled: TokenMap, others_behind: bool) -> bool:
     full = runs.run({})
     for rows in _CHOICES:
-        for columns in _CHOICES:
+        for columns in _CHOICES if scores else ():
             some = runs.run({"query": rows, "key": columns})
             for node in scores:
                 chosen = full[node]
@@ -90,8 +91,11 @@ class _Runs:
 
     def __init__(
         self, module: GraphModule, region: Sequence[Node], labelled: TokenMap, operands: Mapping[str, Sequence[Operand]],
-        precision: str,
+        precision: str, sees_all: bool,
     ):
+        self._sees_all = sees_all
+        """Whether every mask is true everywhere: blocks of keys are chosen only where all of one may be seen."""
+
         self._module, self._region, self._labelled = module, region, labelled
         self._scale, self._noise = Scale(1, 1, precision), SmallRuns(module, labelled, None)
         self._axes = {operand.node: {operand.axis: label} for label, own in operands.items() for operand in own}
@@ -117,6 +121,8 @@ class _Runs:
             return held[leaf]
         if isinstance(binding, Count):
             return binding.of(self._count(binding.label, choice))
+        if isinstance(binding, Computed):
+            return for_length(value(leaf), self._labelled.size, self._count(binding.label, choice))
         if isinstance(binding, AtMost):
             return min(hint(value(leaf)) if isinstance(leaf, Node) else leaf, self._count(binding.label, choice))
         if is_tensor(leaf):
@@ -135,8 +141,12 @@ class _Runs:
             sizes = hint_shape(value(node))
             if None in sizes:
                 raise Unproven("a size depends on data")
+            known = None if axes else self._noise.constant(node)
             shape = tuple(self._others(size) + _COUNTS[axes[axis]] if axis in axes else size for axis, size in enumerate(sizes))
-            self._drawn[key] = self._noise.draw(value(node).dtype, shape, self._scale, len(self._drawn) + 1)
+            drawn = known if known is not None else self._noise.draw(
+                value(node).dtype, shape, self._scale, len(self._drawn) + 1)
+            masks = self._sees_all and known is None and drawn.dtype == torch.bool
+            self._drawn[key] = torch.ones_like(drawn) if masks else drawn
         tensor = self._drawn[key]
         for axis, label in axes.items():
             if label in choice:

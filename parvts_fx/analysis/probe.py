@@ -11,15 +11,28 @@ from __future__ import annotations
 import contextlib
 import logging
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch.fx import GraphModule, Node
 
 from parvts_fx.analysis.evaluation_cache import EvaluationCache
-from parvts_fx.analysis.tokens import AtMost, Axis, Binding, Count, Filling, TokenMap, cached_in_front, readings_of
-from parvts_fx.analysis.values import ancestors, call, concrete, hint, hint_shape, is_tensor, leaves, value, with_leaves
+from parvts_fx.analysis.tokens import AtMost, Axis, Binding, Computed, Count, Filling, TokenMap, cached_in_front, readings_of
+from parvts_fx.analysis.values import (
+    ancestors,
+    call,
+    concrete,
+    for_length,
+    hint,
+    hint_shape,
+    is_index,
+    is_tensor,
+    leaves,
+    symbols,
+    value,
+    with_leaves,
+)
 from parvts_fx.errors import Refusal
 from parvts_fx.torch_private import FAKE_TENSOR_LOG, FakeTensor, FakeTensorMode, is_traceable_wrapper_subclass
 
@@ -51,7 +64,8 @@ class Probe:
     """Evaluates nodes on fake tensors in which each label's tokens have another number than in the graph."""
 
     def __init__(
-        self, module: GraphModule, size: int | torch.SymInt, lengths: Mapping[str, int], what: str = "prompt length"
+        self, module: GraphModule, size: int | torch.SymInt, lengths: Mapping[str, int], what: str = "prompt length",
+        computes: bool = False,
     ):
         self.module, self.what = module, what
         self.size_hint = hint(size)
@@ -59,7 +73,7 @@ class Probe:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         joined = filter(None, map(cached_in_front, module.graph.nodes))
         cached = frozenset(hint(value(tensor).shape[axis]) for tensor, axis in joined)
-        self.found = TokenMap(concrete(size), length=max(lengths.values()), cached=cached)
+        self.found = TokenMap(concrete(size), length=max(lengths.values()), cached=cached, computes=computes)
         self._inner: dict[Node, dict[int, int]] = {}
         """For axes of several entries a token: how many of one token follow one another, where that is known."""
 
@@ -68,27 +82,24 @@ class Probe:
         self._evaluated = EvaluationCache()
 
     @staticmethod
-    def lengths_for(module: GraphModule, size_hint: int, labels: Iterable[str], shorter: bool = False) -> dict[str, int]:
-        """One prime per label, no factor of any size in the graph; larger than the prompt, or well below it."""
+    def lengths_for(
+        module: GraphModule, size: int | torch.SymInt, labels: Sequence[str], shorter: bool = False
+    ) -> dict[str, int]:
+        """One prime per label, no factor of any size in the graph; larger than the prompt, or well below it.
+
+        Where sizes have names no other number is taken for the prompt's length, and any prime will do if there is no such one.
+        """
         sizes = {
             entry
             for node in module.graph.nodes if isinstance(value(node), torch.Tensor)
             for entry in hint_shape(value(node)) if entry
         }
-        chosen: dict[str, int] = {}
-        candidate, step = (2 * size_hint // 3, -1) if shorter else (2 * size_hint + 61, 1)
-        for label in labels:
-            while (
-                any(candidate % factor == 0 for factor in range(2, int(candidate**0.5) + 1))
-                or any(entry % candidate == 0 for entry in sizes)
-                or candidate in chosen.values()
-            ):
-                candidate += step
-                if candidate < 3:
-                    raise Refusal("the prompt is too short to tell its length from other sizes")
-            chosen[label] = candidate
-            candidate += 1 + size_hint  # far enough apart for (probe - S) differences not to divide one another
-        return chosen
+        try:
+            return _primes(hint(size), labels, shorter, sizes)
+        except Refusal:
+            if not symbols(size):
+                raise
+            return _primes(hint(size), labels, shorter, set())
 
     def seed(self, node: Node, axes: Mapping[int, str]) -> None:
         """Declare the axes of a node from which the probe starts."""
@@ -196,13 +207,26 @@ class Probe:
             if node.target is operator.setitem and isinstance(args[2], torch.Tensor):  # fake tensors do not check this
                 args[2].expand_as(args[0][args[1]])
             return self._evaluated.evaluate(
-                node.op, node.target, args, kwargs, lambda: call(self.module, node.op, node.target, args, kwargs))
+                node.op, node.target, args, kwargs, lambda: self._call(node, args, kwargs))
+
+    def _call(self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a node comes to; where a mask picks entries of an axis that are no tokens, as if it picked all of them."""
+        if is_index(node) and isinstance(node.args[1], tuple):
+            index = tuple(
+                torch.empty(part.shape, dtype=torch.int64, device=part.device)
+                if isinstance(place, Node) and isinstance(part, torch.Tensor) and part.dtype == torch.bool and part.dim() == 1
+                and not self.found.axes.get(place) else part
+                for place, part in zip(node.args[1], args[1]))
+            args = (args[0], index)
+        return call(self.module, node.op, node.target, args, kwargs)
 
     def _fake_leaf(self, leaf: Any, binding: Binding | None) -> Any:
         if isinstance(leaf, Node) and leaf in self.found.probed:
             return self.found.probed[leaf]
         if isinstance(binding, Count):
             return binding.of(self.lengths[binding.label])
+        if isinstance(binding, Computed):
+            return for_length(value(leaf), self.found.size, self.lengths[binding.label])
         if isinstance(binding, AtMost):
             return min(hint(value(leaf) if isinstance(leaf, Node) else leaf), self.lengths[binding.label])
         if isinstance(binding, Filling):
@@ -250,16 +274,28 @@ class Probe:
             return False
         axes: dict[int, Axis] = {}
         for axis, (now, then) in enumerate(zip(result.shape, hint_shape(example))):
-            if now == then:
+            if now == then or then is None:
                 continue
             for label, length in self.lengths.items():
                 multiple, rest = divmod(now - then, length - self.size_hint)
-                if rest == 0 and multiple > 0:
+                if rest == 0 and multiple > 0 and (now == length or self._is_linear(example.shape[axis], multiple)):
                     axes[axis] = Axis(label, multiple, then - multiple * self.size_hint)
                     break
             else:
-                return False
+                if not self._is_computed(example.shape[axis], now):
+                    return False
         return axes
+
+    def _is_linear(self, traced: int | torch.SymInt, multiple: int) -> bool:
+        """Whether a size is so many times the prompt's length and others at any length, as it has to be where numbers are
+        computed again. (As it was traced: what is cut to the prompt's length may have been no longer.)"""
+        return not self.found.computes or not symbols(self.found.size) & symbols(traced - multiple * self.found.size)
+
+    def _is_computed(self, traced: int | torch.SymInt, now: int) -> bool:
+        """Whether a size is what its formula says for some label's tokens: of blocks of them, which are no tokens."""
+        size = concrete(traced)
+        return self.found.computes and isinstance(size, torch.SymInt) and any(
+            for_length(size, self.found.size, length) == now for length in self.lengths.values())
 
     def _keeps_tokens_whole(
         self, node: Node, current: list[Any], choice: Mapping[int, Binding], axes: dict[int, Axis] | None
@@ -334,3 +370,20 @@ class Probe:
                     (moved == (torch.arange(entries, dtype=torch.int32) // each % length).view(view)).all()):
                 return each
         return 0
+
+
+def _primes(size_hint: int, labels: Sequence[str], shorter: bool, sizes: Collection[int]) -> dict[str, int]:
+    chosen: dict[str, int] = {}
+    candidate, step = (2 * size_hint // 3, -1) if shorter else (2 * size_hint + 61, 1)
+    for label in labels:
+        while (
+            any(candidate % factor == 0 for factor in range(2, int(candidate**0.5) + 1))
+            or any(entry % candidate == 0 for entry in sizes)
+            or candidate in chosen.values()
+        ):
+            candidate += step
+            if candidate < 3:
+                raise Refusal("the prompt is too short to tell its length from other sizes", names_tell=True)
+        chosen[label] = candidate
+        candidate += 1 + size_hint  # far enough apart for (probe - S) differences not to divide one another
+    return chosen

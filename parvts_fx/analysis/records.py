@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.fx import Node
 
+from parvts_fx.analysis.calls import is_fused_attention, is_softmax
 from parvts_fx.analysis.values import concrete, value
 from parvts_fx.errors import Refusal
 
@@ -115,6 +116,11 @@ class Attention:
     @property
     def is_causal(self) -> bool:
         return self.kind == "fused causal"
+
+    @property
+    def heart(self) -> Node:
+        """The fused call, or else the softmax over the keys: what is in front of a fused call may have one of its own."""
+        return next(filter(is_fused_attention, self.nodes), None) or next(filter(is_softmax, self.nodes))
 
 
 @dataclasses.dataclass(frozen=True)

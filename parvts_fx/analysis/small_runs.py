@@ -15,14 +15,25 @@ import math
 from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
-import sympy
 import torch
 from torch.fx import GraphModule, Node
 
 from parvts_fx.analysis.collectives import without_others
 from parvts_fx.analysis.tokens import AtMost, AxisLabels, Count, Filling, TokenMap
-from parvts_fx.analysis.values import ancestors, call, hint, hint_shape, is_index, is_tensor, leaves, symbols, value, with_leaves
-from parvts_fx.torch_private import FakeTensor, disable_current_modes, expression, traced_numbers
+from parvts_fx.analysis.values import (
+    ancestors,
+    call,
+    for_length,
+    hint,
+    hint_shape,
+    is_index,
+    is_tensor,
+    leaves,
+    symbols,
+    value,
+    with_leaves,
+)
+from parvts_fx.torch_private import FakeTensor, disable_current_modes
 
 TOKENS, SAMPLES = "tokens", "samples"
 NOISES = ("any", "positive", "first index")
@@ -212,15 +223,10 @@ class SmallRuns:
         of_prompt = symbols(self.tokens.size)
         if not isinstance(held, (torch.SymInt, torch.SymFloat)) or not of_prompt & symbols(held):
             return hint(held) if isinstance(held, (torch.SymInt, torch.SymFloat, torch.SymBool)) else held
-        length: Any = self.tokens.size
-        size = expression(length)
-        if not size.is_Symbol:
+        found = for_length(held, self.tokens.size, tokens)
+        if found is None:
             raise Unproven("a number is computed from the prompt's length")
-        others = {
-            symbol: sympy.Integer(traced_numbers(held)[symbol])
-            for symbol in expression(held).free_symbols - {size}}
-        number = expression(held).xreplace({**others, size: sympy.Integer(tokens)})
-        return int(number) if isinstance(held, torch.SymInt) else float(number)
+        return found
 
     # -- operands -----------------------------------------------------------------------------------------------------
 

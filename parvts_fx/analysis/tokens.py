@@ -93,7 +93,15 @@ class AtMost:
     label: str
 
 
-Binding = Count | AxisLabels | Filling | AtMost
+@dataclasses.dataclass(frozen=True)
+class Computed:
+    """An integer leaf that is computed from the number of tokens in another way: how many blocks they make up, the last one's
+    place. It is computed again for as many as there are."""
+
+    label: str
+
+
+Binding = Count | AxisLabels | Filling | AtMost | Computed
 
 
 @dataclasses.dataclass
@@ -117,6 +125,10 @@ class TokenMap:
 
     cached: frozenset[int] = frozenset()
     """How many rows caches hold that the graph is given, to be put in front of the prompt's."""
+
+    computes: bool = False
+    """Whether numbers that are computed from the prompt's length, as no multiple of it, are computed again for other lengths. If
+    not they stay: right where the tokens are padded up to them."""
 
     def plain_axis(self, node: Node) -> int | None:
         """The one axis with one entry per token, or None."""
@@ -175,7 +187,7 @@ def _variables(node: Node, labels: tuple[str, ...], tokens: TokenMap) -> dict[in
             if index == chosen[0]:
                 variables[index] = [AtMost(chosen[1])]
                 continue
-            if index in fillings:
+            if index in fillings and not (follows and tokens.computes):
                 variables[index] = [None, *(Filling(label) for label in labels)]
                 continue
             if of_prompt and not follows:
@@ -184,15 +196,23 @@ def _variables(node: Node, labels: tuple[str, ...], tokens: TokenMap) -> dict[in
             offsets = (*in_front, *(_OFFSETS if is_indexing(node) else ()))
             offset = next((o for o in offsets if number == length + o), 0)
             offset = offset or next((-o for o in in_front if number == -length - o), 0)  # the last so many
+            if follows and tokens.computes and number is not None and not is_multiple(size, tokens.size):
+                variables[index] = [Computed(label) for label in labels]
+                continue
             if not number or not offset and number % length:
                 continue  # no multiple: right as it is, where the tokens are padded up to it
             counts: list[Binding | None] = [Count(label, (number - offset) // length, offset) for label in labels]
             variables[index] = counts if follows else [None, *counts]
         elif is_tensor(leaf):
-            sides = _side_readings(value(leaf), labels, tokens, in_front)
+            sides = _side_readings(value(leaf), labels[::-1] if tokens.computes else labels, tokens, in_front)
             if sides:
                 variables[index] = sides
     return variables
+
+
+def is_multiple(number: int | torch.SymInt, size: int | torch.SymInt) -> bool:
+    """Whether a number is so many times the prompt's length at any length, not just at the traced one."""
+    return not symbols(size) & symbols(number - hint(number) // hint(size) * size)
 
 
 def _in_front(node: Node, tokens: TokenMap) -> tuple[int, ...]:
@@ -257,11 +277,15 @@ def _side_readings(
     for axis, entries in enumerate(tensor.shape):
         size = concrete(entries)
         if of_prompt:
-            if of_prompt & symbols(size) and hint(size) in counts:
+            if of_prompt & symbols(size) and hint(size) in counts and not of_prompt & symbols(size - tokens.size):
                 per_axis.append([(axis, label) for label in labels])
         elif hint(size) in counts:
             per_axis.append([None, *((axis, label) for label in labels)])
     if not per_axis:
         return []
     options = sorted(itertools.product(*per_axis), key=lambda axes: sum(a is not None for a in axes))
-    return [AxisLabels(kept) if (kept := tuple(a for a in axes if a is not None)) else None for axes in options]
+    readings = [AxisLabels(kept) if (kept := tuple(a for a in axes if a is not None)) else None for axes in options]
+    if not tokens.computes:
+        return readings
+    # an index takes entries of a table: it says nothing of an axis that is larger, and pairs are of a query and a key
+    return [one for one in readings if one is None or len({label for _, label in one.axes}) == len(one.axes)]

@@ -6,6 +6,7 @@ import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
@@ -20,6 +21,7 @@ from parvts_fx.torch_private import (
     is_functorch_wrapped_tensor,
     memory_of,
     traced_number,
+    traced_numbers,
     writes_into_arguments,
 )
 
@@ -52,6 +54,18 @@ def hint(size: int | torch.SymInt | torch.SymFloat | torch.SymBool) -> Any:
 
 def symbols(size: int | torch.SymInt | torch.SymFloat) -> frozenset:
     return frozenset() if isinstance(size, int) else frozenset(expression(size).free_symbols)
+
+
+def for_length(number: torch.SymInt | torch.SymFloat, length: torch.SymInt, tokens: int) -> int | float | None:
+    """A number that is computed from the prompt's length, for a prompt of so many tokens; None where that length is no symbol of
+    its own, or the number depends on data as well."""
+    symbol, known = expression(length), traced_numbers(number)
+    others = expression(number).free_symbols - {symbol}
+    if not symbol.is_Symbol or not others <= set(known):
+        return None
+    found = expression(number).xreplace({
+        symbol: sympy.Integer(tokens), **{other: sympy.Integer(known[other]) for other in others}})
+    return int(found) if isinstance(number, torch.SymInt) else float(found)
 
 
 def concrete(size: int | torch.SymInt) -> int | torch.SymInt:
@@ -187,20 +201,25 @@ def ancestors(roots: Iterable[Node]) -> set[Node]:
 
 
 def descendants(graph: Graph, roots: Iterable[Node]) -> list[Node]:
-    """The nodes and all that depends on their content, in graph order, without the output node.
+    """The nodes and all that depends on their content, in graph order, without the output node; what is read from memory that
+    any of them has written into included.
 
     Of what depends on their sizes alone the integers are among them, tensors are not: a mask made for as many positions
     as there are embeddings, say.
     """
     reached, sizes = set(roots), set()
+    written: set[int] = set()
     for node in graph.nodes:
         if node.op == "output":
             continue
         if _is_known_size(node):
             if any(source in reached or source in sizes for source in node.all_input_nodes):
                 sizes.add(node)
-        elif any(source in reached for source in node.all_input_nodes):
+        elif any(source in reached or written and is_tensor(source) and storage_of(source) in written
+                 for source in node.all_input_nodes):
             reached.add(node)
+            if (target := changed_in_place(node)) is not None:
+                written.add(storage_of(target))
     reached |= sizes
     return [node for node in graph.nodes if node in reached]
 

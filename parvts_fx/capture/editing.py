@@ -16,7 +16,7 @@ from parvts_fx.analysis.probe import quiet_trials
 from parvts_fx.analysis.tokens import Count
 from parvts_fx.analysis.values import call, concrete, fake_mode_of, value
 from parvts_fx.errors import Refusal
-from parvts_fx.torch_private import enable_python_dispatcher, make_fx
+from parvts_fx.torch_private import enable_python_dispatcher, make_fx, settle_sizes
 
 Size: TypeAlias = "int | Node"
 
@@ -65,6 +65,7 @@ class Editor:
         except Exception as error:
             detail = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             raise Refusal(f"a rewritten operation does not work on its new sizes ({detail})", node) from error
+        settle_sizes(self.mode)
         return node
 
     def call(self, target: Callable, *args: Any, **kwargs: Any) -> Node:

@@ -108,6 +108,9 @@ class Call:
         self.by_sample = False
         """Whether samples may be pruned one by one: somebody tells later calls which cached rows are whose."""
 
+        self.names_sizes = False
+        """Whether the call is captured again, with names for sizes, where a graph asks for that."""
+
         self.mask_rows: frozenset[int] | None = None
         """How many rows its prompt may have by the columns of its attention mask, behind what a cache holds with or without its
         dropped tokens; None where the mask does not tell."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from parvts_fx.errors import BeginAgain, NotRewritten, tell_unrewritten
+from parvts_fx.errors import BeginAgain, NamesAreNeeded, NotRewritten, tell_unrewritten
 from parvts_fx.options import Options
 from parvts_fx.runtime.cached_rows import can_follow, given_mask, rows_by_mask, with_cached_columns
 from parvts_fx.runtime.caches import find_caches, has_stream, is_cache, with_own_caches
@@ -40,6 +40,9 @@ _SETTINGS: tuple[dict[str, bool], ...] = (
     {"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": False},
     {"capture_scalar_outputs": False, "capture_dynamic_output_shape_ops": False},
 )
+_NAMED = {"assume_static_by_default": False, "specialize_float": True}
+"""So that all sizes have names, and other numbers stay what they are."""
+
 MOVES = "its cache moves layers between devices as it is filled, and is not empty: such calls run uncompiled"
 _RECOMPILE_LIMIT = 128  # Dynamo itself stops at 256 per code object, whatever the limit
 
@@ -86,7 +89,7 @@ class _Watched:
         self._told: set[str] = set()
         self._returned: TensorTable[bool] = TensorTable()
         self._features = JoinedFeatures()
-        self._by_sample = True
+        self._by_sample, self._names_sizes = True, True
         self._tries = not once
 
     def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -132,14 +135,16 @@ class _Watched:
                     if prompts:
                         told.told_by_ids = functools.partial(_rows_of_none_of, self._model, prompts)
                         told.mask_rows = rows_by_mask(mask, find_caches(args, kwargs))
-                    told.by_sample = by_sample and self._by_sample
+                    told.by_sample, told.names_sizes = by_sample and self._by_sample, self._names_sizes
                     output = (self._run_uncompiled if moves else self._call)(*args, **kwargs)
                     caches = find_caches(output, args, kwargs)
                     if told.rows is None or caches or not told.shortened:
                         return output, caches, told
                     self._by_sample, told.record = False, None  # a cache that nobody can tell which rows are whose
-            except (TorchDynamoException, GuardOnDataDependentSymNode):
-                if not self._frames.relax():
+            except (TorchDynamoException, GuardOnDataDependentSymNode) as error:
+                if isinstance(getattr(error, "inner_exception", error), NamesAreNeeded):
+                    self._names_sizes = self._frames.name_sizes()
+                elif not self._frames.relax():
                     raise
             except BeginAgain:
                 assert self._anew is not None, "or nobody had begun again"
@@ -202,6 +207,7 @@ class _Frames:
 
     def __init__(self) -> None:
         self._levels: dict[str, int] = {}
+        self._named: set[str] = set()
         self._current: str | None = None
 
     @contextlib.contextmanager
@@ -209,13 +215,15 @@ class _Frames:
         self._current = None
         config = dynamo_config()
         limit, ignored = max(_RECOMPILE_LIMIT, config.recompile_limit), config.ignore_logging_functions
-        settings = config.patch(**_SETTINGS[0], recompile_limit=limit, ignore_logging_functions=ignored)  # puts it back
+        self._sizes = {name: getattr(config, name) for name in _NAMED}
+        settings = config.patch(
+            **_SETTINGS[0], **self._sizes, recompile_limit=limit, ignore_logging_functions=ignored)  # puts it back
         with told_of_compiling(self._start), settings, as_newer_torch(), sizes_in_strings:
             yield
 
     def _start(self, given: Any) -> None:
         self._current = str(given.compile_id).partition("/")[0]
-        settings = _SETTINGS[self._levels.get(self._current, 0)]
+        settings = _SETTINGS[self._levels.get(self._current, 0)] | (_NAMED if self._current in self._named else self._sizes)
         for name, held in {**settings, "ignore_logging_functions": messages_while_capturing()}.items():
             setattr(dynamo_config(), name, held)
 
@@ -224,6 +232,13 @@ class _Frames:
         if self._current is None or self._levels.get(self._current, 0) + 1 == len(_SETTINGS):
             return False
         self._levels[self._current] = self._levels.get(self._current, 0) + 1
+        return True
+
+    def name_sizes(self) -> bool:
+        """Have the frame that was compiled last captured with names for sizes; False if it was already."""
+        if self._current is None or self._current in self._named:
+            return False
+        self._named.add(self._current)
         return True
 
 
