@@ -13,7 +13,28 @@ from tests.plain_specification import EPSILON, Specification
 from tests.token_mixers import TAPS, linear_attention, mix, scan
 
 EXPERTS, CHOSEN = 4, 2
+BLOCK, BLOCKS = 3, 2
+"""Rows in a block of keys, and how many blocks a row sees at most."""
 Cached = list[tuple[Tensor, Tensor]]
+
+
+def chosen_blocks(query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
+    """[batch, 1, rows, rows] bool: a row itself, and of the blocks that it sees to their ends those whose keys fit it best.
+
+    The last block may have fewer rows than it has places: then nobody sees it.
+    """
+    batch, _, length, _ = key.shape
+    count = (length + BLOCK - 1) // BLOCK
+    places = torch.arange(count * BLOCK).view(count, BLOCK)
+    rows = places.clamp(max=length - 1)
+    pooled = key[:, 0][:, rows].sum(2)
+    scores = query.mean(1) @ pooled.mT
+    able = mask[:, 0].expand(batch, length, length).gather(-1, rows[:, -1].expand(batch, length, count))
+    able = able & (places < length).all(-1)
+    best = scores.masked_fill(~able, -torch.inf).topk(min(BLOCKS, count), -1).indices
+    chosen = torch.zeros_like(able).scatter_(-1, best, True) & able
+    seen = chosen[..., None].expand(batch, length, count, BLOCK).flatten(-2)[..., :length]
+    return ((seen & mask[:, 0]) | torch.eye(length, dtype=torch.bool))[:, None]
 
 
 def norm_of(spec: Specification) -> nn.Module:
@@ -89,7 +110,9 @@ class Layer(nn.Module):
             key, value = (torch.cat(pair, 2) for pair in zip(past, (key, value)))
         if spec.layout == "folded":
             return self.folded(weights.out, query, key, value, mask, bias)
-        if spec.attention in ("causal", "masked"):
+        if spec.attention == "blocks":
+            mask = chosen_blocks(query, key, mask)
+        if spec.attention in ("causal", "masked", "blocks"):
             wide = [part.repeat_interleave(repeats, 0) if heads_first else part for part in (key, value)]
             mixed = F.scaled_dot_product_attention(
                 query, *wide, attn_mask=mask, is_causal=mask is None, scale=spec.scale,

@@ -20,7 +20,7 @@ from parvts_fx.stages import Stage
 from tests.clusters_reference import Clusters, clusters_of, pictures_of
 from tests.mixing_reference import filtered, linear_attention, mixed, scanned
 from tests.plain import Plain, Prompt, Specification, read
-from tests.plain_layers import CHOSEN, EXPERTS
+from tests.plain_layers import BLOCK, BLOCKS, CHOSEN, EXPERTS
 from tests.plain_specification import IMAGE_TOKEN, SOUND_TOKEN, VIDEO_TOKEN
 from tests.reference import Placed, Prefill, Rule, chosen, one_stage, placed, relative_error
 
@@ -164,6 +164,9 @@ class _Sample:
         query, key, value = self._project(own, x)
         query, key = self._turn(query, rows), self._turn(key, rows)
         heads, weights = [], []
+        allowed = allowed[rows][:, rows]
+        if spec.attention == "blocks":
+            allowed = torch.stack([_blocks(row, query[row].mean(0), key[:, 0], sees) for row, sees in enumerate(allowed)])
         for head in range(spec.heads):
             group = head // (spec.heads // spec.groups)
             scores = query[:, head] @ key[:, group].T * spec.score_scale
@@ -173,7 +176,7 @@ class _Sample:
             if spec.attention == "counted":
                 scores = scores + _counted(query[:, head])
             scores[~self.is_visual[rows]] += self.sizes.log().float()  # of text: keys may stand for several tokens
-            scores = scores.masked_fill(~allowed[rows][:, rows], -math.inf)
+            scores = scores.masked_fill(~allowed, -math.inf)
             values = value[:, group]
             if past:
                 before = query[:, head] @ past[0][group].T * spec.score_scale
@@ -241,6 +244,16 @@ def _counted(query: Tensor) -> Tensor:
         for distance in range(min(query.shape[1], row + 1)):
             bias[row, row - distance] = query[row, distance] * (row + 1) ** 0.5
     return bias
+
+
+def _blocks(row: int, query: Tensor, keys: Tensor, sees: Tensor) -> Tensor:
+    """[rows] bool: of what a row may see, itself and those blocks whose keys, added up, fit it best."""
+    whole = sees.nonzero()[:, 0].split(BLOCK)
+    best = sorted((block for block in whole if len(block) == BLOCK), key=lambda block: -float(query @ keys[block].sum(0)))
+    chosen = torch.zeros_like(sees)
+    for place in (row, *best[:BLOCKS]):
+        chosen[place] = True
+    return chosen
 
 
 @dataclasses.dataclass

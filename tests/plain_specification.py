@@ -72,8 +72,9 @@ class Specification:
     attention: str = "causal"
     """"causal" (fused, no mask: padding is seen), "masked" (fused, bool mask), "written" (softmax, float mask), "relative"
     (written out, with a bias by distance added to the scores), "counted" (a bias that each row chooses by distances which the
-    layer counts in the rows it is given), "given" (the same by distances that all layers are given) or "sinks" (a score for
-    each row that belongs to no key). The last three not as "flat" and not "folded"."""
+    layer counts in the rows it is given), "given" (the same by distances that all layers are given), "sinks" (a score for
+    each row that belongs to no key) or "blocks" (fused, each row sees itself and the blocks of three rows that an index chooses;
+    one sample, no padding). "counted", "given" and "sinks" not as "flat" and not "folded"."""
     span: str = "causal"
     """With a mask: "causal", "window" (of 5 tokens), "images" (visual tokens see each other in both directions) or
     "all" (so do all tokens)."""

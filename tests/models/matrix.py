@@ -19,7 +19,7 @@ from tests.models import prompts
 from tests.models.builders import BUILDERS, Built
 from tests.models.generating import MERGED, TWO_STAGES, Comparison, cache_entries, compared, logit_error, run_generate, two_stages
 
-TOLERANCE, LIMIT = 2e-5, 240
+TOLERANCE, LIMIT = 2e-5, 480
 BATCH = "generate, batch of two"
 
 

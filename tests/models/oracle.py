@@ -244,6 +244,8 @@ class Oracle:
             return _cut(held, rows, length) if kept is None else kept
 
         attends = self._attends(index, cache)
+        if attends and not allowed.all() and not _takes_mask(call, asking, length):
+            return self._by_group(index, path, allowed)
         kwargs = {name: own(name, held) for name, held in call.kwargs.items()}
         args = tuple(own(str(place), held) for place, held in enumerate(call.args))
         sizes = path.sizes if self.counts_keys else torch.ones_like(path.sizes)
@@ -259,6 +261,17 @@ class Oracle:
         layers = [next((layer for layer in range(index) if torch.equal(self.calls[layer].hidden, state)), None)
                   for state in held.unbind(-2)] if held[..., 0, :].shape == first.shape else [None]
         return None if None in layers else torch.stack([path.entered[layer] for layer in layers], -2)
+
+    def _by_group(self, index: int, path: _Path, allowed: torch.Tensor) -> torch.Tensor:
+        """A layer that is given no mask of pairs: a group's rows come from a run on what they see, others from one on all."""
+        whole, seen = torch.ones_like(allowed), allowed[path.rows][:, path.rows]
+        groups = [(see, (seen == see).all(1)) for see in seen.unique(dim=0) if not see.all()]
+        parts = [(self._run(index, self._only(path, see), whole), see, own) for see, own in groups]
+        output = self._run(index, path, whole)
+        for part, see, own in parts:
+            rows = part.index_select(self.axis, own[see].nonzero()[:, 0])
+            output = output.index_copy(self.axis, own.nonzero()[:, 0], rows)
+        return output
 
     def _added(self, index: int, rows: torch.Tensor) -> torch.Tensor | float:
         """What the model adds to the stream between layers, in front of this one."""
@@ -346,6 +359,12 @@ def _copied(held: Any) -> Any:
     if isinstance(held, (tuple, list)):
         return type(held)(_copied(entry) for entry in held)
     return held
+
+
+def _takes_mask(call: Call, asking: int, length: int) -> bool:
+    """Whether a layer is given a mask of pairs, or may be."""
+    given = {**call.kwargs, **{str(place): held for place, held in enumerate(call.args)}}
+    return any(name == "attention_mask" and held is None or _is_mask(held, asking, length) for name, held in given.items())
 
 
 def _is_mask(held: Any, asking: int, length: int) -> bool:
