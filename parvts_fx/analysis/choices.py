@@ -7,7 +7,7 @@ follows from the rows that are there: it is part of the call, computed again for
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch.fx import Graph, Node
@@ -99,7 +99,7 @@ def _holds_sizes(side: Node, of_prompt: frozenset) -> bool:
         is_symbolic_int(source) and of_prompt & symbols(value(source)) for source in before)
 
 
-def refuse_positions(nodes: Iterable[Node], bindings: dict[Node, dict[int, object]], call: Node) -> None:
+def refuse_positions(nodes: Iterable[Node], bindings: Mapping[Node, Mapping[int, object]], call: Node) -> None:
     """Refuse numbers of single positions, of which it cannot be told whether they count the rows that are there.
 
     Raises:

@@ -284,8 +284,9 @@ def _side_readings(
     if not per_axis:
         return []
     options = sorted(itertools.product(*per_axis), key=lambda axes: sum(a is not None for a in axes))
-    readings = [AxisLabels(kept) if (kept := tuple(a for a in axes if a is not None)) else None for axes in options]
+    readings: list[Binding | None] = [
+        AxisLabels(kept) if (kept := tuple(a for a in axes if a is not None)) else None for axes in options]
     if not tokens.computes:
         return readings
     # an index takes entries of a table: it says nothing of an axis that is larger, and pairs are of a query and a key
-    return [one for one in readings if one is None or len({label for _, label in one.axes}) == len(one.axes)]
+    return [one for one in readings if not isinstance(one, AxisLabels) or len({label for _, label in one.axes}) == len(one.axes)]

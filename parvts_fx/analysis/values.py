@@ -56,9 +56,11 @@ def symbols(size: int | torch.SymInt | torch.SymFloat) -> frozenset:
     return frozenset() if isinstance(size, int) else frozenset(expression(size).free_symbols)
 
 
-def for_length(number: torch.SymInt | torch.SymFloat, length: torch.SymInt, tokens: int) -> int | float | None:
+def for_length(number: torch.SymInt | torch.SymFloat, length: int | torch.SymInt, tokens: int) -> int | float | None:
     """A number that is computed from the prompt's length, for a prompt of so many tokens; None where that length is no symbol of
     its own, or the number depends on data as well."""
+    if isinstance(length, int):
+        return None
     symbol, known = expression(length), traced_numbers(number)
     others = expression(number).free_symbols - {symbol}
     if not symbol.is_Symbol or not others <= set(known):
