@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from torch.fx import GraphModule
 from parvts_fx.backends.parvts import parvts
 from parvts_fx.capture import capture
 from parvts_fx.cost import CPU, NAMES, compare, count, named
+from parvts_fx.errors import ParvtsWarning
 from parvts_fx.options import SHORT_FORM, Options, parse_options
 from parvts_fx.report import GraphReport, Report
 from parvts_fx.rewriting import Rewriting
@@ -213,7 +215,7 @@ def explain(
         **inputs: the same, by name.
         options: the backend's options; None for those that the model was compiled with by :func:`compile`, or else the defaults.
         processors: names of those for which the prefill's time is predicted (:func:`parvts_fx.cost.predict`); None for all that
-            are known, and for the CPU where the prompt is on one, which is measured for a second or so, once a process.
+            are known, and for the CPU where the prompt is on one, which is measured for some seconds, once a process.
 
     Returns:
         A record of every graph, with FLOPs before and after and what is predicted of them, and of everything that is merged into
@@ -225,6 +227,7 @@ def explain(
     names = _processors((*args, *inputs.values())) if processors is None else [named(name) for name in processors]
     copier = vars(model).get(_COPIER) if isinstance(model, torch.nn.Module) else None
     parsed = parse_options(copier.merged({}) if options is None and isinstance(copier, _Copier) else options)
+    parsed = dataclasses.replace(parsed, strict=False)  # a refusal is told as well
     reports: list[GraphReport] = []
 
     def collect(module: GraphModule, example_inputs: Sequence[object], done: Rewriting) -> None:
@@ -244,7 +247,8 @@ def explain(
         reports.clear()
         return _compiled(model, backend, dict(dynamic=False))  # static sizes, so that every count is a number
 
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ParvtsWarning)  # the report has the reason
         watched_call(compiled(), parsed, model, once=True, anew=compiled)(*args, **inputs)
     return Report(tuple(reports))
 

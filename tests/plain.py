@@ -109,7 +109,7 @@ class Plain(nn.Module):
             bias = bias if bias.dim() == 4 else bias[None]
         if spec.attention == "given":
             bias = (index[:, None] - index)[None, None]
-        if spec.attention not in ("causal", "masked"):
+        if spec.attention not in ("causal", "masked", "blocks"):
             allowed = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(x.dtype).min)
         return self._layers(x, cached or [None] * spec.layers, allowed, bias, angles)
 

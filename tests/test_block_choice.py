@@ -7,9 +7,10 @@ import dataclasses
 import pytest
 import torch
 
+import parvts_fx
 from parvts_fx.stages import Stage
 from tests.plain import Row, Specification, build, prompt
-from tests.plain_checking import Choice, outcome
+from tests.plain_checking import TOLERANCE, Choice, outcome, wanted
 from tests.plain_reference import error_of, unpruned
 
 BASE = dict(layers=3, attention="blocks", length=19, visual=8, rows=(Row(before=4),))
@@ -40,3 +41,17 @@ def test_blocks_are_those_of_the_rows_that_are_left(schedule: str, length: int) 
 def test_static_sizes_do_not_tell() -> None:
     result = outcome(Specification(**BASE), Choice())
     assert result.kind == "refused" and "dynamic=True" in result.reason, result
+
+
+def test_the_call_is_captured_again_where_sizes_have_names() -> None:
+    """So that a compiled model prunes without being told; what explains it says so, too."""
+    spec, choice = Specification(**BASE), SCHEDULES["2"]
+    model, given = build(spec), prompt(spec)
+    report = parvts_fx.explain(model, *given.arguments, options=choice.options)
+    assert [graph.status for graph in report.graphs] == ["rewritten"] and report.prefill.prompt_tokens == 19
+    static = torch._dynamo.config.assume_static_by_default
+    parvts_fx.compile(model, **choice.options)
+    with torch.no_grad():
+        actual = model(*given.arguments)
+    assert parvts_fx.last_call(model).pruned and error_of(spec, actual, wanted(model, given, choice)) < TOLERANCE
+    assert torch._dynamo.config.assume_static_by_default is static

@@ -1,4 +1,4 @@
-"""The CPU at hand: rates of products, attention and copies, measured once a process in about a second."""
+"""The CPU at hand: rates of products, attention and copies, measured once a process in a few seconds."""
 
 from __future__ import annotations
 

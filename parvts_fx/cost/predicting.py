@@ -69,7 +69,7 @@ def predict(
     Args:
         work: what it does, from :func:`parvts_fx.cost.count`.
         processor: "NVIDIA H100", "NVIDIA H200", "NVIDIA A100", "NVIDIA L4" or a part of such a name; "cpu" for the one at hand,
-            which is measured for about a second at the first call; or one's own (:class:`parvts_fx.cost.Gpu`).
+            which is measured for some seconds at the first call; or one's own (:class:`parvts_fx.cost.Gpu`).
         dtype: in place of the one that most is multiplied in: on a GPU models run in half the precision that they may have here.
             None for bfloat16 on a GPU, if the graph has neither that nor float16, and elsewhere for what the graph has.
         linear_kernels: of a CPU, as the option of that name: "auto" for the quicker of two libraries.
