@@ -267,15 +267,28 @@ class _Writer:
             raise Refusal("a result holds several entries for each sample", node)
         return Result(place, None if samples is None else samples.axis, True, next(iter(axes)) if behind else None)
 
-    def _is_state_alone(self, joined: Node, state: Node | None) -> bool:
-        """Whether rows stand behind those of a state, which no attention asks: a convolution's last inputs. The rows of a window
-        of keys are counted by later calls' masks, from its end."""
-        tokens, stack = self.decoder.tokens, [join for join, tensor, _ in self._joins if join is joined and tensor is state]
+    def _is_state_alone(self, node: Node, state: Node | None) -> bool:
+        """Whether what stands in front of the prompt's rows is a state, which no attention asks (a convolution's last inputs), or
+        padding. The rows of a window of keys are counted by later calls' masks, from its end."""
+        tokens, seen, stack = self.decoder.tokens, {node}, [node]
+        while stack:
+            held = stack.pop()
+            before = [source for source in held.all_input_nodes if tokens.is_behind_cached(source)]
+            stack += [source for source in before if source not in seen]
+            seen.update(before)
+            is_padded = all(source in self.inside for source in held.all_input_nodes if is_tensor(source))
+            if not before and not is_padded and not self._begins_with(held, state):
+                return False
+        return True
+
+    def _begins_with(self, joined: Node, state: Node | None) -> bool:
+        """Whether rows are put behind those of a state, and attention asks none of them."""
+        stack = [join for join, tensor, _ in self._joins if join is joined and tensor is state]
         alone = bool(stack)
         while stack and alone:
             users = stack.pop().users
             alone = not any(user in self._of_attention for user in users)
-            stack += [user for user in users if tokens.is_behind_cached(user)]
+            stack += [user for user in users if self.decoder.tokens.is_behind_cached(user)]
         return alone
 
     def hand_on(self, grid: Node) -> None:
