@@ -162,8 +162,8 @@ class Dispatch:
         except BackendCompilerFailed as error:
             if self._options.strict:
                 raise
-            number, reason = self._number(count), does_not_compile(error)
-            self._by_count[number], self._refused[number] = None, reason
+            reason = does_not_compile(error)
+            self._refuse(count, reason)
             tell_unrewritten(reason)
             return None, reason
 
@@ -246,7 +246,7 @@ class Dispatch:
             return
         done = self._rewrite(inputs, handed_mask)
         if done.module is None:
-            self._refuse(count, done)
+            self._refuse(count, done.report.reason)
         else:
             self._hold(done)
 
@@ -254,15 +254,15 @@ class Dispatch:
         """What forms are known by."""
         return None if self._done.precondition else count
 
-    def _refuse(self, count: int, done: Rewriting) -> None:
+    def _refuse(self, count: int, reason: str) -> None:
         number = self._number(count)
-        self._by_count[number], self._refused[number] = None, done.report.reason
+        self._by_count[number], self._refused[number] = None, reason
 
     def _begin(self, count: int, inputs: Sequence[object], handed_mask: torch.Tensor) -> None:
         """The first prompt of equal samples for a graph that was compiled for others."""
         done = self._rewrite(inputs, handed_mask)
         if done.module is None:
-            self._refuse(count, done)
+            self._refuse(count, done.report.reason)
         else:
             self._done, self._caches = done, cache_outputs(self._original, done.module)
             self._hold(done)
