@@ -441,7 +441,7 @@ def test_weights_stay_where_they_are(model, prompt, dynamic):
         handed.append(graph)
         return graph.forward
 
-    compile_with_parvts(model, lowering=no_gather, dynamic=dynamic)
+    compile_with_parvts(model, lowering=lowering, dynamic=dynamic)
     with torch.no_grad():
         model(**prompt.inputs)
     graph = max(handed, key=lambda graph: len(graph.graph.nodes))
