@@ -143,7 +143,7 @@ class _Watched:
                     self._by_sample, told.record = False, None  # a cache that nobody can tell which rows are whose
             except (TorchDynamoException, GuardOnDataDependentSymNode) as error:
                 if isinstance(getattr(error, "inner_exception", error), NamesAreNeeded):
-                    self._names_sizes = self._frames.name_sizes()
+                    self._names_sizes = self._frames.name_sizes() or self._captured_with_names()
                 elif not self._frames.relax():
                     raise
             except BeginAgain:
@@ -157,6 +157,14 @@ class _Watched:
                 if prompts and not isinstance(error, torch.OutOfMemoryError):
                     self._raise_own(error, args, kwargs)
                 raise
+
+    def _captured_with_names(self) -> bool:
+        """Have every frame of the call captured again with names for sizes: the one that was compiled last is made of a graph
+        in which an earlier capture wrote numbers. False if they were already."""
+        if self._anew is None or not self._frames.name_all_sizes():
+            return False
+        self._call = self._anew()
+        return True
 
     @torch.compiler.disable
     def _raise_own(self, error: RuntimeError, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -208,6 +216,7 @@ class _Frames:
     def __init__(self) -> None:
         self._levels: dict[str, int] = {}
         self._named: set[str] = set()
+        self._captured: set[str] = set()
         self._current: str | None = None
 
     @contextlib.contextmanager
@@ -223,6 +232,7 @@ class _Frames:
 
     def _start(self, given: Any) -> None:
         self._current = str(given.compile_id).partition("/")[0]
+        self._captured.add(self._current)
         settings = _SETTINGS[self._levels.get(self._current, 0)] | (_NAMED if self._current in self._named else self._sizes)
         for name, held in {**settings, "ignore_logging_functions": messages_while_capturing()}.items():
             setattr(dynamo_config(), name, held)
@@ -240,6 +250,12 @@ class _Frames:
             return False
         self._named.add(self._current)
         return True
+
+    def name_all_sizes(self) -> bool:
+        """The same for every frame that any call has compiled; False if they were all so."""
+        unnamed = self._captured - self._named
+        self._named |= unnamed
+        return bool(unnamed)
 
 
 def read_call(
