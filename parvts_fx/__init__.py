@@ -9,11 +9,11 @@ from parvts_fx.options import Options
 from parvts_fx.patches import show
 from parvts_fx.rewriting import rewrite
 from parvts_fx.runtime.record import CallRecord, last_call
-from parvts_fx.scores import register_rule
+from parvts_fx.scores import LookAhead, register_rule
 from parvts_fx.stages import Stage
 
 __all__ = [
-    "CallRecord", "NotRewritten", "Options", "ParvtsWarning", "Refusal", "Stage", "compile", "explain", "last_call",
+    "CallRecord", "LookAhead", "NotRewritten", "Options", "ParvtsWarning", "Refusal", "Stage", "compile", "explain", "last_call",
     "override", "register_rule", "rewrite", "show", "uncompile",
 ]
 __version__ = "0.1.0"

@@ -6,8 +6,10 @@ tokens stand, scores [batch, rows] ranks them (higher is kept first; entries at 
 are left there. A rule that says so is given a third argument, the attention of the layer in front, [batch, heads, rows that
 were asked, rows] float32: of the last text row (``reads="last_row"``) or of all text rows (``reads="text_rows"``; those in
 front of the first visual token, which may be padding, are zeros). It is computed for these rows alone. With
-``reads="places"`` the third argument tells where in its picture each visual token stands: [batch, rows, 3] int64, the number
-of the picture, the row and the column, both -1 where the picture's grid is not known.
+``reads="ahead"`` the third argument is what all text rows would pay in the layers behind the choice, if the states were those at
+hand: [batch, heads of all these layers, text rows, rows] float32, with zeros as above. With ``reads="places"`` the last argument
+tells where in its picture each visual token stands: [batch, rows, 3] int64, the number of the picture, the row and the column,
+both -1 where the picture's grid is not known.
 
 A rule is traced into the graph. It must not let a sample's scores depend on other samples, nor on padding: text rows may be
 padding, so the built-in rules look at visual rows alone, or at the text behind the first visual token (a prompt with padding
@@ -16,6 +18,7 @@ there runs unrewritten).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
@@ -28,53 +31,73 @@ Rule = Callable[..., torch.Tensor]
 ATTENDED = "attended"
 """The one rule that is no function of the decoder's input: the attention received inside the vision tower."""
 
-READS = ("hidden", "text", "last_row", "text_rows", "places")
-"""What a rule may say that it reads: the rows alone, also the text behind the first visual token, attention weights, or
-places in pictures."""
+READS = ("hidden", "text", "last_row", "text_rows", "ahead", "places")
+"""What a rule may say that it reads: the rows alone, also the text behind the first visual token, attention weights, those
+that layers ahead would have, or places in pictures."""
+
+_WEIGHTS = frozenset({"last_row", "text_rows", "ahead"})
 
 _RULES: dict[str, Rule] = {}
 _READS: dict[str, frozenset[str]] = {}
+_AHEAD: dict[str, int] = {}
 
 
 def register_rule(
-    name: str, reads: str | Sequence[str] = "hidden", reads_text: bool = False
+    name: str, reads: str | Sequence[str] = "hidden", reads_text: bool = False, layers: int = 3
 ) -> Callable[[Rule], Rule]:
     """Decorator that makes a rule available by its name: as ``score="name"``, or as a stage's ``rule``.
 
     Args:
         reads: what the scores depend on besides the visual rows, one or several of :data:`READS`. "text": also on the text
             behind the first visual token, and on no other text. "last_row", "text_rows": on attention weights in the layer in
-            front, which are the rule's third argument; such a rule needs a layer in front. "places": on where in their
-            pictures tokens stand, which is its last argument.
+            front, which are the rule's third argument; such a rule needs a layer in front. "ahead": on those that layers behind
+            the choice would have, its third argument. "places": on where in their pictures tokens stand, its last argument.
         reads_text: the same as "text" in ``reads``.
+        layers: how many layers a rule looks ahead that reads "ahead", as far as there are so many.
 
     Raises:
-        ValueError: the name is taken, or ``reads`` names something else.
+        ValueError: the name is taken, ``reads`` names something else, or ``layers`` is no count.
     """
     given = frozenset([reads] if isinstance(reads, str) else reads) | ({"text"} if reads_text else frozenset())
     unknown = sorted(given - set(READS))
-    if unknown or {"last_row", "text_rows"} <= given:
+    if unknown or len(given & _WEIGHTS) > 1:
         raise ValueError(f"parvts_fx: register_rule({name!r}, reads={reads!r}): expected names out of {', '.join(READS)}, and "
-                         "one of last_row and text_rows at most")
+                         "one of last_row, text_rows and ahead at most")
+    _check_layers(f"register_rule({name!r}, layers={layers!r})", layers)
 
     def register(rule: Rule) -> Rule:
         if name in known_rules():
             raise ValueError(f"parvts_fx: a scoring rule named {name!r} exists already; choose another name")
-        _RULES[name], _READS[name] = rule, given
+        _RULES[name], _READS[name], _AHEAD[name] = rule, given, layers if "ahead" in given else 0
         return rule
 
     return register
 
 
-def _reads(rule: str | Rule) -> frozenset[str]:
+def _check_layers(call: str, layers: object) -> None:
+    if not isinstance(layers, int) or isinstance(layers, bool) or layers < 1:
+        raise ValueError(f"parvts_fx: {call}: expected how many layers the rule looks ahead, an int of at least 1")
+
+
+def _name_of(rule: str | Rule) -> str:
+    """Under which name a rule is registered; "look_ahead" for one that looks ahead another number of layers."""
     if isinstance(rule, str):
-        return _READS.get(rule, frozenset())
-    return next((_READS[name] for name, known in _RULES.items() if known is rule), frozenset())
+        return rule
+    return next((name for name, known in _RULES.items() if known is rule), "look_ahead" if isinstance(rule, LookAhead) else "")
+
+
+def _reads(rule: str | Rule) -> frozenset[str]:
+    return _READS.get(_name_of(rule), frozenset())
+
+
+def layers_ahead(rule: str | Rule) -> int:
+    """How many layers a rule looks ahead; 0 for one that does not."""
+    return rule.layers if isinstance(rule, LookAhead) else _AHEAD.get(_name_of(rule), 0)
 
 
 def reads_text(rule: str | Rule) -> bool:
     """Whether a rule's scores depend on text; those of a callable that is not registered are taken not to."""
-    return bool(_reads(rule) & {"text", "last_row", "text_rows"})
+    return bool(_reads(rule) & ({"text"} | _WEIGHTS))
 
 
 def reads_attention(rule: str | Rule) -> bool:
@@ -159,14 +182,8 @@ def placed(hidden: torch.Tensor, visual: torch.Tensor, places: torch.Tensor) -> 
     in patches and s a quarter of the side of a square as large as the grid; all of it between two pictures, nothing where a grid
     is not known.
     """
-    picture, known = places[..., 0], places[..., 1] >= 0
-    apart = places[..., None, 1:] - places[..., None, :, 1:]
-    rows, columns = (held.amax(1, keepdim=True).clamp(min=0).float() + 1 for held in places[..., 1:].unbind(-1))
-    side = (rows * columns).sqrt()[..., None]  # where no grid is known at all it must not be 0 / 0
-    near = torch.exp(-(apart.float() ** 2).sum(-1) / (2 * (side / 4) ** 2))
-    further = 0.3 * (1 - torch.where(picture[:, :, None] == picture[:, None], near, 0.0)) * (known[:, :, None] & known[:, None])
     centred = _centred(hidden, visual)
-    return _spread_out(centred.norm(dim=-1).sqrt(), centred, visual, further, 0.3 * known)
+    return _spread_out(centred.norm(dim=-1).sqrt(), centred, visual, *_further_apart(places))
 
 
 @register_rule("peaks")
@@ -226,6 +243,34 @@ def text_rows(hidden: torch.Tensor, visual: torch.Tensor, attention: torch.Tenso
     return attention.mean(1).sum(1)
 
 
+@dataclasses.dataclass(frozen=True)
+class LookAhead:
+    """The rule "look_ahead", for any number of layers: ``Stage(at=3, rule=LookAhead(2), merge="clusters")``.
+
+    The root of the largest share that a token would have in what one row of text pays to all visual tokens, averaged over the
+    heads of the layers ahead; times the distance of the rule "placed" to the nearest token that is ranked higher. The text's
+    states must know what is asked: choose behind a few layers that all tokens run through.
+
+    Raises:
+        ValueError: ``layers`` is no count.
+    """
+
+    layers: int = 3
+    """How many layers, beginning with the one at whose input the choice is made; as far as there are so many."""
+
+    def __post_init__(self) -> None:
+        _check_layers(f"LookAhead({self.layers!r})", self.layers)
+
+    def __call__(
+        self, hidden: torch.Tensor, visual: torch.Tensor, ahead: torch.Tensor, places: torch.Tensor
+    ) -> torch.Tensor:
+        paid = ahead * visual[:, None, None]
+        relevance = (paid / paid.sum(-1, keepdim=True).clamp(min=1e-6)).mean(1).amax(1).sqrt()
+        return _spread_out(relevance, _centred(hidden, visual), visual, *_further_apart(places))
+
+
+register_rule("look_ahead", reads=("ahead", "places"))(LookAhead())
+
 AUTO = "placed"
 """The rule behind "auto", chosen by bench/accuracy (docs/merging.md)."""
 
@@ -249,6 +294,17 @@ def _spread_out(
     )
     nearest = distance.masked_fill(~(ahead & visual[:, None, :]), torch.inf).amin(dim=-1)
     return relevance * torch.where(nearest.isinf(), 2.0 + furthest, nearest)
+
+
+def _further_apart(places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What :func:`_spread_out` adds to distances for where tokens stand in their pictures (the rule "placed")."""
+    picture, known = places[..., 0], places[..., 1] >= 0
+    apart = places[..., None, 1:] - places[..., None, :, 1:]
+    rows, columns = (held.amax(1, keepdim=True).clamp(min=0).float() + 1 for held in places[..., 1:].unbind(-1))
+    side = (rows * columns).sqrt()[..., None]  # where no grid is known at all it must not be 0 / 0
+    near = torch.exp(-(apart.float() ** 2).sum(-1) / (2 * (side / 4) ** 2))
+    further = 0.3 * (1 - torch.where(picture[:, :, None] == picture[:, None], near, 0.0)) * (known[:, :, None] & known[:, None])
+    return further, 0.3 * known
 
 
 def _centred(hidden: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:

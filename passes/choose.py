@@ -19,6 +19,7 @@ from parvts_fx.passes.agree import agreed
 from parvts_fx.passes.attend import attention_weights
 from parvts_fx.passes.clusters import choose_clusters, note_sizes
 from parvts_fx.passes.insert_partition import partition
+from parvts_fx.passes.look_ahead import look_ahead
 from parvts_fx.passes.plan import Choice
 from parvts_fx.passes.rows import LAST, TEXT, RowSet, live, non_subject
 from parvts_fx.passes.trace_rule import trace_rule
@@ -38,6 +39,9 @@ def choose(emitter: Emitter, choice: Choice) -> None:
     here = live(stage.number)
     visual = _visual(emitter, here)
     attention = None if choice.attention is None else _attention(emitter, choice, choice.attention, here, visual)
+    if choice.ahead:
+        attention = look_ahead(emitter, choice, _asked(emitter, choice, here, visual), here)
+        attention = _behind_visual(emitter, attention, here, visual)
     hidden = _hidden(emitter, choice.link, here) if choice.reads_link else None
     if stage.stage.rule == ATTENDED:
         scores = _attended_in_tower(emitter, here)
@@ -162,35 +166,41 @@ def _attention(emitter: Emitter, choice: Choice, attention: Attention, here: str
     Of the text rows those in front of the first visual one, which may be padding, have zeros.
     """
     editor, sets = emitter.editor, emitter.sets
-    text = _text_places(emitter, here, visual)
-    if TEXT not in sets:
-        sets.add(RowSet(TEXT, text, editor.size(text, 1)), [live(0)])
-    all_text = asks_all_text(choice.stage.stage.rule)
-    if not all_text and _ASKED not in sets:
-        index = editor.call(operator.getitem, sets[TEXT].index, (slice(None), slice(-1, None)))
-        sets.add(RowSet(_ASKED, index, 1), [])
-    asked = TEXT if all_text else _ASKED
-    sets.add(sets[asked], [live(level) for level in range(choice.stage.number + 1)])
-    keys = live(emitter.plan.live.get(attention.output, 0))
+    asked, keys = _asked(emitter, choice, here, visual), live(emitter.plan.live.get(attention.output, 0))
     weights = attention_weights(emitter.main, attention, asked, keys)
     if keys != here:
         def columns(weights: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
             return weights.gather(3, places[:, None, None, :].expand(-1, *weights.shape[1:3], -1))
 
         weights = editor.inline(columns, weights, sets.places(here, keys))
-    if not all_text:
-        return weights
+    return weights if asked == _ASKED else _behind_visual(emitter, weights, here, visual)
 
+
+def _asked(emitter: Emitter, choice: Choice, here: str, visual: Node) -> str:
+    """The name of the text rows whose attention a rule reads: the last one, or all."""
+    editor, sets = emitter.editor, emitter.sets
+    if TEXT not in sets:
+        text = _text_places(emitter, visual)
+        sets.add(RowSet(TEXT, text, editor.size(text, 1)), [live(0)])
+    all_text = bool(choice.ahead) or asks_all_text(choice.stage.stage.rule)
+    if not all_text and _ASKED not in sets:
+        index = editor.call(operator.getitem, sets[TEXT].index, (slice(None), slice(-1, None)))
+        sets.add(RowSet(_ASKED, index, 1), [])
+    asked = TEXT if all_text else _ASKED
+    sets.add(sets[asked], [live(level) for level in range(choice.stage.number + 1)])
+    return asked
+
+
+def _behind_visual(emitter: Emitter, weights: Node, here: str, visual: Node) -> Node:
+    """[batch, any, text rows, rows], with zeros for the text rows in front of the first visual one."""
     def behind_visual(weights: torch.Tensor, visual: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         return torch.where((visual.cumsum(1) > 0).gather(1, text)[:, None, :, None], weights, 0.0)
 
-    return editor.inline(behind_visual, weights, visual, text)
+    return emitter.editor.inline(behind_visual, weights, visual, emitter.sets.places(TEXT, here))
 
 
-def _text_places(emitter: Emitter, here: str, visual: Node) -> Node:
-    """[batch, texts]: where the text stands among the rows that are left."""
-    if TEXT in emitter.sets:
-        return emitter.sets.places(TEXT, here)
+def _text_places(emitter: Emitter, visual: Node) -> Node:
+    """[batch, texts]: where the text stands in the prompt."""
     merged, features = _sizes(emitter)
     count = emitter.decoder.merge.count
 

@@ -191,8 +191,7 @@ class Emitter:
             if node.op == "output":
                 self.graph.output(map_aggregate(outputs, lambda leaf: self._result(leaf) if isinstance(leaf, Node) else leaf))
             elif node not in self.inside:
-                self.outside[node] = self.copy_as_it_is(node, *map_aggregate(
-                    (node.args, node.kwargs), lambda leaf: self.any(leaf) if isinstance(leaf, Node) else leaf))
+                self.copy_outside(node)
             elif node in needed:
                 self._write(node)
             for choice in choices.get(node, ()):
@@ -242,6 +241,12 @@ class Emitter:
     def any(self, node: Node) -> Any:
         """A node as it was captured, on all rows."""
         return self.main.read(node, live(0)) if node in self.inside else self.outside[node]
+
+    def copy_outside(self, node: Node) -> None:
+        """A node outside the decoder as it is, once."""
+        if node not in self.outside:
+            self.outside[node] = self.copy_as_it_is(node, *map_aggregate(
+                (node.args, node.kwargs), lambda leaf: self.any(leaf) if isinstance(leaf, Node) else leaf))
 
     def _result(self, node: Node) -> Any:
         """What leaves the graph: of the decoder's tensors, the rows that are left in the end."""

@@ -11,7 +11,7 @@ from torch.fx import Node
 from parvts_fx.analysis.records import Attention
 from parvts_fx.passes.plan import Choice, Plan
 from parvts_fx.pipeline import PassResult
-from parvts_fx.scores import reads_attention, reads_hidden, reads_places
+from parvts_fx.scores import layers_ahead, reads_attention, reads_hidden, reads_places
 from parvts_fx.stages import PlacedStage
 
 
@@ -91,12 +91,13 @@ class InsertPartition:
         link, rule = plan.link(stage.at), stage.stage.rule
         attention = self._attention(plan, stage) if reads_attention(rule) else None
         reads_link = stage.at == 0 or stage.stage.merge is not None or reads_hidden(rule)
+        ahead = self._ahead(plan, stage, layers_ahead(rule))
         read: list[Node] = [link, *plan.decoder.merge.masks] if stage.at == 0 else [link] if reads_link else []
         if plan.decoder.grid is not None and (reads_places(rule) or stage.stage.merge is not None):
             read.append(plan.decoder.grid)
         if attention is not None:  # in front of the call: its keys may be a buffer that is written into until then
             read.append(attention.output.prev)
-        return Choice(stage, link, attention, reads_link, max(read))
+        return Choice(stage, link, attention, reads_link, max(read), ahead)
 
     def _attention(self, plan: Plan, stage: PlacedStage) -> Attention:
         calls = plan.layers[stage.at - 1].attentions if stage.at else ()
@@ -107,3 +108,13 @@ class InsertPartition:
                 f"front of layer {stage.at}, where it chooses: it reads attention weights, and {where}. Choose at another layer "
                 "(at=2, say), or use a rule that reads the hidden states.")
         return calls[-1]
+
+    def _ahead(self, plan: Plan, stage: PlacedStage, layers: int) -> tuple[Attention, ...]:
+        """The last call of each of so many layers behind the choice."""
+        calls = tuple(layer.attentions[-1] for layer in plan.layers[stage.at:stage.at + layers] if layer.attentions)
+        if layers and not calls:
+            raise ValueError(
+                f"parvts_fx: option stages[{stage.written_as}].rule={stage.stage.rule!r}: expected a layer with attention among "
+                f"the {layers} from layer {stage.at} on: it reads what they would attend to, and none of them has softmax "
+                "attention. Choose at another layer, or use a rule that reads the hidden states.")
+        return calls

@@ -40,6 +40,9 @@ class Choice:
     behind: Node
     """The node behind which everything that the choice reads has been computed."""
 
+    ahead: tuple[Attention, ...] = ()
+    """Whose weights the rule wants as the states at hand would give them, one in each layer that follows."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Twin:

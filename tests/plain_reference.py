@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from parvts_fx.scores import layers_ahead
 from parvts_fx.stages import Stage
 from tests.clusters_reference import Clusters, clusters_of, pictures_of
 from tests.mixing_reference import filtered, linear_attention, mixed, scanned
@@ -320,6 +321,14 @@ def _migrated(sample: _Sample, path: _Path, steps: Steps, turn: Placed, subject:
     return path.only(~other)
 
 
+def _ahead(sample: _Sample, path: _Path, steps: Steps, turn: Placed) -> list[Tensor]:
+    """[heads, rows, rows] of each layer with attention that the rule looks ahead to, were the stream at hand its input."""
+    end = min(sample.spec.layers, turn.begin + layers_ahead(turn.stage.rule))
+    spans = [steps[begin_of(sample.spec, layer):begin_of(sample.spec, layer + 1)] for layer in range(turn.begin, end)]
+    each = [dataclasses.replace(path, weights=None).behind(sample, span, sample.allowed).weights for span in spans]
+    return [held for held in each if held is not None]
+
+
 def _prefill(sample: _Sample, turns: Sequence[Placed], end: int | None = None) -> PlainPrefill:
     """One sample; the last stage's other rows leave in front of step ``end``, where that is given."""
     spec, steps, done, clear = sample.spec, steps_of(sample.spec), 0, math.inf
@@ -330,7 +339,8 @@ def _prefill(sample: _Sample, turns: Sequence[Placed], end: int | None = None) -
         path = path.behind(sample, steps[done:first], sample.allowed)
         hidden = path.x if first else sample.merged[path.rows]  # the merge's output, not yet with learned positions
         visual = sample.is_visual[path.rows]
-        subject, gap = chosen(turn.stage, hidden, path.rows, sample.is_visual, path.weights)
+        subject, gap = chosen(
+            turn.stage, hidden, path.rows, sample.is_visual, path.weights, ahead=_ahead(sample, path, steps, turn))
         found = None
         if turn.stage.merge is not None:
             found = clusters_of(hidden, visual, subject, pictures_of(sample.is_visual)[path.rows], path.sizes)

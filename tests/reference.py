@@ -9,6 +9,7 @@ tokens by the same functions, and shares nothing else.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from parvts_fx.places import places_of
-from parvts_fx.scores import reads_places, rule_named
+from parvts_fx.scores import layers_ahead, reads_places, rule_named
 from parvts_fx.stages import Stage
 from tests.clusters_reference import Clusters, clusters_of, pictures_of
 
@@ -125,7 +126,8 @@ def gap(scores: Sequence[float], visual: Sequence[int], subject: Sequence[int]) 
 
 
 def chosen(
-    stage: Stage, hidden: Tensor, rows: Tensor, prompt: Tensor, weights: Tensor | None = None, grid: Tensor | None = None
+    stage: Stage, hidden: Tensor, rows: Tensor, prompt: Tensor, weights: Tensor | None = None, grid: Tensor | None = None,
+    ahead: Sequence[Tensor] = (),
 ) -> tuple[Tensor, float]:
     """The subject group [rows] bool among the rows that live, and how clear the choice is.
 
@@ -135,9 +137,14 @@ def chosen(
         prompt: [seq] bool, where visual tokens stand in the whole prompt.
         weights: [heads, rows, rows] in the layer in front.
         grid: [3 or 4, 1, seq], positions that tell where in its picture a token stands, where the model has such.
+        ahead: [heads, rows, rows] each, what the layers behind would look at from these states, for a rule that asks.
     """
     visual = prompt[rows]
     given = [hidden[None], visual[None]]
+    if ahead:
+        text = (~visual).nonzero()[:, 0]
+        behind = (visual.cumsum(0) > 0)[text][:, None]
+        given.append(torch.cat([torch.where(behind, held[:, text], 0.0) for held in ahead])[None])
     if stage.rule in READINGS:
         reads, rule = READINGS[stage.rule]
         text = (~visual).nonzero()[:, 0]
@@ -339,6 +346,13 @@ class _Sample:
         self.clear = min(self.clear, math.inf if found is None else found.gap)
         return path.only(stays)
 
+    def ahead(self, path: _Path, turn: Placed) -> list[Tensor]:
+        """[heads, rows, rows] of each layer that the rule looks ahead to, were these states its input."""
+        end = min(len(self.layers), turn.begin + layers_ahead(turn.stage.rule))
+        each = [self.run(dataclasses.replace(path, cache=copy.deepcopy(path.cache)), layer, layer + 1, watch=True).weights
+                for layer in range(turn.begin, end)]
+        return [held for held in each if held is not None]
+
     def prefill(self, stages: Sequence[Placed], finish: Callable[[Tensor], Tensor]) -> Prefill:
         whole = self.recorded.hidden[0][self.sample:self.sample + 1]
         path = _Path(torch.arange(self.length, device=self.visual.device), whole, DynamicCache(),
@@ -346,7 +360,8 @@ class _Sample:
         done, clear, ends = 0, math.inf, [turn.begin for turn in stages if turn.stage.rule in READINGS]
         for turn in stages:
             path = self.run(path, done, turn.begin, watch=turn.begin in ends)
-            subject, found = chosen(turn.stage, path.hidden[0], path.rows, self.visual, path.weights, self.grid)
+            subject, found = chosen(
+                turn.stage, path.hidden[0], path.rows, self.visual, path.weights, self.grid, self.ahead(path, turn))
             path = self.migrated(path, turn, subject, watch=turn.end in ends)
             done, clear = turn.end, min(clear, found)
         path = self.run(path, done, len(self.layers))

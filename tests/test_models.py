@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
-from parvts_fx import NotRewritten
+import parvts_fx
+from parvts_fx import NotRewritten, Stage, scores
 from tests.comparing import TOLERANCE
 from tests.models.generating import Comparison, cache_lengths, compared
 from tests.models.installed import build
@@ -51,6 +52,28 @@ def test_generate(name: str) -> None:
 
     found = errors(built, check)
     assert agree(found), found
+
+
+AHEAD = ("qwen3_vl", "gemma3n", "llama4", "lfm2_vl", "kimi_k25", "git")
+"""Hidden states added between layers, several streams, experts, layers without attention among those ahead, latents written
+into buffers, attention that is written out."""
+
+
+@pytest.fixture
+def paid_ahead() -> Iterator[str]:
+    """A rule that looks at nothing else: what models make of the embeddings in front of the first layer differs."""
+    name = "paid ahead"
+    parvts_fx.register_rule(name, reads="ahead", layers=2)(lambda hidden, visual, ahead: ahead.mean(1).sum(1))
+    yield name
+    scores._RULES.pop(name)
+
+
+@pytest.mark.supports("Architectures", ", ".join(AHEAD) + " (a rule that looks ahead)")
+@pytest.mark.parametrize("name", AHEAD)
+def test_looking_ahead(name: str, paid_ahead: str) -> None:
+    built = build(name)
+    with Comparison(built, stages=(Stage(at=1, keep=0.25, rule=paid_ahead),)) as held:
+        assert held.generate(built.inputs) <= TOLERANCE
 
 
 @pytest.mark.supports("Architectures", ", ".join(FORWARD) + " (forward, both fusions, two stages)")

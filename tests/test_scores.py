@@ -18,7 +18,8 @@ from tests.models.builders import BUILDERS
 from tests.reference import subjects_of
 
 READING = tuple(name for name in scores.known_rules() if scores.reads_attention(name))
-PLAIN = tuple(name for name in scores.known_rules() if name not in (*READING, scores.ATTENDED))
+AHEAD = tuple(name for name in scores.known_rules() if scores.layers_ahead(name))
+PLAIN = tuple(name for name in scores.known_rules() if name not in (*READING, *AHEAD, scores.ATTENDED))
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,41 @@ def test_rules_that_read_attention_run_through_the_backend(model, name):
           stages=(Stage(at=1, keep=0.3, rule=name, migrate=1),))
 
 
+@pytest.mark.supports("Options", "rules that look ahead: at what layers behind the choice would attend to")
+@pytest.mark.parametrize("stage", [
+    Stage(at=1, keep=0.3, rule="look_ahead", merge="clusters"), Stage(at=0, keep=0.3, rule=scores.LookAhead(1), migrate=1)],
+    ids=["behind", "at once"])
+def test_rules_that_look_ahead_run_through_the_backend(stage):
+    check(llava.build(layers=3), llava.prompt(llava.build(layers=3), [[3, "image", 6], [2, "image", 3]]), stages=(stage,))
+
+
+def test_looking_ahead_against_a_loop():
+    """The largest share of what one row pays to visual tokens, on average over heads: its root, times the distance."""
+    hidden, visual = drawn(batch=1)
+    tokens, text = visual[0].nonzero()[:, 0].tolist(), (~visual[0]).nonzero()[:, 0].tolist()
+    ahead = torch.rand(1, 6, len(text), 14, generator=torch.Generator().manual_seed(4))
+    ahead[:, :, 0] = 0  # a row in front of the picture
+    shares = [max(sum(float(row[token] / row[tokens].sum()) / 6 for row in ahead[0, :, place]) for place in range(1, len(text)))
+              for token in tokens]
+    nowhere = torch.tensor([[[0, -1, -1]] * 14])
+    centred = hidden[0, tokens] - hidden[0, tokens].mean(0)
+    wanted = []
+    for i, share in enumerate(shares):
+        better = [j for j, more in enumerate(shares) if more > share]
+        near = [1 - float(torch.cosine_similarity(centred[i], centred[j], dim=0)) for j in better]
+        wanted.append(share**0.5 * min(near, default=2.0))
+    torch.testing.assert_close(scores.LookAhead()(hidden, visual, ahead, nowhere)[0, tokens], torch.tensor(wanted))
+
+
+@pytest.mark.parametrize("layers", [0, -1, 1.5, True, "two"])
+def test_how_far_a_rule_cannot_look(layers):
+    with pytest.raises(ValueError, match=f"layers={layers!r}.*an int of at least 1"):
+        parvts_fx.register_rule("curious", reads="ahead", layers=layers)
+    with pytest.raises(ValueError, match="LookAhead.*an int of at least 1"):
+        scores.LookAhead(layers)
+    assert "curious" not in scores.known_rules()
+
+
 @pytest.mark.parametrize("name, asked", [("last_row", 1), ("text_rows", 6)])
 def test_attention_that_tokens_receive_against_a_loop(name, asked):
     """Averaged over heads and summed over the rows that are asked, of which the rule is given no others."""
@@ -64,10 +100,12 @@ def test_what_rules_say_that_they_read():
     assert READING == ("last_row", "text_rows") and not any(map(scores.reads_attention, PLAIN))
     assert [name for name in READING if scores.asks_all_text(name)] == ["text_rows"]
     assert [name for name in PLAIN if scores.reads_text(name)] == ["question", "question_diverse"]
+    assert AHEAD == ("look_ahead",) and scores.reads_text("look_ahead") and scores.reads_places(scores.LookAhead(2))
+    assert [scores.layers_ahead(rule) for rule in ("look_ahead", scores.LookAhead(2), "norm", torch.norm)] == [3, 2, 0, 0]
     assert scores.reads_attention(scores.last_row) and not scores.reads_attention(lambda hidden, visual: hidden[..., 0])
 
 
-@pytest.mark.parametrize("reads", ["weights", ["last_row", "text_rows"], ["hidden", "all"]], ids=str)
+@pytest.mark.parametrize("reads", ["weights", ["last_row", "text_rows"], ["ahead", "last_row"], ["hidden", "all"]], ids=str)
 def test_what_a_rule_cannot_read(reads):
     with pytest.raises(ValueError, match="expected names out of hidden, text, last_row, text_rows"):
         parvts_fx.register_rule("curious", reads=reads)

@@ -32,6 +32,7 @@ from bench.tables import progress
 from parvts_fx.cost import flops_of
 from parvts_fx.options import Options
 from parvts_fx.scores import AUTO, known_rules, reads_attention
+from parvts_fx.stages import Stage
 
 RESULTS = Path(__file__).parents[1] / "results"
 KEPT = (48, 32, 16, 8, 4)
@@ -72,6 +73,8 @@ def ways(
         *_with_and_without(Way("parvts, balanced", kept, chosen | both | {"score": "balanced"})),
         *_with_and_without(Way("joint", kept, chosen | both | {"paths": "joint"})),
         *_with_and_without(Way("pruned before layer 0", kept, before | {"score": score})),
+        *(both_ways for name, rule in (("looking ahead", "look_ahead"), ("chosen late", score)) if depth
+          for both_ways in _with_and_without(Way(name, kept, stages=(Stage(at=depth, keep=kept, rule=rule),)))),
         *_with_and_without(Way("FastV's schedule", kept, stages=named("fastv")(kept))),
         *_with_and_without(Way("PyramidDrop's schedule", kept, stages=named("pyramiddrop")(kept))),
         *_with_and_without(Way("parvts, random choice", kept, chosen | both | {"score": "random"})),

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import cache_utils
 
 from parvts_fx import Stage
+from parvts_fx.scores import layers_ahead
 from tests.clusters_reference import Clusters, clusters_of, counting, pictures_of
 from tests.models.registry import stands_for_features
 from tests.reference import CACHE, READINGS, Placed, chosen, placed, watched
@@ -147,7 +148,8 @@ class Oracle:
                     raise LookupError(f"layer {turn.begin} runs the last rows alone")
                 path = self._through(path, done, turn.begin, watch=turn.begin in read_at)
                 streams = path.hidden.reshape(-1, *path.hidden.shape[self.axis:])
-                subject, gap = chosen(turn.stage, streams[0], path.rows, self.seen, path.weights)
+                subject, gap = chosen(
+                    turn.stage, streams[0], path.rows, self.seen, path.weights, ahead=self._ahead(path, turn))
                 if gap < CLEAR:
                     raise LookupError(f"the choice at layer {turn.begin} is about rounding")
                 path, done = self._migrated(path, turn, subject, watch=turn.end in read_at), turn.end
@@ -155,6 +157,18 @@ class Oracle:
             logits = self._finish(inputs, path)
         self.rows = len(path.rows)
         return Pruned(logits, path.cache, self.length - self.rows)
+
+    def _ahead(self, path: _Path, turn: Placed) -> list[torch.Tensor]:
+        """[heads, rows, rows] of each layer with attention that the rule looks ahead to, were these states its input."""
+        found: list[torch.Tensor] = []
+        beside = dataclasses.replace(path, cache=copy.deepcopy(path.cache), shared=dict(path.shared))
+        stream = path.hidden - self._own(turn.begin, path.rows)
+        for layer in range(turn.begin, min(len(self.layers), turn.begin + layers_ahead(turn.stage.rule))):
+            beside = dataclasses.replace(beside, hidden=stream + self._own(layer, path.rows))
+            with contextlib.suppress(LookupError):
+                weights = self._through(beside, layer, layer + 1, watch=True).weights
+                found.append(weights)
+        return found
 
     def _migrated(self, path: _Path, turn: Placed, subject: torch.Tensor, watch: bool) -> _Path:
         """The path behind a stage, the non-subject rows gone; ``subject`` is [rows] bool."""
