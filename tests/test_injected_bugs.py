@@ -24,9 +24,11 @@ from parvts_fx.capture.editing import Editor
 from parvts_fx.options import Options
 from parvts_fx.passes import DuplicateLayers, InsertPartition, MergeClusters, Plan, attend, choose, clusters, emit, rows, twins
 from parvts_fx.passes.emit import Emitter
+from parvts_fx.passes.look_ahead import AheadPath
 from parvts_fx.passes.paths import Path
 from parvts_fx.passes.rows import LAST, TEXT, RowSet, RowSets, live, non_subject
 from parvts_fx.passes.twins import TwinPath
+from parvts_fx.scores import LookAhead
 from parvts_fx.stages import PlacedStage, Stage
 from tests.plain import Mixing, Plain, Row, Specification, prompt
 from tests.plain_reference import largest_error, reference
@@ -43,6 +45,11 @@ FULL = dataclasses.replace(MASKED, span="all")
 
 def tied(hidden: Tensor, visual: Tensor) -> Tensor:
     return (visual.long().cumsum(1) % 2).float()
+
+
+class PaidAhead(LookAhead):
+    def __call__(self, hidden: Tensor, visual: Tensor, ahead: Tensor, places: Tensor) -> Tensor:
+        return ahead.mean(1).sum(1)
 
 
 def migrating(at: int = 0, keep: int | float = 2, rule: Any = "diverse", migrate: int = 1, **more: Any) -> Stage:
@@ -165,6 +172,29 @@ def first_of_the_mask(original: Callable, emitter: Emitter, here: str) -> Node:
 
 def of_the_embeddings(original: Callable, self: InsertPartition, plan: Plan, stage: PlacedStage) -> Any:
     return dataclasses.replace(original(self, plan, stage), link=plan.link(0))
+
+
+# -- what rules see ahead ---------------------------------------------------------------------------------------------
+
+
+def looking_less(original: Callable, self: InsertPartition, plan: Plan, stage: PlacedStage, layers: int) -> Any:
+    return original(self, plan, stage, layers - 1)
+
+
+def looking_from_the_layer_in_front(
+    original: Callable, self: InsertPartition, plan: Plan, stage: PlacedStage, layers: int
+) -> Any:
+    return original(self, plan, dataclasses.replace(stage, at=stage.at - 1), layers)
+
+
+def looking_from_the_embeddings(original: Callable, emitter: Emitter, choice: Any, *given: Any) -> Node:
+    return original(emitter, dataclasses.replace(choice, link=emitter.plan.link(0)), *given)
+
+
+def ahead_of_another_state(original: Callable, self: AheadPath, node: Node, name: str) -> Any:
+    held = original(self, node, name)
+    later = node in self.inputs and node is not self.source
+    return self.emitter.editor.call(torch.sin, held) if later else held
 
 
 # -- attention weights that rules read --------------------------------------------------------------------------------
@@ -429,6 +459,11 @@ READ_WRITTEN = dataclasses.replace(READ, spec=WRITTEN)
 MEETING = Comparison(stages=(migrating(keep=4), migrating(at=1, rule="last_row")), skip_dead_rows=True)
 TEXT_MEETING = Comparison(
     dataclasses.replace(MASKED, length=17, visual=8), (migrating(keep=5), migrating(at=1, rule="text_rows")))
+# rules that look ahead
+MANY = dataclasses.replace(MASKED, scale=1.5, length=28, visual=18)
+LOOKING = Comparison(MANY, stages=(migrating(at=1, keep=7, rule=PaidAhead(2), migrate=0),))
+LOOKING_FULL = dataclasses.replace(LOOKING, spec=dataclasses.replace(MANY, span="all"))
+LOOKING_TWICE = Comparison(MANY, stages=(migrating(keep=12), migrating(at=1, keep=5, rule=PaidAhead(2), migrate=0)))
 # merging
 PICTURES = dataclasses.replace(MASKED, visual=8, length=18, rows=(Row(before=2, between=2), Row(padding=2, before=1, between=3)))
 MERGED = Comparison(PICTURES, (migrating(keep=3, migrate=2, merge="clusters"),), skip_dead_rows=True)
@@ -522,6 +557,13 @@ BUGS: dict[str, tuple[Patch, Comparison]] = {
     "weights of padding": (without("behind_visual"), READ_ALL),
     "weights of what is left": (wrap(choose, "attention_weights", weights_of_what_is_left), TEXT_MEETING),
     "weights where other tokens stood": (wrap(RowSets, "places", places_counted_from_one), MEETING),
+    # rules that look ahead
+    "looks one layer less": (wrap(InsertPartition, "_ahead", looking_less), LOOKING),
+    "looks from the layer in front": (wrap(InsertPartition, "_ahead", looking_from_the_layer_in_front), LOOKING),
+    "looks from the embeddings": (wrap(choose, "look_ahead", looking_from_the_embeddings), LOOKING),
+    "layers ahead take in what the one in front leaves": (wrap(AheadPath, "read", ahead_of_another_state), LOOKING),
+    "padding looks ahead": (without("behind_visual"), LOOKING_FULL),
+    "second stage: looks from the embeddings": (wrap(choose, "look_ahead", looking_from_the_embeddings), LOOKING_TWICE),
     # merging
     "no bias": (wrap(attend, "biased", without_bias), MERGED),
     "no bias, written out": (wrap(clusters, "biased", without_bias), MERGED_WRITTEN),
