@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from parvts_fx.analysis.records import Attention
-from parvts_fx.analysis.values import changed_in_place, is_tensor, storage_of
+from parvts_fx.analysis.values import changed_in_place, is_tensor, storage_of, value
 from parvts_fx.errors import Refusal
 from parvts_fx.passes.attend import attention_weights
 from parvts_fx.passes.paths import Path
@@ -44,6 +44,9 @@ class AheadPath(Path):
             self.source = plan.decoder.entry  # what the model makes of the embeddings is made once
         own, queries = (_between(emitter, choice, ends) for ends in (
             [*_keys(choice), *({self.source} - self.inputs)], _queries(choice)))
+        for node in sorted(queries - own):  # of what comes in parts, queries beside keys, each has all rows
+            if any(source in own and isinstance(value(source), (tuple, list)) for source in node.all_input_nodes):
+                own.add(node)
         written = {storage_of(target) for node in own | queries if (target := changed_in_place(node)) is not None}
         buffers = {node for node in emitter.fresh if is_tensor(node) and storage_of(node) in written}
         super().__init__(

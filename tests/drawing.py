@@ -158,7 +158,8 @@ def _rules(spec: Specification, at: int, live: int) -> list[str]:
     """The rules by which so many tokens can be told apart at the input of a layer; simple ones first."""
     rules = [rule for rule in RULES if live > 2 or rule not in ("diverse", "distinct")]
     reading = [] if at == 0 or spec.is_hybrid(at - 1) else [*READINGS]
-    return [*rules, *reading, *reading]
+    ahead = ["look_ahead"] if live > 2 and not all(map(spec.is_hybrid, range(at, min(at + 3, spec.layers)))) else []
+    return [*rules, *reading, *reading, *ahead, *ahead]
 
 
 def live_tokens(stages: Sequence[Stage], spec: Specification) -> int:

@@ -166,7 +166,7 @@ def test_schedules(stages: Stages) -> None:
     rewritten(Choice(stages=stages))
 
 
-@pytest.mark.parametrize("name", ["FastV", "migrations that meet", "parallel, then weighed", "to the end"])
+@pytest.mark.parametrize("name", ["FastV", "looking ahead", "migrations that meet", "parallel, then weighed", "to the end"])
 @pytest.mark.parametrize("settings", [dict(skip_dead_rows=False), dict(dynamic=True)], ids=["dead rows run", "dynamic"])
 def test_schedules_in_other_ways(name: str, settings: dict) -> None:
     rewritten(Choice(stages=SCHEDULES[name], **settings))
@@ -189,7 +189,15 @@ def test_models(features: dict) -> None:
     rewritten(Choice(stages=READ_WHERE_THEY_MEET), dataclasses.replace(SPEC, **features))
 
 
-@pytest.mark.parametrize("stages", [PYRAMID, SCHEDULES["weighed, then parallel"]], ids=["PyramidDrop", "weighed"])
+@pytest.mark.parametrize("features", [
+    dict(fused_qkv=True, groups=2, span="images"), dict(pair="own", layout="heads first"),
+    dict(positions="learned", place="post"), dict(hybrid="linear", hybrid_layers="first", attention="written")], ids=str)
+def test_models_looking_ahead(features: dict) -> None:
+    rewritten(Choice(stages=SCHEDULES["looking ahead twice"]), dataclasses.replace(SPEC, **features))
+
+
+@pytest.mark.parametrize("stages", [PYRAMID, SCHEDULES["weighed, then parallel"], SCHEDULES["looking ahead twice"]],
+                         ids=["PyramidDrop", "weighed", "looking ahead"])
 def test_prompts_of_several_lengths(stages: Stages) -> None:
     """One compiled model: from the second prompt on, sizes are symbols."""
     model, choice = build(SPEC), Choice(stages=stages)
@@ -308,3 +316,10 @@ def test_stages_that_the_model_has_no_place_for(stages: Stages, told: str) -> No
     with torch.no_grad(), pytest.raises(ValueError) as error:
         fast(*prompt(SPEC).arguments)
     assert type(error.value) is ValueError and told in str(error.value)
+
+
+def test_nothing_to_see_ahead() -> None:
+    model = build(dataclasses.replace(SPEC, hybrid="linear", hybrid_layers="odd"))
+    parvts_fx.compile(model, lowering="eager", stages=(Stage(at=1, rule=scores.LookAhead(1)),))
+    with torch.no_grad(), pytest.raises(ValueError, match=r"stages\[0\]\.rule=LookAhead\(layers=1\).*none of them has softmax"):
+        model(*prompt(SPEC).arguments)
