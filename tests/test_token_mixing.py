@@ -8,9 +8,12 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 
-from tests.plain import Mixing, Row, Specification
-from tests.plain_checking import Choice, outcome
+import parvts_fx
+from tests.plain import Mixing, Row, Specification, build, prompt
+from tests.plain_checking import TOLERANCE, Choice, outcome, wanted
+from tests.plain_reference import error_of
 from tests.token_mixers import CODES
 
 ROWS = (Row(before=2, between=1), Row(padding=2, before=1))
@@ -46,6 +49,16 @@ def test_every_form_in_a_feed_forward(kind: str, code: int) -> None:
 def test_the_number_of_rows_as_a_value_is_refused_where_sizes_are_static(kind: str, code: int) -> None:
     result = outcome(Specification(**BASE, feed_mixing=Mixing(kind, code, "add")), Choice())
     assert result.kind == "refused" and "may be the prompt's length or a constant" in result.reason
+
+
+@pytest.mark.parametrize("kind, code", sorted(LENGTH)[::2])
+def test_the_number_of_rows_as_a_value_is_told_by_names(kind: str, code: int) -> None:
+    """parvts_fx.compile has the prefill captured again, with names for sizes, where static ones cannot tell."""
+    choice, spec = Choice(), Specification(**BASE, feed_mixing=Mixing(kind, code, "add"))
+    model, given = parvts_fx.compile(build(spec), **choice.options), prompt(spec)
+    with torch.no_grad():
+        assert error_of(spec, model(*given.arguments), wanted(build(spec), given, choice)) < TOLERANCE
+    assert parvts_fx.last_call(model).pruned
 
 
 CHOICES = {

@@ -78,7 +78,8 @@ def check_numbers(
             counts = static and _length_of(runs, leaf) is not None and not (
                 scales(node) and _is_explained(runs, node, leaf) or constant(node, leaf))
             if counts and _is_a_value(runs, node, index):
-                raise Refusal(f"the number {leaf} may be the prompt's length or a constant ({REMEDY})", node)
+                raise Refusal(
+                    f"the number {leaf} may be the prompt's length or a constant ({REMEDY})", node, names_tell=True)
             near_end = is_index(node) and isinstance(leaf, int) and any(
                 2 < length - 3 <= leaf < length for length in _lengths(runs))
             if near_end and _is_a_value(runs, node, index):
