@@ -30,6 +30,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "constant weights": dict(keep_ratio=0.25, migration_depth=1, fusion=0.3),
     "by attention": dict(stages=[
         Stage(at=1, keep=0.5, rule="last_row", merge="clusters"), Stage(at=2, keep=0.25, rule="text_rows")]),
+    "looking ahead": dict(stages=[Stage(at=1, keep=0.25, rule=parvts_fx.LookAhead(2), merge="clusters")]),
 }
 BATCHES: dict[str, list[list[int | str]]] = {
     "one": [[5, "image", 6]],
@@ -72,6 +73,7 @@ WAYS = [
     ("sdpa", "before layer 0", "two pictures"), ("sdpa", "both groups", "padded"), ("sdpa", "joint", "one"),
     ("sdpa", "merged", "padded"), ("sdpa", "constant weights", "padded"), ("sdpa", "by attention", "two pictures"),
     ("eager", "both groups", "padded"), ("eager", "merged", "two pictures"), ("eager", "by attention", "padded"),
+    ("sdpa", "looking ahead", "padded"), ("eager", "looking ahead", "two pictures"),
 ]
 
 
