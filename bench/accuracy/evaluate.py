@@ -128,6 +128,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--merge", choices=["clusters", "none"], default="clusters",
                         help="what becomes of dropped tokens where rules are compared")
     parser.add_argument("--kept", type=int, nargs="+", default=KEPT, help=f"visual tokens kept of {VISUAL}")
+    parser.add_argument("--ways", nargs="+", metavar="NAME", help="of the study of methods these alone, by name, with and "
+                        'without ", merged" [all]')
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--name", default="accuracy", help="of the files under bench/results")
     parser.add_argument("--markdown", action="store_true", help="print the tables as pages have them")
@@ -160,6 +162,9 @@ def main(arguments: list[str] | None = None) -> int:
     asked = {study: ways(study, options.depth, options.score, options.fusion, options.kept, layers,
                           None if options.merge == "none" else options.merge)
              for study in options.studies}
+    if options.ways:
+        asked = {study: [way for way in compared if way.name.removesuffix(", merged") in ("full", *options.ways)]
+                 for study, compared in asked.items()}
     todo = {way.key: way for study in asked.values() for way in study if way.key not in kept}
     with progress(console) as display, concurrent.futures.ProcessPoolExecutor(
             options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
