@@ -84,7 +84,9 @@ class InsertPartition:
             if choices and choice.behind < choices[-1].behind:  # it chooses among what the one before has left
                 choice = dataclasses.replace(choice, behind=choices[-1].behind)
             choices.append(choice)
-        notes = "tokens are chosen at the input of " + ", ".join(f"layer {choice.stage.at}" for choice in choices)
+        notes = "tokens are chosen at the input of " + ", ".join(
+            f"layer {choice.stage.at}" + (f" (looking ahead to {len(choice.ahead)} layers)" if choice.ahead else "")
+            for choice in choices)
         return dataclasses.replace(plan, choices=tuple(choices)), PassResult(len(choices), notes)
 
     def _choice(self, plan: Plan, stage: PlacedStage) -> Choice:

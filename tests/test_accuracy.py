@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import parvts_fx
-from bench.accuracy import evaluate
+from bench.accuracy import evaluate, side_by_side
 from bench.accuracy.batches import IDS, IGNORED, pack, question_batch, stream
 from bench.accuracy.examples import VISUAL, grade, sample_examples
 from bench.accuracy.model import build_model, build_processor, prompt
@@ -268,3 +268,13 @@ def test_evaluation_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert first and evaluate.main(["methods", "--kept", "16", "--pictures", "20"]) == 0 and asked == first
     assert evaluate.main(["methods", "--kept", "16", "--pictures", "25"]) == 0 and asked == 2 * first
     assert (tmp_path / "accuracy_methods.png").stat().st_size > 10_000
+
+
+def test_models_side_by_side(capsys):
+    """Every method once, with each model that has been asked; and by how much one is ahead of another, from paired answers."""
+    assert side_by_side.main(["merging", "merging_seed1", "--kept", "16", "--markdown"]) == 0
+    shares, ahead = (table.splitlines() for table in capsys.readouterr().out.strip().split("\n\n\n"))
+    (whole,), (dropped,) = ([line for line in shares if line.startswith(f"| {name} |")] for name in ("parvts, merged", "parvts"))
+    (gain,) = [line for line in ahead if line.startswith("| parvts, merged, against parvts | 16 |")]
+    first, second, more = (float(line.split("|")[place].split()[0]) for line, place in ((whole, 2), (dropped, 2), (gain, 3)))
+    assert abs(first - second - more) < 0.11 and len(shares) == len({line.split("|")[1] for line in shares})
