@@ -1,7 +1,7 @@
 """A second style of pictures, made to refute merging: alike things lie scattered and the background changes.
 
-13 things of 10 pixels lie anywhere, free of cells and patches. Two groups of them are exactly alike in colour and shape,
-2 to 6 things each, and what they have in common with the others is one of the two at most. A rectangle at one side of the
+12 things of 10 pixels lie anywhere, free of cells and patches. Two groups of them are exactly alike in colour and shape,
+2 to 5 things each, and what they have in common with the others is one of the two at most. A rectangle at one side of the
 picture has another ground and another texture than the rest, and a word of five letters stands somewhere. Two pictures
 make a pair, which one prompt shows.
 """
@@ -30,8 +30,8 @@ from bench.accuracy.scenes import (
     label_patches,
 )
 
-THINGS, SIZE = 13, 10
-ALIKE = (2, 3, 4, 5, 6)
+THINGS, SIZE = 12, 10
+ALIKE = (2, 3, 4, 5)
 """A group of alike things has one of these sizes, the other group another."""
 
 LETTERS = 5
@@ -41,10 +41,11 @@ MARGIN = 3
 """Things whose middle is as near to the picture's middle line, in pixels, are on no side of it."""
 
 LEAD = 2
-"""By how many things of a colour one picture is ahead of the other, where that is asked."""
+"""By how many things one picture, or one half, is ahead of the other where it is asked which has more."""
 
-SCATTERED_LABELS = LABELS | {"order": LETTERS + 1}
-"""What a patch can be asked about, as ``scenes.LABELS``; a patch's ground and texture are those of its middle."""
+SCATTERED_LABELS = LABELS | {"order": LETTERS + 1, "region": 2}
+"""What a patch can be asked about, as ``scenes.LABELS``, and whether it lies in the region; ground, texture and region are
+those of a patch's middle."""
 
 Look = tuple[str, str]
 """A colour and a shape: things of one look are exactly alike."""
@@ -90,8 +91,9 @@ class Scattered:
         return Counter((thing.colour, thing.shape) for thing in self.things)
 
     @property
-    def colours(self) -> Counter[str]:
-        return Counter(thing.colour for thing in self.things)
+    def counts(self) -> Counter[str]:
+        """How many things are of each colour, and how many of each shape."""
+        return Counter(name for thing in self.things for name in (thing.colour, thing.shape))
 
     def sides(self, look: Look) -> dict[tuple[str, str], tuple[int, int]]:
         """How many things of a look lie in either half, for each way to halve the picture on whose line none of them lies."""
@@ -101,9 +103,9 @@ class Scattered:
                 for names, along in zip(HALVES, middles.T) if np.abs(along).min() > MARGIN}
 
     def uneven(self) -> list[tuple[Look, tuple[str, str], str]]:
-        """Groups of alike things of which one half has more: the look, the names of the halves, and the one with more."""
+        """Groups of alike things of which one half has ``LEAD`` more: its look, the halves and the fuller one."""
         return [(look, names, names[int(second > first)]) for look, count in self.looks.items() if count > 1
-                for names, (first, second) in self.sides(look).items() if first != second]
+                for names, (first, second) in self.sides(look).items() if abs(first - second) >= LEAD]
 
 
 Pair = tuple[Scattered, Scattered]
@@ -123,13 +125,13 @@ def only_in(pair: Pair, which: int) -> list[Look]:
 
 
 def ahead_in(pair: Pair, which: int) -> list[str]:
-    """Colours of which one picture has ``LEAD`` things or more above the other's."""
-    counts, others = pair[which].colours, pair[1 - which].colours
-    return [colour for colour in COLOURS if counts[colour] >= others[colour] + LEAD]
+    """Colours and shapes of which one picture has ``LEAD`` things or more above the other's."""
+    counts, others = pair[which].counts, pair[1 - which].counts
+    return [name for name in (*COLOURS, *SHAPES) if counts[name] >= others[name] + LEAD]
 
 
 def sample_scattered(rng: np.random.Generator) -> Scattered:
-    """A random picture with 13 things, two groups of which are alike, and with a group that lies unevenly."""
+    """A random picture with 12 things, two groups of which are alike, and with a group that lies unevenly."""
     sizes = rng.choice(ALIKE, size=2, replace=False)
     counts = [*sizes, *[1] * int(THINGS - sizes.sum())]
     known = list(itertools.product(COLOURS, SHAPES))
@@ -195,4 +197,5 @@ def label_scattered(scene: Scattered) -> np.ndarray:
     inside = within[PATCH // 2::PATCH, PATCH // 2::PATCH]
     grounds = np.where(inside, list(GROUNDS).index(scene.region.ground), list(GROUNDS).index(scene.ground))
     textures = np.where(inside, TEXTURES.index(scene.region.texture), TEXTURES.index(scene.texture))
-    return label_patches([(2, thing) for thing in scene.things], scene.word, scene.word_at, grounds, textures)
+    labels = label_patches([(2, thing) for thing in scene.things], scene.word, scene.word_at, grounds, textures)
+    return np.concatenate([labels, inside.reshape(-1, 1)], axis=1)

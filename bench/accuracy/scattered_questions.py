@@ -15,7 +15,7 @@ from bench.accuracy.scattered import ALIKE, LETTERS, Look, Pair, Scattered, ahea
 from bench.accuracy.scenes import COLOURS, SHAPES
 
 PICTURES = ("first", "second")
-COUNTS = (*NUMBERS, "five", "six")
+COUNTS = (*NUMBERS, "five")
 PLACES = (*ORDINALS, "fourth", "fifth")[:LETTERS]
 
 SCATTERED_SHARES = {"region": 1, "rest": 1, "long_word": 3, "letter": 2, "count_alike": 5, "half": 4, "which_picture": 3,
@@ -53,7 +53,7 @@ def _letter(scene: Scattered, rng: np.random.Generator) -> tuple[str, str]:
 
 
 def _count_alike(scene: Scattered, rng: np.random.Generator) -> tuple[str, str]:
-    """Nothing and single things are to be had in every picture, a group's size in two of five: drawn so much more often."""
+    """Nothing and single things are to be had in every picture, a group's size in two of four: drawn so much more often."""
     by_count: dict[int, list[Look]] = {}
     for look in itertools.product(COLOURS, SHAPES):
         by_count.setdefault(scene.looks[look], []).append(look)
@@ -79,8 +79,8 @@ def _which_picture(pair: Pair, rng: np.random.Generator) -> tuple[str, str]:
 
 def _more(pair: Pair, rng: np.random.Generator) -> tuple[str, str]:
     which = int(rng.integers(2))
-    colours = ahead_in(pair, which)
-    return f"which picture has more {colours[rng.integers(len(colours))]} things", PICTURES[which]
+    names = ahead_in(pair, which)
+    return f"which picture has more {names[rng.integers(len(names))]} things", PICTURES[which]
 
 
 _Asker = Callable[..., tuple[str, str]]
