@@ -215,18 +215,19 @@ def test_answers_against_the_pictures():
             elif kind == "half":
                 first, second = (sum((getattr(thing, "left" if "left" in words else "top") + SIZE / 2 < 48) == side
                                      for thing in alike) for side in (True, False))
-                assert len(alike) > 1 and answer == words[-3 if first > second else -1]
-                assert abs(first - second) >= 2
+                assert answer == words[-3 if first > second else -1]
+                assert abs(first - second) >= min(2, len(alike))
             elif kind == "which_picture":
                 assert [bool(things) for things in named] == [answer == "first", answer == "second"]
             elif kind == "more":
                 first, second = (sum(words[4] in (colour, thing.shape) for (colour, *_), thing in zip(one, each.things))
                                  for one, each in zip(seen, pair))
                 assert answer == ("first" if first > second else "second") and abs(first - second) >= 2
+            elif kind == "only":
+                assert {thing.shape if words[5] == "shape" else thing.colour for thing in scene.things
+                        if words[8] in (thing.colour, thing.shape)} == {answer}
             elif kind == "long_word":
-                assert "".join(answer.split()) == scene.word
-            elif kind == "letter":
-                assert answer == scene.word[PLACES.index(words[6])]
+                assert "".join(answer.split()) == (scene.word if words[-1] == "word" else scene.word[PLACES.index(words[6])])
             else:
                 own = scene.region if kind == "region" else scene
                 assert answer in (own.ground, own.texture, f"{own.ground} {own.texture}", scene.region.side)
@@ -260,18 +261,19 @@ def test_no_answer_is_likelier_than_another():
     answers: dict[tuple[str, ...], list[str]] = {}
     for pair in pairs(400, 11):
         for kind in SCATTERED.kinds:
-            for _ in range(4 if kind in ("region", "rest", "half") else 1):  # which ask for different things
+            for _ in range(4 if kind in ("region", "rest", "half", "only") else 1):  # which ask for different things
                 question = ask_pair(pair, kind, rng)
-                about = "left" in question.text, "texture" in question.text, "colour" in question.text
-                answers.setdefault((kind, *map(str, about)), []).append(question.answer)
-    choices = {"count_alike": 6, "half": 2, "which_picture": 2, "more": 2, "letter": 8}
-    for (kind, *about), given in answers.items():
-        if kind == "long_word" or " " in given[0]:
-            continue
+                about = [word for word in ("left", "texture", "colour", "letter") if word in question.text.split()]
+                if " " not in question.answer:
+                    answers.setdefault((kind, *about), []).append(question.answer)
+    choices = {("count_alike",): 6, ("half",): 2, ("half", "left"): 2, ("which_picture",): 2, ("more",): 2,
+               ("only", "colour"): 6, ("long_word", "letter"): 8}
+    assert set(choices) < set(answers)
+    for about, given in answers.items():
         counts = np.unique(given, return_counts=True)[1]
-        expected = len(given) / choices.get(kind, 4)
-        assert len(counts) == choices.get(kind, 4), (kind, about)
-        assert np.abs(counts - expected).max() < 5 * expected**0.5, (kind, about, counts)
+        expected = len(given) / choices.get(about, 4)
+        assert len(counts) == choices.get(about, 4), about
+        assert np.abs(counts - expected).max() < 5 * expected**0.5, (about, counts)
 
 
 def test_a_model_of_the_other_task_is_taken_over():

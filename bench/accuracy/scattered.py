@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import Counter
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -102,13 +103,19 @@ class Scattered:
         return {names: (int((along < 0).sum()), int((along > 0).sum()))
                 for names, along in zip(HALVES, middles.T) if np.abs(along).min() > MARGIN}
 
-    def uneven(self) -> list[tuple[Look, tuple[str, str], str]]:
-        """Groups of alike things of which one half has ``LEAD`` more: its look, the halves and the fuller one."""
-        return [(look, names, names[int(second > first)]) for look, count in self.looks.items() if count > 1
-                for names, (first, second) in self.sides(look).items() if abs(first - second) >= LEAD]
+    def uneven(self, alike: bool) -> list[tuple[Look, tuple[str, str], str]]:
+        """Groups of alike things of which one half has ``LEAD`` more, or single things: the look, the halves, the fuller one."""
+        return [(look, names, names[int(second > first)]) for look, count in self.looks.items() if (count > 1) == alike
+                for names, (first, second) in self.sides(look).items() if abs(first - second) >= min(LEAD, count)]
 
 
 Pair = tuple[Scattered, Scattered]
+
+
+def telling(looks: Iterable[Look], which: int) -> list[Look]:
+    """Looks that are alone with their colour (0), or with their shape (1)."""
+    names = Counter(look[which] for look in set(looks))
+    return sorted(look for look in set(looks) if names[look[which]] == 1)
 
 
 def sample_pair(rng: np.random.Generator) -> Pair:
@@ -131,11 +138,14 @@ def ahead_in(pair: Pair, which: int) -> list[str]:
 
 
 def sample_scattered(rng: np.random.Generator) -> Scattered:
-    """A random picture with 12 things, two groups of which are alike, and with a group that lies unevenly."""
+    """A random picture with 12 things, two groups of which are alike, about which every kind of question can be asked."""
     sizes = rng.choice(ALIKE, size=2, replace=False)
     counts = [*sizes, *[1] * int(THINGS - sizes.sum())]
     known = list(itertools.product(COLOURS, SHAPES))
-    looks = [known[index] for index in np.repeat(rng.permutation(len(known))[:len(counts)], counts)]
+    while True:
+        looks = [known[index] for index in np.repeat(rng.permutation(len(known))[:len(counts)], counts)]
+        if telling(looks, 0) and telling(looks, 1):
+            break
     (ground, other), (texture, another) = (rng.permutation(names)[:2] for names in (list(GROUNDS), TEXTURES))
     region = _sample_region(rng, str(other), str(another))
     word = "".join(rng.choice(list(FONT), size=LETTERS))
@@ -143,7 +153,7 @@ def sample_scattered(rng: np.random.Generator) -> Scattered:
         word_at = int(rng.integers(GRID)), int(rng.integers(GRID - LETTERS + 1))
         scene = Scattered(str(ground), str(texture), region, _place(rng, looks, word_at), word, word_at,
                           int(rng.integers(2**31)))
-        if scene.uneven():
+        if scene.uneven(True) and scene.uneven(False):
             return scene
 
 

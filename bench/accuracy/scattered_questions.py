@@ -11,15 +11,14 @@ from collections.abc import Callable
 import numpy as np
 
 from bench.accuracy.questions import NUMBERS, ORDINALS, Question, vocabulary
-from bench.accuracy.scattered import ALIKE, LETTERS, Look, Pair, Scattered, ahead_in, only_in
+from bench.accuracy.scattered import ALIKE, LETTERS, Look, Pair, Scattered, ahead_in, only_in, telling
 from bench.accuracy.scenes import COLOURS, SHAPES
 
 PICTURES = ("first", "second")
 COUNTS = (*NUMBERS, "five")
 PLACES = (*ORDINALS, "fourth", "fifth")[:LETTERS]
 
-SCATTERED_SHARES = {"region": 1, "rest": 1, "long_word": 3, "letter": 2, "count_alike": 5, "half": 4, "which_picture": 3,
-                    "more": 3}
+SCATTERED_SHARES = {"region": 3, "rest": 1, "only": 4, "long_word": 3, "count_alike": 4, "half": 3, "which_picture": 4, "more": 4}
 """Every kind of question, and how often each is drawn for training."""
 
 
@@ -43,11 +42,17 @@ def _rest(scene: Scattered, rng: np.random.Generator) -> tuple[str, str]:
             ("describe the rest", f"{scene.ground} {scene.texture}"))[rng.integers(3)]
 
 
+def _only(scene: Scattered, rng: np.random.Generator) -> tuple[str, str]:
+    """Of the things of one colour that all have one shape, or the other way round."""
+    which = int(rng.integers(2))
+    looks = telling(scene.looks, which)
+    look = looks[rng.integers(len(looks))]
+    return f"what {('shape', 'colour')[which]} are the {look[which]} things", look[1 - which]
+
+
 def _long_word(scene: Scattered, rng: np.random.Generator) -> tuple[str, str]:
-    return "read the word", " ".join(scene.word)
-
-
-def _letter(scene: Scattered, rng: np.random.Generator) -> tuple[str, str]:
+    if rng.integers(2):
+        return "read the word", " ".join(scene.word)
     index = int(rng.integers(LETTERS))
     return f"read the {PLACES[index]} letter", scene.word[index]
 
@@ -64,8 +69,8 @@ def _count_alike(scene: Scattered, rng: np.random.Generator) -> tuple[str, str]:
 
 
 def _half(scene: Scattered, rng: np.random.Generator) -> tuple[str, str]:
-    """On which side more of the things lie that are alike."""
-    uneven = scene.uneven()
+    """On which side more of the things lie that are alike, or a single thing."""
+    uneven = scene.uneven(alike=bool(rng.integers(2)))
     (colour, shape), names, answer = uneven[rng.integers(len(uneven))]
     return f"where are more {colour} {shape} things {' or '.join(names)}", answer
 
@@ -84,7 +89,7 @@ def _more(pair: Pair, rng: np.random.Generator) -> tuple[str, str]:
 
 
 _Asker = Callable[..., tuple[str, str]]
-_ONE: dict[str, _Asker] = {"region": _region, "rest": _rest, "long_word": _long_word, "letter": _letter,
+_ONE: dict[str, _Asker] = {"region": _region, "rest": _rest, "only": _only, "long_word": _long_word,
                            "count_alike": _count_alike, "half": _half}
 """About one of the two pictures."""
 
