@@ -10,14 +10,17 @@ import torch
 
 import parvts_fx
 from bench.accuracy import evaluate, side_by_side
-from bench.accuracy.batches import IDS, IGNORED, pack, question_batch, stream
+from bench.accuracy.batches import IGNORED, pack, question_batch, stream
 from bench.accuracy.examples import VISUAL, grade, sample_examples
-from bench.accuracy.model import build_model, build_processor, prompt
+from bench.accuracy.model import build_model, build_processor, take_over
 from bench.accuracy.questions import END, IMAGE_TOKEN, PAD, SHARES, ask, vocabulary
 from bench.accuracy.results import ahead, summarise, unpack
-from bench.accuracy.scenes import CELL, COLOURS, CORNERS, FONT, GROUNDS, IMAGE, draw, patch_labels, sample_scene
+from bench.accuracy.scattered import PATCH, SCATTERED_LABELS, SIZE, draw_pair, label_pair, sample_pair
+from bench.accuracy.scattered_questions import COUNTS, PLACES, ask_pair
+from bench.accuracy.scenes import CELL, COLOURS, CORNERS, FONT, GROUNDS, IMAGE, TEXTURES, draw, patch_labels, sample_scene
+from bench.accuracy.tasks import SCATTERED, TASKS, TIDY
 from bench.accuracy.train import Stage, Training
-from bench.accuracy.ways import Way, generate, load, prepare
+from bench.accuracy.ways import WEIGHTS, Way, generate, load, prepare
 from bench.methods import named
 from parvts_fx.schedules import SCHEDULES
 
@@ -93,23 +96,25 @@ def test_patch_labels_name_the_letters():
         assert "".join(list(FONT)[label - 1] for label in labels[row, column:column + 3, 3]) == scene.word
 
 
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 @torch.no_grad()
-def test_packed_questions_are_what_they_are_alone():
+def test_packed_questions_are_what_they_are_alone(task):
     torch.manual_seed(0)
-    model, processor = build_model().eval(), build_processor()
-    batch = question_batch(stream(0, "train", 0), 2, 5)
+    model, processor = build_model(task=task).eval(), build_processor(task)
+    batch = question_batch(stream(0, "train", 0), 2, 5, task=task)
     packed = model(input_ids=batch.ids, pixel_values=batch.pixels, attention_mask=batch.mask,
                    position_ids=batch.positions, use_cache=False).logits
     rng = stream(0, "train", 0)  # the same two scenes again
-    pictures = [draw(sample_scene(rng)) for _ in range(2)]
+    pictures = [list(task.draw(task.sample(rng))) for _ in range(2)]
     for row, asked in enumerate(batch.questions):
         for number, question in enumerate(asked, 1):
-            inputs = processor(images=pictures[row], text=prompt(question.text), return_tensors="pt")
-            torch.testing.assert_close(inputs["pixel_values"][0], batch.pixels[row], atol=1e-5, rtol=0)
+            inputs = processor(images=pictures[row], text=task.prompt(question.text), return_tensors="pt")
+            own = batch.pixels.unflatten(0, (2, -1))[row]
+            torch.testing.assert_close(inputs["pixel_values"], own, atol=1e-5, rtol=0)
             alone = model(**inputs).logits[0, -1]
             place = (batch.segments[row] == number) & (batch.targets[row] != IGNORED)
             first = place.nonzero()[0, 0]
-            assert batch.targets[row, first] == IDS[question.answer.split()[0]]
+            assert batch.targets[row, first] == task.ids[question.answer.split()[0]]
             torch.testing.assert_close(packed[row, first], alone, atol=1e-4, rtol=1e-4)
 
 
@@ -141,6 +146,165 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_been(tmp_path, stop):
     again = Training(stages, 0, path, 3)
     again.load()
     assert first + run(again, 4 - stop) == pytest.approx(whole, rel=1e-6)
+
+
+# -- scattered pictures -----------------------------------------------------------------------------------------------
+
+
+def pairs(count: int, seed: int = 3) -> list:
+    rng = np.random.default_rng(seed)
+    return [sample_pair(rng) for _ in range(count)]
+
+
+def seen_at_middles(pair: tuple) -> list[list[tuple[str, int, int]]]:
+    """What stands in both pictures: colours as the pixels have them in the middles of things, with the middles' places."""
+    middle = SIZE // 2  # every shape covers it
+    return [[(colour_at(picture, thing.top + middle, thing.left + middle), thing.top + middle, thing.left + middle)
+             for thing in scene.things] for picture, scene in zip(draw_pair(pair), pair)]
+
+
+def test_things_are_apart_and_where_they_are_said_to_be():
+    for pair in pairs(15):
+        for scene, seen in zip(pair, seen_at_middles(pair)):
+            assert [colour for colour, *_ in seen] == [thing.colour for thing in scene.things]
+            covered = np.zeros((IMAGE, IMAGE), dtype=int)
+            for thing in scene.things:
+                covered[thing.top:thing.top + SIZE, thing.left:thing.left + SIZE] += 1
+            row, column = (place * PATCH for place in scene.word_at)
+            covered[row:row + PATCH, column:column + len(scene.word) * PATCH] += 1
+            assert covered.max() == 1 and covered.sum() == 12 * SIZE**2 + 5 * PATCH**2
+            alike = sorted(count for count in scene.looks.values() if count > 1)
+            assert len(alike) == 2 and 2 <= alike[0] < alike[1] <= 5
+
+
+def test_regions_have_a_background_of_their_own():
+    """The pixels' mean brightness and hue tell the grounds apart on both sides of the border."""
+    for pair in pairs(15):
+        for scene, picture in zip(pair, draw_pair(pair).astype(float)):
+            region = scene.region
+            assert region.ground != scene.ground and region.texture != scene.texture
+            things = np.zeros((IMAGE, IMAGE), dtype=bool)
+            for thing in scene.things:
+                things[thing.top:thing.top + SIZE, thing.left:thing.left + SIZE] = True
+            row, column = (place * PATCH for place in scene.word_at)
+            things[row:row + PATCH, column:column + len(scene.word) * PATCH] = True
+            within = np.zeros_like(things)
+            within[region.rows] = True
+            for where, ground in ((within, region.ground), (~within, scene.ground)):
+                brightest = np.percentile(picture[where & ~things], 70, axis=0)  # what textures leave undarkened
+                assert min(GROUNDS, key=lambda name: np.abs(brightest - GROUNDS[name]).sum()) == ground
+            across = {"left": within[:, 0], "right": within[:, -1], "top": within[0], "bottom": within[-1]}
+            assert across[region.side].sum() >= 56 > max(across[side].sum() for side in across if side != region.side)
+
+
+def test_answers_against_the_pictures():
+    """Worked out from pixels and things in another way."""
+    rng = np.random.default_rng(0)
+    for pair in pairs(40):
+        seen = seen_at_middles(pair)
+        for kind in SCATTERED.kinds:
+            question = ask_pair(pair, kind, rng)
+            words, answer = question.text.split(), question.answer
+            which = words[2] == "second"
+            scene = pair[which]
+            at = {"count_alike": 6, "half": 7}.get(kind, 3)  # where a colour and a shape are named
+            named = [[thing for thing in one.things if [thing.colour, thing.shape] == words[at:at + 2]] for one in pair]
+            alike = named[which]
+            if kind == "count_alike":
+                assert len(alike) == COUNTS.index(answer)
+            elif kind == "half":
+                first, second = (sum((getattr(thing, "left" if "left" in words else "top") + SIZE / 2 < 48) == side
+                                     for thing in alike) for side in (True, False))
+                assert answer == words[-3 if first > second else -1]
+                assert abs(first - second) >= min(2, len(alike))
+            elif kind == "which_picture":
+                assert [bool(things) for things in named] == [answer == "first", answer == "second"]
+            elif kind == "more":
+                first, second = (sum(words[4] in (colour, thing.shape) for (colour, *_), thing in zip(one, each.things))
+                                 for one, each in zip(seen, pair))
+                assert answer == ("first" if first > second else "second") and abs(first - second) >= 2
+            elif kind == "only":
+                assert {thing.shape if words[5] == "shape" else thing.colour for thing in scene.things
+                        if words[8] in (thing.colour, thing.shape)} == {answer}
+            elif kind == "long_word":
+                assert "".join(answer.split()) == (scene.word if words[-1] == "word" else scene.word[PLACES.index(words[6])])
+            else:
+                own = scene.region if kind == "region" else scene
+                assert answer in (own.ground, own.texture, f"{own.ground} {own.texture}", scene.region.side)
+            assert set(f"{question.text} {answer}".split()) <= set(SCATTERED.words)
+
+
+def test_labels_agree_with_the_pictures():
+    for pair in pairs(10):
+        for scene, labels, seen in zip(pair, label_pair(pair), seen_at_middles(pair)):
+            held = dict(zip(SCATTERED_LABELS, labels.reshape(12, 12, -1).transpose(2, 0, 1)))
+            assert all(0 <= held[name].min() and held[name].max() < classes for name, classes in SCATTERED_LABELS.items())
+            row, column = scene.word_at
+            word = slice(column, column + 5)
+            assert "".join(list(FONT)[label - 1] for label in held["letter"][row, word]) == scene.word
+            assert held["order"][row, word].tolist() == [1, 2, 3, 4, 5]
+            assert (held["middle"] == 2).sum() == len(scene.things)
+            for colour, down, right in seen:
+                at = down // PATCH, right // PATCH
+                assert held["middle"][at] == 2 and list(COLOURS)[held["colour"][at] - 1] == colour
+            region = scene.region
+            middle = (region.top + region.height // 2) // PATCH, (region.left + region.width // 2) // PATCH
+            assert held["region"][middle] == 1 and held["region"].mean() < 0.5
+            assert TEXTURES[held["texture"][middle]] == region.texture
+            assert list(GROUNDS)[held["ground"][middle]] == region.ground
+            assert (held["texture"] == TEXTURES.index(scene.texture)).mean() > 0.5
+
+
+def test_no_answer_is_likelier_than_another():
+    """1,600 questions of each kind about as many pictures; a chance of one in a hundred thousand to fail with other seeds."""
+    rng = np.random.default_rng(7)
+    answers: dict[tuple[str, ...], list[str]] = {}
+    for pair in pairs(400, 11):
+        for kind in SCATTERED.kinds:
+            for _ in range(4 if kind in ("region", "rest", "half", "only") else 1):  # which ask for different things
+                question = ask_pair(pair, kind, rng)
+                about = [word for word in ("left", "texture", "colour", "letter") if word in question.text.split()]
+                if " " not in question.answer:
+                    answers.setdefault((kind, *about), []).append(question.answer)
+    choices = {("count_alike",): 6, ("half",): 2, ("half", "left"): 2, ("which_picture",): 2, ("more",): 2,
+               ("only", "colour"): 6, ("long_word", "letter"): 8}
+    assert set(choices) < set(answers)
+    for about, given in answers.items():
+        counts = np.unique(given, return_counts=True)[1]
+        expected = len(given) / choices.get(about, 4)
+        assert len(counts) == choices.get(about, 4), about
+        assert np.abs(counts - expected).max() < 5 * expected**0.5, (about, counts)
+
+
+def test_a_model_of_the_other_task_is_taken_over():
+    torch.manual_seed(0)
+    model, trained = build_model(task=SCATTERED), load(WEIGHTS)
+    assert SCATTERED.words[:len(TIDY.words)] == TIDY.words == vocabulary()
+    further = model.lm_head.weight[len(TIDY.words):].clone()
+    take_over(model, WEIGHTS)
+    held = trained.state_dict()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight[:len(held[name])], held[name]), name
+    assert len(further) > 0 and torch.equal(model.lm_head.weight[len(TIDY.words):], further)
+
+
+@pytest.mark.parametrize("kind", ["parvts", "pooled", "chosen"])
+def test_pairs_go_through_every_way_to_answer(kind):
+    """An untrained model, with every token kept: as it answers alone; a prompt's image tokens are those of both pictures."""
+    torch.manual_seed(0)
+    model = build_model(task=SCATTERED).eval()
+    examples = sample_examples(5, 5, SCATTERED)
+    assert ((examples.ids == IMAGE_TOKEN).sum(1) == 2 * VISUAL).all() and examples.pixels.shape[:2] == (5, 2)
+    batch = next(examples.batches(40))
+    whole = generate(model, batch, SCATTERED.longest)
+    prepared = prepare(model, Way(kind, 2 * VISUAL, kind=kind), SCATTERED)
+    assert torch.equal(prepared.answer(batch), whole)
+    prepared = prepare(model, Way(kind, 18, kind=kind), SCATTERED)
+    given = examples.with_visual(prepared.visual) if prepared.visual else examples
+    if prepared.visual:
+        runs = [len(run) for run in "".join("i" if word == IMAGE_TOKEN else " " for word in given.ids[0].tolist()).split()]
+        assert runs == [9, 9]
+    assert prepared.answer(next(given.batches(40))).shape[0] == 40
 
 
 # -- the evaluation ---------------------------------------------------------------------------------------------------
@@ -246,7 +410,7 @@ def test_evaluation_goes_on_where_it_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "RESULTS", tmp_path)
     asked = []
 
-    def answer_all(way, weights, pictures, seed):
+    def answer_all(way, weights, pictures, seed, task):
         asked.append(way.key)
         right = np.random.default_rng(len(asked)).random(pictures * len(SHARES)) < 0.8
         return {"name": way.name, "kept": way.kept, "options": way.settings, "key": way.key, "decoder_flops": 1.0,

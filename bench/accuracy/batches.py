@@ -1,24 +1,23 @@
-"""Training batches: one picture and many questions in one sequence.
+"""Training batches: a prompt's pictures and many questions in one sequence.
 
-The picture's tokens cost most, so they are paid once: a row is ``<s> USER:``, the picture, and then for each question
+The pictures' tokens cost most, so they are paid once: a row is ``<s> USER:``, the pictures, and then for each question
 ``question ASSISTANT: answer </s>``. Each of these segments sees what stands before the questions and itself only, and
-its positions go on where the picture ends, so that its logits are those it has alone behind the picture.
+its positions go on where the last picture ends, so that its logits are those it has alone behind the pictures.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from bench.accuracy.model import MEAN, STD
-from bench.accuracy.questions import BEGIN, END, IMAGE_TOKEN, PAD, SHARES, Question, ask_many, vocabulary
-from bench.accuracy.scenes import GRID, Scene, draw, patch_labels, sample_scene
+from bench.accuracy.questions import END, PAD, Question, draw_kinds
+from bench.accuracy.tasks import TIDY, Task
 
-IDS = {word: index for index, word in enumerate(vocabulary())}
-PREFIX = [BEGIN, IDS["USER:"]] + [IMAGE_TOKEN] * GRID**2
 IGNORED = -100
 
 
@@ -27,7 +26,7 @@ class Batch:
     """Rows of pictures with their questions; S is the longest row's number of tokens."""
 
     pixels: torch.Tensor
-    """[batch, 3, 96, 96] float32, normalised"""
+    """[batch * pictures, 3, 96, 96] float32, normalised; those of a row one behind the other"""
 
     ids: torch.Tensor
     """[batch, S] int64"""
@@ -45,9 +44,9 @@ class Batch:
     """[batch, S] int64: 0 in front of the questions, then the question's number from 1, -1 padding"""
 
     labels: torch.Tensor
-    """[batch, 144, labels] int64: what each patch shows (scenes.LABELS)"""
+    """[batch * pictures, 144, labels] int64: what each patch shows (``Task.labels``)"""
 
-    questions: list[list[Question]]
+    questions: Sequence[Sequence[Question]]
 
 
 def stream(seed: int, split: str, step: int) -> np.random.Generator:
@@ -60,31 +59,41 @@ def normalise(pictures: np.ndarray) -> torch.Tensor:
     return torch.from_numpy((pictures.astype(np.float32) / 255 - MEAN) / STD).permute(0, 3, 1, 2).contiguous()
 
 
-def vision_batch(rng: np.random.Generator, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def draw_all(scenes: Sequence[Any], task: Task) -> torch.Tensor:
+    """Every scene's pictures, [scenes * pictures, 3, 96, 96] float32."""
+    return normalise(np.concatenate([task.draw(scene) for scene in scenes]))
+
+
+def label_all(scenes: Sequence[Any], task: Task) -> torch.Tensor:
+    """What their patches show, [scenes * pictures, 144, labels] int64."""
+    return torch.from_numpy(np.concatenate([task.label(scene) for scene in scenes]))
+
+
+def vision_batch(rng: np.random.Generator, size: int, task: Task = TIDY) -> tuple[torch.Tensor, torch.Tensor]:
     """Pixels [size, 3, 96, 96] and what each patch shows, [size, 144, labels]."""
-    scenes = [sample_scene(rng) for _ in range(size)]
-    return (normalise(np.stack([draw(scene) for scene in scenes])),
-            torch.from_numpy(np.stack([patch_labels(scene) for scene in scenes])))
+    scenes = [task.sample(rng) for _ in range(size // task.pictures)]
+    return draw_all(scenes, task), label_all(scenes, task)
 
 
 def question_batch(
-    rng: np.random.Generator, size: int, questions: int, shares: Mapping[str, float] = SHARES
+    rng: np.random.Generator, size: int, questions: int, shares: Mapping[str, float] | None = None, task: Task = TIDY
 ) -> Batch:
-    """Random pictures with ``questions`` questions each, of kinds drawn in proportion to their shares."""
-    scenes = [sample_scene(rng) for _ in range(size)]
-    return pack(scenes, [ask_many(scene, questions, rng, shares) for scene in scenes])
+    """Rows of random scenes with ``questions`` questions each, of kinds drawn in proportion to their shares."""
+    scenes = [task.sample(rng) for _ in range(size)]
+    return pack(scenes, [[task.ask(scene, kind, rng) for kind in draw_kinds(questions, rng, shares or task.shares)]
+                         for scene in scenes], task)
 
 
-def pack(scenes: list[Scene], questions: list[list[Question]]) -> Batch:
+def pack(scenes: Sequence[Any], questions: Sequence[Sequence[Question]], task: Task = TIDY) -> Batch:
     """Lay out every scene with its questions, padded on the right."""
-    rows = []
+    rows, front = [], len(task.prefix)
     for asked in questions:
-        ids, positions, targets, segments = list(PREFIX), list(range(len(PREFIX))), [IGNORED] * len(PREFIX), [0] * len(PREFIX)
+        ids, positions, targets, segments = list(task.prefix), list(range(front)), [IGNORED] * front, [0] * front
         for number, question in enumerate(asked, 1):
-            words = [IDS[word] for word in f"{question.text} ASSISTANT:".split()]
-            answer = [IDS[word] for word in question.answer.split()] + [END]
+            words = [task.ids[word] for word in f"{question.text} ASSISTANT:".split()]
+            answer = [task.ids[word] for word in question.answer.split()] + [END]
             ids += words + answer
-            positions += range(len(PREFIX), len(PREFIX) + len(words) + len(answer))
+            positions += range(front, front + len(words) + len(answer))
             targets += [IGNORED] * (len(words) - 1) + answer + [IGNORED]
             segments += [number] * (len(words) + len(answer))
         rows.append((ids, positions, targets, segments))
@@ -97,6 +106,5 @@ def pack(scenes: list[Scene], questions: list[list[Question]]) -> Batch:
     segments = padded(3, -1)
     asking, seen = segments[:, :, None], segments[:, None, :]
     mask = ((seen == 0) | (seen == asking)) & torch.ones(longest, longest, dtype=torch.bool).tril()
-    pixels = normalise(np.stack([draw(scene) for scene in scenes]))
-    labels = torch.from_numpy(np.stack([patch_labels(scene) for scene in scenes]))
-    return Batch(pixels, padded(0, PAD), padded(1, 0), mask[:, None], padded(2, IGNORED), segments, labels, questions)
+    return Batch(draw_all(scenes, task), padded(0, PAD), padded(1, 0), mask[:, None], padded(2, IGNORED), segments,
+                 label_all(scenes, task), questions)

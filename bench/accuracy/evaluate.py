@@ -11,6 +11,7 @@ import concurrent.futures
 import dataclasses
 import json
 import logging
+import math
 import multiprocessing
 import warnings
 from collections.abc import Sequence
@@ -22,9 +23,10 @@ import torch
 import transformers
 from rich.console import Console
 
-from bench.accuracy.examples import VISUAL, grade, sample_examples
+from bench.accuracy.examples import grade, sample_examples
 from bench.accuracy.model import LAYERS
 from bench.accuracy.results import plot, summarise, tables
+from bench.accuracy.tasks import TASKS, TIDY, Task
 from bench.accuracy.ways import WEIGHTS, Way, load, prepare
 from bench.measuring import machine
 from bench.methods import named
@@ -36,7 +38,7 @@ from parvts_fx.stages import Stage
 
 RESULTS = Path(__file__).parents[1] / "results"
 KEPT = (48, 32, 16, 8, 4)
-"""Of 144: 1/3, 2/9, 1/9, 1/18, 1/36."""
+"""Of the 144 of one picture: 1/3, 2/9, 1/9, 1/18, 1/36."""
 
 DEPTHS = (0, 1, 2, 3, 4, 6, 8)
 """Migration depths that are compared, as far as the model has so many layers."""
@@ -47,7 +49,7 @@ DEFAULT = Options()
 
 def ways(
     study: str, depth: int, score: str, fusion: str | float, counts: Sequence[int] = KEPT, layers: int = LAYERS,
-    merge: str | None = "clusters",
+    merge: str | None = "clusters", task: Task = TIDY,
 ) -> list[Way]:
     """What one study compares. The full model is among all of them.
 
@@ -57,7 +59,7 @@ def ways(
         merge: what becomes of dropped tokens where rules are compared.
     """
     chosen = {"migration_depth": depth, "score": score, "fusion": fusion, "merge": None}
-    full = [Way("full", VISUAL, kind="chosen")]
+    full = [whole_of(task)]
     if study == "rules":
         rules = [rule for rule in known_rules() if rule != "auto" and not reads_attention(rule)]
         return full + [Way("parvts", kept, chosen | {"score": rule, "merge": merge}) for kept in counts[::2] for rule in rules]
@@ -85,6 +87,11 @@ def ways(
     )]
 
 
+def whole_of(task: Task) -> Way:
+    """The full model's way, which every study holds."""
+    return Way("full", task.visual, kind="chosen")
+
+
 def _with_and_without(way: Way) -> tuple[Way, Way]:
     """A way that drops tokens, and the same with what is dropped merged into what is kept."""
     if way.stages:
@@ -94,24 +101,25 @@ def _with_and_without(way: Way) -> tuple[Way, Way]:
     return way, dataclasses.replace(merged, name=f"{way.name}, merged")
 
 
-def answer_all(way: Way, weights: Path, pictures: int, seed: int) -> dict[str, Any]:
-    """Everything that is kept of one way; runs in a process of its own."""
+def answer_all(way: Way, weights: Path, pictures: int, seed: int, name: str = TIDY.name) -> dict[str, Any]:
+    """Everything that is kept of one way, on the task of that name; runs in a process of its own."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     transformers.logging.set_verbosity_error()
     torch._dynamo.reset()
-    model = load(weights)
-    prepared = prepare(model, way)
-    examples = sample_examples(pictures, seed)
+    model, task = load(weights), TASKS[name]
+    prepared = prepare(model, way, task)
+    examples = sample_examples(pictures, seed, task)
     right = grade(prepared.answer, examples.with_visual(prepared.visual) if prepared.visual else examples, BATCH)
-    flops = prepared.flops() - (_tower_flops(model) if prepared.counts_tower else 0)
+    flops = prepared.flops() - (_tower_flops(model, task) if prepared.counts_tower else 0)
     return {"name": way.name, "kept": way.kept, "options": way.settings, "key": way.key, "decoder_flops": flops / BATCH,
             "right": np.packbits(right).tobytes().hex()}
 
 
-def _tower_flops(model: Any) -> int:
-    return flops_of(lambda: model.model.get_image_features(pixel_values=torch.zeros(BATCH, 3, 96, 96)))[0]
+def _tower_flops(model: Any, task: Task) -> int:
+    pixels = torch.zeros(BATCH * task.pictures, 3, 96, 96)
+    return flops_of(lambda: model.model.get_image_features(pixel_values=pixels))[0]
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -119,15 +127,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("studies", nargs="*", default=["rules", "depth", "methods"], metavar="study",
                         help="rules, depth, methods")
+    parser.add_argument("--task", choices=TASKS, default=TIDY.name, help="that the model was trained on")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder with a trained model")
-    parser.add_argument("--pictures", type=int, default=250, help="held-out pictures, with one question of each kind")
+    parser.add_argument("--pictures", type=int, default=250, help="held-out pictures, or prompts with several, and one "
+                        "question of each kind to each")
     parser.add_argument("--seed", type=int, default=1000, help="of the held-out pictures")
     parser.add_argument("--depth", type=int, default=DEFAULT.migration_depth, help="migration depth where it is not varied")
     parser.add_argument("--score", default=AUTO, help="scoring rule where it is not varied")
     parser.add_argument("--fusion", default=DEFAULT.fusion, type=_fusion, help="fusion where it is not varied")
     parser.add_argument("--merge", choices=["clusters", "none"], default="clusters",
                         help="what becomes of dropped tokens where rules are compared")
-    parser.add_argument("--kept", type=int, nargs="+", default=KEPT, help=f"visual tokens kept of {VISUAL}")
+    parser.add_argument("--kept", type=int, nargs="+", default=None,
+                        help="visual tokens kept of a prompt's [a third to a 36th]")
     parser.add_argument("--ways", nargs="+", metavar="NAME", help="of the study of methods these alone, by name, with and "
                         'without ", merged" [all]')
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each")
@@ -137,10 +148,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if unknown := set(options.studies) - {"rules", "depth", "methods"}:
         parser.error(f"unknown study {sorted(unknown)[0]!r}: choose from rules, depth, methods")
-    if bad := [kept for kept in options.kept if not 1 <= kept <= VISUAL]:
-        parser.error(f"--kept: {bad[0]} is not within 1 to {VISUAL}")
-    if options.pictures * 8 % BATCH:
-        parser.error(f"--pictures: {options.pictures} must be a multiple of {BATCH // 8}")
+    options.task = TASKS[options.task]
+    pictures, visual, kinds = options.task.pictures, options.task.visual, len(options.task.kinds)
+    options.kept = options.kept or [kept * pictures for kept in KEPT]
+    if bad := [kept for kept in options.kept if not 1 <= kept <= visual or kept % pictures]:
+        parser.error(f"--kept: {bad[0]} is not within 1 to {visual}, or not a multiple of {pictures}")
+    if options.pictures * kinds % BATCH:
+        parser.error(f"--pictures: {options.pictures} must be a multiple of {BATCH // math.gcd(BATCH, kinds)}")
     return options
 
 
@@ -153,14 +167,16 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     console = Console()
     path = RESULTS / f"{options.name}.json"
+    task = options.task
     settings = {"pictures": options.pictures, "seed": options.seed, "weights": options.weights.name}
+    settings |= {} if task is TIDY else {"task": task.name}
     kept: dict[str, Any] = {}
     if path.exists() and not options.fresh:
         held = json.loads(path.read_text())
         kept = held["ways"] if held["settings"] == settings else {}
     layers = transformers.AutoConfig.from_pretrained(options.weights).text_config.num_hidden_layers
     asked = {study: ways(study, options.depth, options.score, options.fusion, options.kept, layers,
-                          None if options.merge == "none" else options.merge)
+                          None if options.merge == "none" else options.merge, task)
              for study in options.studies}
     if options.ways:
         asked = {study: [way for way in compared if way.name.removesuffix(", merged") in ("full", *options.ways)]
@@ -168,23 +184,23 @@ def main(arguments: list[str] | None = None) -> int:
     todo = {way.key: way for study in asked.values() for way in study if way.key not in kept}
     with progress(console) as display, concurrent.futures.ProcessPoolExecutor(
             options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        task = display.add_task("answering", total=len(todo))
-        running = {pool.submit(answer_all, way, options.weights, options.pictures, options.seed): way
+        shown = display.add_task("answering", total=len(todo))
+        running = {pool.submit(answer_all, way, options.weights, options.pictures, options.seed, task.name): way
                    for way in todo.values()}
         for done in concurrent.futures.as_completed(running):
             kept[running[done].key] = done.result()
             path.write_text(json.dumps({"machine": machine(torch.device("cpu")), "settings": settings, "ways": kept},
                                        indent=1) + "\n")
-            display.update(task, advance=1, description=running[done].key[:60])
-    full = kept[Way("full", VISUAL, kind="chosen").key]
+            display.update(shown, advance=1, description=running[done].key[:60])
+    full = kept[whole_of(task).key]
     for study, compared in asked.items():
-        rows = summarise([kept[way.key] for way in compared], full, options.pictures)
-        for sheet in tables(study, rows):
+        rows = summarise([kept[way.key] for way in compared], full, options.pictures, task.kinds)
+        for sheet in tables(study, rows, task.kinds):
             if options.markdown:
                 print(f"\n{sheet.markdown()}\n")
             else:
                 console.print(sheet)
-        console.print(f"Written: {plot(study, rows, RESULTS / f'{options.name}_{study}.png')}")
+        console.print(f"Written: {plot(study, rows, RESULTS / f'{options.name}_{study}.png', task.visual)}")
     console.print(f"Written: {path}")
     return 0
 

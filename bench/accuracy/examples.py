@@ -1,41 +1,40 @@
-"""Held-out pictures with one question of each kind, laid out in batches of one size for every way to answer them."""
+"""Held-out scenes with one question of each kind, laid out in batches of one size for every way to answer them."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
-from bench.accuracy.batches import normalise, stream
-from bench.accuracy.model import build_tokenizer, prompt
-from bench.accuracy.questions import END, IMAGE_TOKEN, PAD, SHARES, Question, ask
-from bench.accuracy.scenes import GRID, Scene, draw, sample_scene
+from bench.accuracy.batches import draw_all, stream
+from bench.accuracy.model import build_tokenizer
+from bench.accuracy.questions import END, IMAGE_TOKEN, PAD, Question
+from bench.accuracy.tasks import PER_PICTURE, TIDY, Task
 
-VISUAL = GRID**2
-LONGEST_ANSWER = 4
-"""In words."""
+VISUAL = TIDY.visual
 
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """Questions with their pictures, ``len(SHARES)`` to a picture and one of each kind."""
+    """Questions with their pictures, as many to a scene as there are kinds and one of each."""
 
     pixels: torch.Tensor
-    """[pictures, 3, 96, 96] float32"""
+    """[scenes, pictures, 3, 96, 96] float32"""
 
-    picture: torch.Tensor
-    """[questions] int64: which picture is asked about"""
+    scene: torch.Tensor
+    """[questions] int64: which scene is asked about"""
 
     ids: torch.Tensor
-    """[questions, prompt] int64, padded on the left; VISUAL image tokens each"""
+    """[questions, prompt] int64, padded on the left; one image token a patch"""
 
     mask: torch.Tensor
     """[questions, prompt] int64"""
 
     answers: torch.Tensor
-    """[questions, LONGEST_ANSWER + 1] int64: the words, the end, padding"""
+    """[questions, longest answer + 1] int64: the words, the end, padding"""
 
     kinds: list[str]
 
@@ -47,41 +46,41 @@ class Examples:
         for start in range(0, len(self) - size + 1, size):
             rows = slice(start, start + size)
             yield {"input_ids": self.ids[rows], "attention_mask": self.mask[rows],
-                   "pixel_values": self.pixels[self.picture[rows]]}
+                   "pixel_values": self.pixels[self.scene[rows]].flatten(0, 1)}
 
     def with_visual(self, count: int) -> Examples:
-        """The same prompts with ``count`` image tokens each."""
-        start = (self.ids == IMAGE_TOKEN).int().argmax(1)
-        kept = torch.stack([torch.cat([row[:s], row[s:s + 1].expand(count), row[s + VISUAL:]])
-                            for row, s in zip(self.ids, start.tolist())])
+        """The same prompts with ``count`` image tokens each, as many to each picture."""
+        visual = self.ids == IMAGE_TOKEN
+        within = (visual.cumsum(1) - 1) % PER_PICTURE
+        left = ~visual | (within < count // self.pixels.shape[1])
+        kept = self.ids[left].view(len(self.ids), -1)
         return dataclasses.replace(self, ids=kept, mask=(kept != PAD).long())
 
 
-def sample_examples(pictures: int, seed: int) -> Examples:
-    """Pictures that no training of the same seed sees."""
+def sample_examples(scenes: int, seed: int, task: Task = TIDY) -> Examples:
+    """Scenes that no training of the same seed sees."""
     rng = stream(seed, "held out", 10**6)
-    scenes = [sample_scene(rng) for _ in range(pictures)]
-    return lay_out(scenes, [ask(scene, kind, rng) for scene in scenes for kind in SHARES])
+    sampled = [task.sample(rng) for _ in range(scenes)]
+    return lay_out(sampled, [task.ask(scene, kind, rng) for scene in sampled for kind in task.kinds], task)
 
 
-def lay_out(scenes: Sequence[Scene], questions: Sequence[Question]) -> Examples:
+def lay_out(scenes: Sequence[Any], questions: Sequence[Question], task: Task = TIDY) -> Examples:
     """Prompts for as many questions to every scene, those of a scene one behind the other."""
-    tokenizer = build_tokenizer()
-    texts = tokenizer([prompt(question.text) for question in questions], padding=True, return_tensors="pt")
+    tokenizer = build_tokenizer(task)
+    texts = tokenizer([task.prompt(question.text) for question in questions], padding=True, return_tensors="pt")
     ids = torch.stack([_spread(row) for row in texts["input_ids"]])
-    answers = torch.full((len(questions), LONGEST_ANSWER + 1), PAD)
+    answers = torch.full((len(questions), task.longest + 1), PAD)
     for row, question in zip(answers, questions):
         said = tokenizer.convert_tokens_to_ids(question.answer.split())
         row[:len(said) + 1] = torch.tensor([*said, END])
-    picture = torch.arange(len(scenes)).repeat_interleave(len(questions) // len(scenes))
-    return Examples(normalise(np.stack([draw(scene) for scene in scenes])), picture, ids, (ids != PAD).long(), answers,
+    scene = torch.arange(len(scenes)).repeat_interleave(len(questions) // len(scenes))
+    return Examples(draw_all(scenes, task).unflatten(0, (len(scenes), -1)), scene, ids, (ids != PAD).long(), answers,
                     [question.kind for question in questions])
 
 
 def _spread(row: torch.Tensor) -> torch.Tensor:
-    """One image token becomes one a patch."""
-    at = int((row == IMAGE_TOKEN).nonzero()[0, 0])
-    return torch.cat([row[:at], row[at:at + 1].expand(VISUAL), row[at + 1:]])
+    """Every image token becomes one a patch."""
+    return row.repeat_interleave(torch.where(row == IMAGE_TOKEN, PER_PICTURE, 1))
 
 
 Answer = Callable[[dict[str, torch.Tensor]], torch.Tensor]

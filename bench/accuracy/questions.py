@@ -35,12 +35,10 @@ def ask(scene: Scene, kind: str, rng: np.random.Generator) -> Question:
     return Question(kind, *_ASKERS[kind](scene, rng))
 
 
-def ask_many(
-    scene: Scene, count: int, rng: np.random.Generator, shares: Mapping[str, float] = SHARES
-) -> list[Question]:
-    """Random questions, each kind drawn in proportion to its share."""
+def draw_kinds(count: int, rng: np.random.Generator, shares: Mapping[str, float]) -> list[str]:
+    """Kinds of questions, each drawn in proportion to its share."""
     weights = np.array(list(shares.values()), dtype=float)
-    return [ask(scene, str(kind), rng) for kind in rng.choice(list(shares), size=count, p=weights / weights.sum())]
+    return [str(kind) for kind in rng.choice(list(shares), size=count, p=weights / weights.sum())]
 
 
 def _subject(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:

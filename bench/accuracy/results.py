@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import bootstrap
 
-from bench.accuracy.questions import SHARES
+from bench.accuracy.tasks import TIDY
 from bench.plots import line, open_figure, save
 from bench.tables import Sheet
 
@@ -19,9 +19,9 @@ _MARKERS = "osD^vPX*<>hp"
 
 
 def unpack(row: Row, pictures: int) -> np.ndarray:
-    """[pictures, kinds] float: 1 for a right answer."""
+    """[pictures, kinds] float: 1 for a right answer. There are whole bytes of them, since a batch has 40 questions."""
     bits = np.unpackbits(np.frombuffer(bytes.fromhex(row["right"]), dtype=np.uint8))
-    return bits[:pictures * len(SHARES)].reshape(pictures, len(SHARES)).astype(float)
+    return bits.reshape(pictures, -1).astype(float)
 
 
 def _interval(statistic: Callable[..., Any], *samples: np.ndarray) -> tuple[float, float]:
@@ -39,22 +39,22 @@ def share_of(row: Row, full: Row, pictures: int) -> float:
     return float(_share(unpack(row, pictures).mean(1), unpack(full, pictures).mean(1)))
 
 
-def share_of_kinds(row: Row, full: Row, pictures: int) -> dict[str, float]:
+def share_of_kinds(row: Row, full: Row, pictures: int, kinds: Sequence[str] = TIDY.kinds) -> dict[str, float]:
     """The same by kind of question."""
-    right, base = unpack(row, pictures).mean(0), unpack(full, pictures).mean(0)
-    return dict(zip(SHARES, (100 * right / np.maximum(base, 1e-9)).tolist()))
+    right, base = (unpack(way, pictures).mean(0) for way in (row, full))
+    return dict(zip(kinds, (100 * right / np.maximum(base, 1e-9)).tolist()))
 
 
-def summarise(rows: Sequence[Row], full: Row, pictures: int) -> list[Row]:
+def summarise(rows: Sequence[Row], full: Row, pictures: int, kinds: Sequence[str] = TIDY.kinds) -> list[Row]:
     """The rows with accuracy in per cent of the full model's, overall and by kind, and 95 % intervals."""
     base = unpack(full, pictures)
     summaries = []
     for row in rows:
         right = unpack(row, pictures)
         low, high = _interval(_share, right.mean(1), base.mean(1))
-        by_kind = share_of_kinds(row, full, pictures)
+        by_kind = share_of_kinds(row, full, pictures, kinds)
         summaries.append({**row, "accuracy": 100 * right.mean(), "share": _share(right.mean(1), base.mean(1)), "low": low,
-                          "high": high, "by_kind": by_kind, "by_kind_alone": dict(zip(SHARES, 100 * right.mean(0))),
+                          "high": high, "by_kind": by_kind, "by_kind_alone": dict(zip(kinds, 100 * right.mean(0))),
                           "flops_share": 100 * row["decoder_flops"] / full["decoder_flops"]})
     return summaries
 
@@ -66,7 +66,7 @@ def ahead(one: Row, other: Row, full: Row, pictures: int) -> tuple[float, float,
     return (_share(difference, base), *_interval(_share, difference, base))
 
 
-def tables(study: str, rows: Sequence[Row]) -> list[Sheet]:
+def tables(study: str, rows: Sequence[Row], kinds: Sequence[str] = TIDY.kinds) -> list[Sheet]:
     """One table of the study, in per cent of the full model; for methods one more by kind of question."""
     label = {"rules": lambda row: row["options"].get("score", ""), "depth": _depth, "methods": lambda row: row["name"]}[study]
     pruned = [row for row in rows if row["name"] != "full"]
@@ -78,8 +78,8 @@ def tables(study: str, rows: Sequence[Row]) -> list[Sheet]:
                     [[name, *(_cell(of.get((name, point))) for point in points)] for name in names])]
     if study == "methods":
         full = next(row for row in rows if row["name"] == "full")
-        sheets.append(Sheet("Right answers in per cent by kind of question", ["method", "kept", *SHARES], [
-            [row["name"], str(row["kept"]), *(f"{row['by_kind_alone'][kind]:.0f}" for kind in SHARES)]
+        sheets.append(Sheet("Right answers in per cent by kind of question", ["method", "kept", *kinds], [
+            [row["name"], str(row["kept"]), *(f"{row['by_kind_alone'][kind]:.0f}" for kind in kinds)]
             for row in (full, *pruned)]))
     return sheets
 
@@ -96,12 +96,12 @@ def _form(row: Row) -> str:
     return f"fusion {row['options']['fusion']}" + (", merged" if row["options"].get("merge") else "")
 
 
-def plot(study: str, rows: Sequence[Row], path: Path) -> Path:
+def plot(study: str, rows: Sequence[Row], path: Path, visual: int = TIDY.visual) -> Path:
     """Rules: accuracy against visual tokens kept; depth: against migration depth; methods: against the decoder's FLOPs."""
     figure, axes = open_figure()
     pruned = [row | {"depth": row["options"].get("migration_depth")} for row in rows if row["name"] != "full"]
     across, name_of, heading = {
-        "rules": ("kept", lambda row: row["options"]["score"], "visual tokens kept of 144"),
+        "rules": ("kept", lambda row: row["options"]["score"], f"visual tokens kept of {visual}"),
         "depth": ("depth", lambda row: f"{_form(row)}, {row['kept']} kept", "migration depth, in layers"),
         "methods": ("flops_share", lambda row: row["name"], "the decoder's FLOPs, % of the full prompt's"),
     }[study]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -138,18 +139,28 @@ def _noise(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, 8, (IMAGE, IMAGE, 3)).astype(np.float32)
 
 
+def background(ground: str, texture: str) -> np.ndarray:
+    """A picture of nothing else, [96, 96, 3] float32 in 0..255."""
+    return _texture(texture) * np.array(GROUNDS[ground], dtype=np.float32)
+
+
 def draw(scene: Scene) -> np.ndarray:
     """The picture, [96, 96, 3] uint8."""
-    picture = _texture(scene.texture) * np.array(GROUNDS[scene.ground], dtype=np.float32)
-    for thing in (scene.subject, *scene.small):
+    things = (scene.subject, *scene.small)
+    return finish(background(scene.ground, scene.texture), things, scene.word, scene.word_at, scene.noise)
+
+
+def finish(picture: np.ndarray, things: Sequence[Thing], word: str, word_at: tuple[int, int], noise: int) -> np.ndarray:
+    """Things, a word and noise on a background: the picture as [96, 96, 3] uint8."""
+    for thing in things:
         region = picture[thing.top:thing.top + thing.size, thing.left:thing.left + thing.size]
         region[stencil(thing.shape, thing.size)] = COLOURS[thing.colour]
-    row, column = (place * PATCH for place in scene.word_at)
-    for index, letter in enumerate(scene.word):
+    row, column = (place * PATCH for place in word_at)
+    for index, letter in enumerate(word):
         picture[row:row + PATCH, column + index * PATCH:column + (index + 1) * PATCH] = _letter(letter)
     # one of 64 fixed fields of noise, shifted: a fresh one would take longer than all the rest
-    shift = np.random.default_rng(scene.noise).integers(IMAGE, size=2)
-    picture += np.roll(_noise(scene.noise % 64), shift, (0, 1))
+    shift = np.random.default_rng(noise).integers(IMAGE, size=2)
+    picture += np.roll(_noise(noise % 64), shift, (0, 1))
     return picture.clip(0, 255).astype(np.uint8)
 
 
@@ -166,8 +177,18 @@ EVERYWHERE = ("row", "column", "ground", "texture")
 
 def patch_labels(scene: Scene) -> np.ndarray:
     """What each patch shows, [144, labels] int64 in the order of ``LABELS``."""
+    grounds = np.full((GRID, GRID), list(GROUNDS).index(scene.ground))
+    textures = np.full((GRID, GRID), TEXTURES.index(scene.texture))
+    things = [(1, scene.subject), *((2, thing) for thing in scene.small)]
+    return label_patches(things, scene.word, scene.word_at, grounds, textures)
+
+
+def label_patches(
+    things: Sequence[tuple[int, Thing]], word: str, word_at: tuple[int, int], grounds: np.ndarray, textures: np.ndarray
+) -> np.ndarray:
+    """The same of things with their kinds, a word, and the numbers of each patch's ground and texture, [12, 12] both."""
     kinds, colours, shapes, letters, middles, order = (np.zeros((GRID, GRID), dtype=np.int64) for _ in range(6))
-    for kind, thing in ((1, scene.subject), *((2, thing) for thing in scene.small)):
+    for kind, thing in things:
         full = np.zeros((IMAGE, IMAGE), dtype=bool)
         full[thing.top:thing.top + thing.size, thing.left:thing.left + thing.size] = stencil(thing.shape, thing.size)
         covered = full.reshape(GRID, PATCH, GRID, PATCH).sum((1, 3)) >= 8
@@ -175,12 +196,10 @@ def patch_labels(scene: Scene) -> np.ndarray:
         colours[covered] = list(COLOURS).index(thing.colour) + 1
         shapes[covered] = SHAPES.index(thing.shape) + 1
         middles[(thing.top + thing.size // 2) // PATCH, (thing.left + thing.size // 2) // PATCH] = kind
-    row, column = scene.word_at
-    kinds[row, column:column + LETTERS] = 3
-    letters[row, column:column + LETTERS] = [list(FONT).index(letter) + 1 for letter in scene.word]
-    order[row, column:column + LETTERS] = range(1, LETTERS + 1)
+    row, column = word_at
+    kinds[row, column:column + len(word)] = 3
+    letters[row, column:column + len(word)] = [list(FONT).index(letter) + 1 for letter in word]
+    order[row, column:column + len(word)] = range(1, len(word) + 1)
     rows, columns = np.mgrid[:GRID, :GRID]
-    grounds = np.full_like(kinds, list(GROUNDS).index(scene.ground))
-    textures = np.full_like(kinds, TEXTURES.index(scene.texture))
     labels = [kinds, colours, shapes, letters, middles, order, rows, columns, grounds, textures]
-    return np.stack(labels, -1).reshape(GRID * GRID, -1)
+    return np.stack(labels, -1).astype(np.int64).reshape(GRID * GRID, -1)

@@ -1,9 +1,10 @@
-"""Train the model of one seed: ``python -m bench.accuracy.train --seed 0``.
+"""Train the model of one seed and task: ``python -m bench.accuracy.train --seed 0``.
 
 First the vision tower learns what each patch shows (real towers are pretrained too), then the whole model answers
-questions, many to a picture (batches.py), until it is good at every kind, and cools down at a falling rate. Kinds that it
-still gets wrong are asked more often. A batch is a function of the seed, the step and the last validation, so a training
-that was stopped goes on from its checkpoint as if it had not been. Matrix products run in bfloat16, weights stay in float32.
+questions, many to a prompt's pictures (batches.py), until it is good at every kind, and cools down at a falling rate. Kinds
+that it still gets wrong are asked more often. With ``--start`` it begins as a model that was trained before. A batch is a
+function of the seed, the step and the last validation, so a training that was stopped goes on from its checkpoint as if it
+had not been. Matrix products run in bfloat16, weights stay in float32.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ from rich.progress import (
 )
 
 from bench.accuracy.batches import IGNORED, Batch, question_batch, stream, vision_batch
-from bench.accuracy.model import LAYERS, build_model
-from bench.accuracy.questions import SHARES
-from bench.accuracy.scenes import EVERYWHERE, LABELS
+from bench.accuracy.model import LAYERS, build_model, take_over
+from bench.accuracy.scenes import EVERYWHERE
+from bench.accuracy.tasks import TASKS, TIDY, Task
 
-VALIDATION_PICTURES = 64
+VALIDATION_SCENES = 64
 CHECKPOINT, FACTS = "checkpoint.pt", "training.json"
 TARGET = 0.95
 """Share of right answers on every kind of question behind which the model cools down."""
@@ -69,11 +70,12 @@ class Stage:
 class Trainee(torch.nn.Module):
     """The model, and linear heads that say what its vision tower has seen."""
 
-    def __init__(self, compiled: bool = False, layers: int = LAYERS) -> None:
+    def __init__(self, compiled: bool = False, layers: int = LAYERS, task: Task = TIDY) -> None:
         super().__init__()
-        self.model = build_model(layers)
+        self.task = task
+        self.model = build_model(layers, task=task)
         self.model.set_attn_implementation("eager")  # a third of the time of SDPA's backward on CPU
-        self.heads = torch.nn.Linear(self.model.config.vision_config.hidden_size, sum(LABELS.values()))
+        self.heads = torch.nn.Linear(self.model.config.vision_config.hidden_size, sum(task.labels.values()))
         self._features: torch.Tensor | None = None
         if compiled:
             for part in (self.model.model.language_model, self.model.model.vision_tower):
@@ -90,10 +92,10 @@ class Trainee(torch.nn.Module):
 
     def seen_loss(self, labels: torch.Tensor) -> torch.Tensor:
         """The same for the pictures that the tower saw last. Patches that show something count once more on their own:
-        a letter stands in 3 of 144."""
-        scores = self.heads(self._features).float().split(list(LABELS.values()), dim=-1)
+        a letter stands in few of 144."""
+        scores = self.heads(self._features).float().split(list(self.task.labels.values()), dim=-1)
         loss = torch.zeros(())
-        for index, (name, score) in enumerate(zip(LABELS, scores)):
+        for index, (name, score) in enumerate(zip(self.task.labels, scores)):
             each = F.cross_entropy(score.flatten(0, 1), labels[..., index].flatten(), reduction="none")
             loss = loss + each.mean()
             if name not in EVERYWHERE:
@@ -118,6 +120,9 @@ class Trainee(torch.nn.Module):
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.accuracy.train", description=__doc__.splitlines()[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--task", choices=TASKS, default=TIDY.name, help="what pictures show and questions ask")
+    parser.add_argument("--start", type=Path, default=None, metavar="FOLDER",
+                        help="weights to begin with in place of random ones, of as many layers and the same task or \"tidy\"")
     parser.add_argument("--seed", type=int, default=0, help="of weights and pictures")
     parser.add_argument("--layers", type=int, default=LAYERS, help="of the decoder")
     parser.add_argument("--vision-steps", type=int, default=1000, help="steps on the vision tower alone")
@@ -125,16 +130,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
                         f"right to {100 * TARGET:.0f} %%")
     parser.add_argument("--cooling", type=int, default=600, help="steps with a falling rate at the end")
     parser.add_argument("--pictures", type=int, default=16, help="pictures in a step on questions")
-    parser.add_argument("--questions", type=int, default=16, help="questions to a picture")
+    parser.add_argument("--questions", type=int, default=16, help="questions to a prompt's pictures")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="highest learning rate on questions")
     parser.add_argument("--validate", type=int, default=250, help="steps between validations and checkpoints")
     parser.add_argument("--out", type=Path, default=None, help="folder for checkpoint and weights [accuracy_out/seed<N>, "
-                        "and the number of layers if it is not the default]")
+                        "and task and number of layers if they are not the default]")
     parser.add_argument("--no-compile", action="store_true", help="train eagerly: slower steps, no minute of compiling")
     parser.add_argument("--fresh", action="store_true", help="start anew even if there is a checkpoint")
     options = parser.parse_args(arguments)
     depth = "" if options.layers == LAYERS else f"-{options.layers}layers"
-    options.out = options.out or Path("accuracy_out") / f"seed{options.seed}{depth}"
+    task = "" if options.task == TIDY.name else f"{options.task}-"
+    options.out = options.out or Path("accuracy_out") / f"{task}seed{options.seed}{depth}"
     return options
 
 
@@ -152,10 +158,10 @@ def build_optimisers(trainee: torch.nn.Module, stage: Stage) -> list[torch.optim
 
 @torch.no_grad()
 def validate(trainee: Trainee, questions: int, seed: int) -> dict[str, tuple[int, int]]:
-    """Right answers and questions by kind on held-out pictures; right is an answer of which every word is."""
-    counts = {kind: [0, 0] for kind in SHARES}
-    for step in range(VALIDATION_PICTURES // 16):
-        batch = question_batch(stream(seed, "held out", step), 16, questions)
+    """Right answers and questions by kind on held-out scenes; right is an answer of which every word is."""
+    counts = {kind: [0, 0] for kind in trainee.task.kinds}
+    for step in range(VALIDATION_SCENES // 16):
+        batch = question_batch(stream(seed, "held out", step), 16, questions, task=trainee.task)
         wrong = (trainee.answer_logits(batch).argmax(-1) != batch.targets) & (batch.targets != IGNORED)
         for row, asked in enumerate(batch.questions):
             missed = set(batch.segments[row][wrong[row]].tolist())
@@ -176,15 +182,17 @@ class Training:
     """A model on its way through the stages; everything that a checkpoint holds."""
 
     def __init__(self, stages: tuple[Stage, ...], seed: int, path: Path, questions: int, compiled: bool = False,
-                 layers: int = LAYERS):
+                 layers: int = LAYERS, task: Task = TIDY, start: Path | None = None):
         self.stages, self.seed, self.path, self.questions = stages, seed, path, questions
         torch.manual_seed(seed)
-        self.trainee = Trainee(compiled, layers)
+        self.task, self.trainee = task, Trainee(compiled, layers, task)
+        if start is not None:
+            take_over(self.trainee.model, start)
         self.stage = self.step = 0
         self.done: list[int] = []
         """Steps of each finished stage."""
         self.seconds = 0.0
-        self.shares: dict[str, float] = dict(SHARES)
+        self.shares: dict[str, float] = dict(task.shares)
         """How often each kind of question is asked."""
         self.optimisers = build_optimisers(self.trainee, stages[0])
 
@@ -213,10 +221,10 @@ class Training:
                 group["lr"] = stage.rate * stage.factor(self.step)
         with torch.autocast("cpu", torch.bfloat16):
             if stage.name == "vision":
-                loss = self.trainee.vision_loss(*vision_batch(stream(self.seed, "vision", self.step), stage.pictures))
+                loss = self.trainee.vision_loss(*vision_batch(stream(self.seed, "vision", self.step), stage.pictures, self.task))
             else:
-                batch = question_batch(stream(self.seed, "train", self.step), stage.pictures, self.questions,
-                                       self.shares)
+                batch = question_batch(stream(self.seed, "train", self.step), stage.pictures // self.task.pictures,
+                                       self.questions, self.shares, self.task)
                 loss = self.trainee.answer_loss(batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trainee.parameters(), 1.0)
@@ -229,12 +237,12 @@ class Training:
 
     def ask_what_is_wrong(self, counts: dict[str, tuple[int, int]]) -> None:
         """Ask each kind of question in proportion to what a validation found wrong of it."""
-        self.shares = {kind: SHARES[kind] * (KNOWN_SHARE + 1 - right / max(1, total))
+        self.shares = {kind: self.task.shares[kind] * (KNOWN_SHARE + 1 - right / max(1, total))
                        for kind, (right, total) in counts.items()}
 
     def finish_stage(self) -> None:
         self.done.append(self.step)
-        self.shares = dict(SHARES)
+        self.shares = dict(self.task.shares)
         self.stage, self.step = self.stage + 1, 0
         if self.stage < len(self.stages):
             self.optimisers = build_optimisers(self.trainee, self.stages[self.stage])
@@ -250,7 +258,7 @@ def main(arguments: list[str] | None = None) -> int:
               Stage("questions", options.steps, options.pictures, options.rate),
               Stage("cooling", options.cooling, options.pictures, options.rate / 2, warmup=20))
     training = Training(stages, options.seed, options.out / CHECKPOINT, options.questions,
-                        compiled=not options.no_compile, layers=options.layers)
+                        compiled=not options.no_compile, layers=options.layers, task=TASKS[options.task], start=options.start)
     if training.path.exists() and not options.fresh:
         training.load()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
@@ -278,7 +286,7 @@ def main(arguments: list[str] | None = None) -> int:
             training.save()
     training.trainee.model.save_pretrained(options.out)
     facts = {"seed": options.seed, "layers": options.layers, "steps": dict(zip((stage.name for stage in stages), training.done)),
-             "seconds": training.seconds}
+             "seconds": training.seconds, "task": options.task, "start": options.start and str(options.start)}
     (options.out / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
     console.print(f"Written: {options.out}")
     return 0

@@ -21,8 +21,9 @@ from torch import nn
 from torch.fx import GraphModule
 
 import parvts_fx
-from bench.accuracy.examples import LONGEST_ANSWER, Answer
+from bench.accuracy.examples import Answer
 from bench.accuracy.scenes import GRID, IMAGE
+from bench.accuracy.tasks import TIDY, Task
 from bench.models import rectangle
 from parvts_fx.cost import count_flops, flops_of
 from parvts_fx.places import places_of
@@ -39,6 +40,8 @@ class Way:
 
     name: str
     kept: int
+    """Visual tokens of a prompt."""
+
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Of parvts_fx.compile, for what goes through it as one stage at layer 0."""
 
@@ -83,29 +86,29 @@ def load(weights: Path = WEIGHTS) -> transformers.LlavaForConditionalGeneration:
     return model.eval().requires_grad_(False)
 
 
-def prepare(model: Any, way: Way) -> Prepared:
+def prepare(model: Any, way: Way, task: Task = TIDY) -> Prepared:
     """A copy of the model that answers in one way; what it costs without the vision tower."""
     model = copy.deepcopy(model)
     if way.kind == "parvts":
-        return _compiled(model, way)
-    projector = model.model.multi_modal_projector
-    wrapped = Pooled(projector, way.kept) if way.kind == "pooled" else Chosen(projector, way.kept, **way.options)
+        return _compiled(model, way, task)
+    projector, kept = model.model.multi_modal_projector, way.kept // task.pictures
+    wrapped = Pooled(projector, kept) if way.kind == "pooled" else Chosen(projector, kept, **way.options)
     model.model.multi_modal_projector = wrapped
-    counted = _Counted(model)
+    counted = _Counted(model, task.longest)
     return Prepared(counted.answer, lambda: counted.flops, counts_tower=True, visual=way.kept)
 
 
-def generate(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The ids that greedy decoding adds, [batch, up to LONGEST_ANSWER + 1]."""
-    ids = model.generate(**batch, max_new_tokens=LONGEST_ANSWER + 1, do_sample=False)
+def generate(model: Any, batch: dict[str, torch.Tensor], longest: int = TIDY.longest) -> torch.Tensor:
+    """The ids that greedy decoding adds, [batch, up to longest + 1]: as many words, and the end."""
+    ids = model.generate(**batch, max_new_tokens=longest + 1, do_sample=False)
     return ids[:, batch["input_ids"].shape[1]:]
 
 
-def generate_by_hand(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def generate_by_hand(model: Any, batch: dict[str, torch.Tensor], longest: int = TIDY.longest) -> torch.Tensor:
     """The same by calls of the model: they run the vision tower in one graph with the decoder, as generate does not."""
     mask, said = batch["attention_mask"], []
     output = model(**batch, position_ids=(mask.cumsum(1) - 1).clamp(min=0), logits_to_keep=1)
-    for _ in range(LONGEST_ANSWER + 1):
+    for _ in range(longest + 1):
         said.append(output.logits[:, -1].argmax(-1, keepdim=True))
         positions = mask.sum(1, keepdim=True)
         mask = F.pad(mask, (0, 1), value=1)
@@ -114,7 +117,7 @@ def generate_by_hand(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor
     return torch.cat(said, 1)
 
 
-def _compiled(model: Any, way: Way) -> Prepared:
+def _compiled(model: Any, way: Way, task: Task) -> Prepared:
     """Through parvts_fx.compile."""
     counts: list[int] = []
     pruning = {"stages": way.stages} if way.stages else {"keep_tokens": way.kept, **way.options}
@@ -129,23 +132,23 @@ def _compiled(model: Any, way: Way) -> Prepared:
     if in_graph:  # transformers hooks into the tower at its first call, which would break the graph
         model.model.get_image_features(pixel_values=torch.zeros(1, 3, IMAGE, IMAGE))
     answer = generate_by_hand if in_graph else generate
-    return Prepared(lambda batch: answer(model, batch), lambda: counts[0], counts_tower=in_graph)
+    return Prepared(lambda batch: answer(model, batch, task.longest), lambda: counts[0], counts_tower=in_graph)
 
 
 class _Counted:
     """Generates eagerly, counting the first prefill's FLOPs."""
 
-    def __init__(self, model: Any):
-        self.model, self.flops = model, 0
+    def __init__(self, model: Any, longest: int):
+        self.model, self.longest, self.flops = model, longest, 0
 
     def answer(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         if not self.flops:
             self.flops, _ = flops_of(lambda: self.model(**batch, logits_to_keep=1))
-        return generate(self.model, batch)
+        return generate(self.model, batch, self.longest)
 
 
 class Pooled(nn.Module):
-    """Downsampling: projected features averaged over a coarser grid."""
+    """Downsampling: projected features of each picture averaged over a coarser grid."""
 
     def __init__(self, projector: nn.Module, kept: int):
         super().__init__()
@@ -158,7 +161,7 @@ class Pooled(nn.Module):
 
 
 class Chosen(nn.Module):
-    """Pruning in front of the decoder with positions counted anew: a shorter prompt with chosen features."""
+    """Pruning in front of the decoder with positions counted anew: a shorter prompt with chosen features of each picture."""
 
     def __init__(self, projector: nn.Module, kept: int, score: str = "auto"):
         super().__init__()
