@@ -92,16 +92,19 @@ def _read_by(attention: Attention) -> Iterator[Node]:
 
 def _between(emitter: Emitter, choice: Choice, ends: Iterable[Node]) -> set[Node]:
     """What stands behind the choice and is needed for some nodes, back to the inputs of layers."""
-    stops, found, stack = _inputs(emitter, choice), set[Node](), list(ends)
+    seen, found, stack = _inputs(emitter, choice), set[Node](), list(ends)
     writes = {node: storage_of(target) for node in emitter.decoder.nodes
               if choice.behind < node and (target := changed_in_place(node)) is not None}
     while stack:
         node = stack.pop()
         if node not in emitter.inside:
             _have(emitter, node)
-        elif node not in stops and node not in found and choice.behind < node and node not in emitter.fresh:
-            found.add(node)
+        elif node not in seen and choice.behind < node:
+            seen.add(node)
             stack.extend(node.all_input_nodes)
+            if node in emitter.fresh:  # made where it is read
+                continue
+            found.add(node)
             memory = storage_of(node) if is_tensor(node) else None
             stack.extend(write for write, written in writes.items() if written == memory)
     return found
