@@ -53,7 +53,8 @@ def test_rules_that_read_attention_run_through_the_backend(model, name):
     Stage(at=1, keep=0.3, rule="look_ahead", merge="clusters"), Stage(at=0, keep=0.3, rule=scores.LookAhead(1), migrate=1)],
     ids=["behind", "at once"])
 def test_rules_that_look_ahead_run_through_the_backend(stage):
-    check(llava.build(layers=3), llava.prompt(llava.build(layers=3), [[3, "image", 6], [2, "image", 3]]), stages=(stage,))
+    model = llava.build(layers=3)
+    check(model, llava.prompt(model, [[3, "image", 6], [2, "image", 3]]), stages=(stage,))
 
 
 def test_looking_ahead_against_a_loop():

@@ -161,13 +161,15 @@ class Oracle:
     def _ahead(self, path: _Path, turn: Placed) -> list[torch.Tensor]:
         """[heads, rows, rows] of each layer with attention that the rule looks ahead to, were these states its input."""
         found: list[torch.Tensor] = []
+        layers = range(turn.begin, min(len(self.layers), turn.begin + layers_ahead(turn.stage.rule)))
+        if not layers:
+            return found
         beside = dataclasses.replace(path, cache=copy.deepcopy(path.cache), shared=dict(path.shared))
         stream = path.hidden - self._own(turn.begin, path.rows)
-        for layer in range(turn.begin, min(len(self.layers), turn.begin + layers_ahead(turn.stage.rule))):
+        for layer in layers:
             beside = dataclasses.replace(beside, hidden=stream + self._own(layer, path.rows))
             with contextlib.suppress(LookupError):
-                weights = self._through(beside, layer, layer + 1, watch=True).weights
-                found.append(weights)
+                found.append(self._through(beside, layer, layer + 1, watch=True).weights)
         return found
 
     def _migrated(self, path: _Path, turn: Placed, subject: torch.Tensor, watch: bool) -> _Path:
