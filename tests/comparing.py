@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from parvts_fx import scores
-from tests import llava, reference
+from tests import llava, reference, replaying
 
 TOLERANCE = 2e-5
 _SAME_RESULT = ("skip_dead_rows", "share_prefix")
@@ -78,9 +78,12 @@ def prefilled(
 
 
 def compile_with_parvts(model: Any, lowering: Any = "eager", dynamic: bool | None = None, **options: Any) -> None:
+    model.compile(backend="parvts", options=_given(lowering, options), dynamic=dynamic)
+
+
+def _given(lowering: Any, options: dict[str, Any]) -> dict[str, Any]:
     own = {} if "stages" in options else {"migration_depth": 2}
-    options = {**own, "lowering": lowering, "strict": True, **options}
-    model.compile(backend="parvts", options=options, dynamic=dynamic)
+    return {**own, "lowering": lowering, "strict": True, **options}
 
 
 def uncompile(model: Any) -> None:
@@ -102,12 +105,17 @@ def assert_equal_prefill(output: Any, wanted: list[reference.Prefill], tolerance
 
 def check(model: Any, prompt: llava.Prompt, *, steps: int = 0, tolerance: float = TOLERANCE, lowering: Any = "eager",
           dynamic: bool | None = None, **options: Any) -> None:
-    """Forward (and generate, for ``steps`` greedy tokens) against the reference."""
+    """Forward (and generate, for ``steps`` greedy tokens) against the reference.
+
+    Captured as under :func:`parvts_fx.compile`, which lets data into graphs, and once for alike prompts.
+    """
     wanted = expected(model, prompt, **options)
     continued = expected(model, prompt, prompt.with_positions, **options) if steps else []
-    compile_with_parvts(model, lowering, dynamic, **options)
+    sizes = tuple((name, tuple(held.shape)) for name, held in prompt.inputs.items())
+    model._compiled_call_impl = replaying.compiled(
+        (model, sizes), model._call_impl, _given(lowering, options), dynamic)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch._dynamo.config.patch(capture_scalar_outputs=True):
             output = model(**prompt.inputs)
             assert_equal_prefill(output, wanted, tolerance)
             if steps:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from parvts_fx.runtime.call import UNWATCHED
+from tests import replaying
 
 gc.set_threshold(200_000, 20)  # captures make millions of objects that live on: a fifth of all time went into looking at them
 _COLLECT_AFTER = 30
@@ -29,11 +30,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
+def fresh_dynamo(request: pytest.FixtureRequest):
+    once = request.node.get_closest_marker("captures_once") is not None
+    if not once:
+        replaying.forget()
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # graph breaks of Hugging Face models
     yield
-    torch._dynamo.reset()
+    if not once:
+        torch._dynamo.reset()
     UNWATCHED.handed.clear()  # what a failed call has left behind
     UNWATCHED.lost.clear()
     if next(_ran) % _COLLECT_AFTER == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import warnings
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from torch import Tensor
 import parvts_fx
 from parvts_fx import scores
 from parvts_fx.stages import Stage
+from tests import replaying
 from tests.plain import Plain, Prompt, Specification, build, prompt, read
 from tests.plain_reference import PlainPrefill, begin_of, error_of, reference, steps_of
 from tests.reference import kept, placed, relative_error
@@ -105,9 +107,19 @@ class Outcome:
         return re.sub(r"\d[\d.e+-]*", "N", re.sub(r"'[^']*'|\[[^\]]*\]", "...", reason)).strip()[:150]
 
 
-def _call(compiled: Callable[..., Any], given: Prompt, choice: Choice) -> Any:
-    with torch.no_grad(), torch._dynamo.config.patch(capture_scalar_outputs=choice.data_in_sizes):
-        return compiled(*given.arguments)
+@functools.lru_cache(maxsize=32)
+def _captured(spec: Specification, dynamic: bool | None, data_in_sizes: bool) -> replaying.Capture | None:
+    return replaying.capture(build(spec), prompt(spec).arguments, dynamic)
+
+
+def answer(spec: Specification, options: dict[str, Any], dynamic: bool | None = None, data_in_sizes: bool = True) -> Any:
+    """What a specification's compiled model gives for its prompt; captured once for all options."""
+    with torch.no_grad(), torch._dynamo.config.patch(capture_scalar_outputs=data_in_sizes):
+        captured = _captured(spec, dynamic, data_in_sizes)
+        if captured is not None:
+            return captured.under(options)
+        torch._dynamo.reset()
+        return torch.compile(build(spec), backend="parvts", options=options, dynamic=dynamic)(*prompt(spec).arguments)
 
 
 def _refusal(error: BaseException) -> str | None:
@@ -121,10 +133,9 @@ def _refusal(error: BaseException) -> str | None:
 
 def outcome(spec: Specification, choice: Choice) -> Outcome:
     """Compiles, runs and compares; a refusal is followed by a run of the model that nothing has rewritten."""
-    torch._dynamo.reset()
     model, given = build(spec), prompt(spec)
     try:
-        actual = _call(torch.compile(model, backend="parvts", options=choice.options, dynamic=choice.dynamic), given, choice)
+        actual = answer(spec, choice.options, choice.dynamic, choice.data_in_sizes)
     except Exception as error:  # an outcome like another: what is drawn goes on
         reason = _refusal(error)
         if reason is None:
@@ -170,12 +181,11 @@ def _tensors(parts: tuple[Tensor, list, list]) -> list[Tensor]:
 
 
 def _left_alone(spec: Specification, choice: Choice, model: Plain, given: Prompt, reason: str) -> Outcome:
-    torch._dynamo.reset()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", parvts_fx.ParvtsWarning)
         options = {**choice.options, "strict": False}
         try:
-            actual = _call(torch.compile(model, backend="parvts", options=options), given, choice)
+            actual = answer(spec, options, choice.dynamic, choice.data_in_sizes)
         except Exception as error:  # as above
             return Outcome("wrong", f"refused, and raises {type(error).__name__}: {error}")
     if not _alike(spec, actual, model, given):

@@ -76,6 +76,7 @@ def test_importing_changes_nothing():
     assert done.stdout == "fine\n", done.stderr
 
 
+@pytest.mark.captures_once
 @pytest.mark.versions
 @pytest.mark.supports("Lowerings", "eager, aot_eager and other registered backends")
 @pytest.mark.parametrize("lowering", ["eager", "aot_eager", "aot_eager_decomp_partition"])
@@ -290,6 +291,7 @@ def test_inductor(fusion, dynamic):
         assert largest_error(fast(given.ids, given.features, given.mask), wanted) <= TOLERANCE
 
 
+@pytest.mark.captures_once
 @pytest.mark.supports("Lowerings", "inductor (CPU)")
 @pytest.mark.inductor
 def test_llava_through_inductor(model, prompt):

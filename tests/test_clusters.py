@@ -45,27 +45,32 @@ def model() -> Any:
     return llava.build(layers=4)
 
 
+@pytest.mark.captures_once
 @pytest.mark.supports("Options", "dropped tokens merged into kept ones, in any schedule")
-@pytest.mark.parametrize("rows", PROMPTS.values(), ids=PROMPTS.keys())
 @pytest.mark.parametrize("stages", SCHEDULES.values(), ids=SCHEDULES.keys())
+@pytest.mark.parametrize("rows", PROMPTS.values(), ids=PROMPTS.keys())
 def test_schedules(model: Any, stages: tuple[Stage, ...], rows: list) -> None:
     check(model, llava.prompt(model, rows), stages=stages)
 
 
+@pytest.mark.captures_once
 def test_generate(model: Any) -> None:
     check(model, llava.prompt(model, PROMPTS["padding"]), steps=4, stages=ONE)
 
 
+@pytest.mark.captures_once
 @pytest.mark.parametrize("stages", [ONE, SCHEDULES["twice"]], ids=["once", "twice"])
 def test_attention_written_out(stages: tuple[Stage, ...]) -> None:
     model = llava.build(layers=4, attention="eager")
     check(model, llava.prompt(model, PROMPTS["padding"]), stages=stages)
 
 
+@pytest.mark.captures_once
 def test_without_skipping_dead_rows(model: Any) -> None:
     check(model, llava.prompt(model, PROMPTS["padding"]), stages=ONE, skip_dead_rows=False)
 
 
+@pytest.mark.captures_once
 @pytest.mark.inductor
 def test_inductor(model: Any) -> None:
     check(model, llava.prompt(model, PROMPTS["padding"]), stages=SCHEDULES["twice"], lowering="inductor")
@@ -112,6 +117,7 @@ def test_the_default(model: Any, given: dict, same: dict) -> None:
     assert torch.equal(*results)
 
 
+@pytest.mark.captures_once
 def test_off_is_the_method_of_the_paper(model: Any) -> None:
     check(model, llava.prompt(model, PROMPTS["padding"]), keep_tokens=4, merge=None)
 

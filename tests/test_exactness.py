@@ -25,6 +25,7 @@ def model():
     return llava.build()
 
 
+@pytest.mark.captures_once
 @pytest.mark.supports(
     "Prompts", "one or several images anywhere in the prompt; batches with left padding and images at different positions")
 @pytest.mark.parametrize("fusion", ["attention", 0.3])
@@ -34,6 +35,7 @@ def test_prompts(model, rows, fusion):
           steps=3 if fusion == "attention" and len(rows) > 1 else 0)
 
 
+@pytest.mark.captures_once
 @pytest.mark.supports("Options", "migration depth 0 to the number of layers, both fusions")
 @pytest.mark.parametrize("fusion", ["attention", 0.0, 1.0])
 @pytest.mark.parametrize("depth", [0, 1, 3])
@@ -41,6 +43,7 @@ def test_migration_depths(model, depth, fusion):
     check(model, llava.prompt(model, PROMPTS["left padding"]), migration_depth=depth, fusion=fusion, keep_tokens=5)
 
 
+@pytest.mark.captures_once
 @pytest.mark.supports("Options", "one token to all but one kept, by share or by count")
 @pytest.mark.parametrize("fusion", ["attention", 0.6])
 @pytest.mark.parametrize("keep", [dict(keep_tokens=1), dict(keep_tokens=15), dict(keep_ratio=0.03), dict()], ids=str)
@@ -48,6 +51,7 @@ def test_kept_shares(model, keep, fusion):
     check(model, llava.prompt(model, PROMPTS["one image"]), fusion=fusion, **keep)
 
 
+@pytest.mark.captures_once
 @pytest.mark.supports("Options", "joint paths")
 @pytest.mark.parametrize("depth", [0, 2, 3])
 def test_joint_paths(model, depth):
@@ -55,6 +59,7 @@ def test_joint_paths(model, depth):
     check(model, prompt, paths="joint", migration_depth=depth, keep_ratio=0.25, steps=3)
 
 
+@pytest.mark.captures_once
 @pytest.mark.supports("Models", "LLaVA with Llama or Qwen2 text models; GQA, MHA and MQA")
 @pytest.mark.parametrize("text", ["llama", "qwen2"])
 @pytest.mark.parametrize("heads, groups", [(4, 4), (4, 1)], ids=["MHA", "MQA"])
@@ -63,6 +68,7 @@ def test_text_models(text, heads, groups):
     check(model, llava.prompt(model, PROMPTS["left padding"]), keep_ratio=0.25, steps=3)
 
 
+@pytest.mark.captures_once
 @pytest.mark.supports("Models", "fused attention (sdpa) and attention written out (eager)")
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_attention_implementations(attention):
@@ -83,6 +89,7 @@ COLLISIONS = {
 }
 
 
+@pytest.mark.captures_once
 @pytest.mark.supports("Prompts", "sizes that collide: sequence length equal to hidden size, vocabulary, head size, batch, ...")
 @pytest.mark.parametrize("fusion", ["attention", 0.3])
 @pytest.mark.parametrize("sizes, rows", COLLISIONS.values(), ids=COLLISIONS.keys())

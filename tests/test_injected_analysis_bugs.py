@@ -45,8 +45,9 @@ from parvts_fx.analysis.small_runs import TOKENS, Scale, SmallRuns
 from parvts_fx.analysis.tokens import Count, TokenMap
 from parvts_fx.analysis.values import hint_shape, is_tensor, value
 from parvts_fx.runtime import prompt_merges
+from tests import replaying
 from tests.plain import Mixing, Row, Specification, build, prompt
-from tests.plain_checking import RULES, TOLERANCE, Choice, outcome
+from tests.plain_checking import RULES, TOLERANCE, Choice, answer, outcome
 from tests.plain_layers import Layer, rotate
 from tests.plain_reference import error_of, reference, unpruned
 
@@ -79,14 +80,17 @@ class Comparison:
         Raises:
             AssertionError: nothing was rewritten.
         """
-        model, given = build(self.spec), prompt(self.spec)
+        model, given, choice = build(self.spec), prompt(self.spec), self.choice
         for layer in model.layers if self.unmasked else ():
             layer.__class__ = Unmasked
-        torch._dynamo.reset()
-        compiled = torch.compile(model, backend="parvts", options=self.choice.options, dynamic=self.choice.dynamic)
-        with torch.no_grad(), torch._dynamo.config.patch(capture_scalar_outputs=self.choice.data_in_sizes):
-            actual = compiled(*given.arguments)
-            expected = reference(model, given, RULES[self.choice.rule], **self.choice.semantic)
+        with torch.no_grad():
+            if self.unmasked:
+                captured = replaying.capture(model, given.arguments, choice.dynamic)
+                assert captured is not None
+                actual = captured.under(choice.options)
+            else:
+                actual = answer(self.spec, choice.options, choice.dynamic, choice.data_in_sizes)
+            expected = reference(model, given, RULES[choice.rule], **choice.semantic)
             assert error_of(self.spec, actual, unpruned(model, given)) > TOLERANCE, "the unmodified model's answer"
         return error_of(self.spec, actual, expected)
 

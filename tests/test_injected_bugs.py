@@ -31,6 +31,7 @@ from parvts_fx.passes.twins import TwinPath
 from parvts_fx.scores import LookAhead
 from parvts_fx.stages import PlacedStage, Stage
 from tests.plain import Mixing, Plain, Row, Specification, prompt
+from tests.plain_checking import answer
 from tests.plain_reference import largest_error, reference
 
 FOUND, TOLERANCE = 1e-3, 2e-5
@@ -73,10 +74,9 @@ class Comparison:
     def error(self) -> float:
         given, model = prompt(self.spec), Plain(self.spec)
         options = {"stages": self.stages, "skip_dead_rows": self.skip_dead_rows, "lowering": "eager", "strict": True}
-        torch._dynamo.reset()
-        compiled = torch.compile(model, backend="parvts", options=options, dynamic=self.dynamic)
-        with torch.no_grad(), torch._dynamo.config.patch(capture_scalar_outputs=True):
-            return largest_error(compiled(*given.arguments), reference(model, given, stages=self.stages))
+        actual = answer(self.spec, options, self.dynamic)
+        with torch.no_grad():
+            return largest_error(actual, reference(model, given, stages=self.stages))
 
 
 Patch = Callable[[pytest.MonkeyPatch], None]

@@ -35,12 +35,14 @@ def drawn(batch: int = 2, length: int = 14, visual: int = 8, seed: int = 0):
     return torch.randn(batch, length, 6, generator=generator), mask
 
 
+@pytest.mark.captures_once
 @pytest.mark.supports("Options", "every built-in scoring rule")
 @pytest.mark.parametrize("name", PLAIN)
 def test_rules_run_through_the_backend(model, name):
     check(model, llava.prompt(model, [[3, "image", 6], [2, "image", 3]]), score=name, migration_depth=1, keep_ratio=0.3)
 
 
+@pytest.mark.captures_once
 @pytest.mark.supports("Options", "rules that read attention weights of the layer in front")
 @pytest.mark.parametrize("name", READING)
 def test_rules_that_read_attention_run_through_the_backend(model, name):
@@ -48,6 +50,7 @@ def test_rules_that_read_attention_run_through_the_backend(model, name):
           stages=(Stage(at=1, keep=0.3, rule=name, migrate=1),))
 
 
+@pytest.mark.captures_once
 @pytest.mark.supports("Options", "rules that look ahead: at what layers behind the choice would attend to")
 @pytest.mark.parametrize("stage", [
     Stage(at=1, keep=0.3, rule="look_ahead", merge="clusters"), Stage(at=0, keep=0.3, rule=scores.LookAhead(1), migrate=1)],
@@ -263,6 +266,7 @@ def test_nan_ranks_last(model):
     uncompile(model)
 
 
+@pytest.mark.captures_once
 @pytest.mark.supports("Options", "scoring rules of your own")
 def test_a_rule_of_ones_own(model):
     try:

@@ -209,6 +209,7 @@ def test_prompts_of_several_lengths(stages: Stages) -> None:
             assert error_of(spec, model(*given.arguments), wanted(build(SPEC), given, choice)) < TOLERANCE
 
 
+@pytest.mark.captures_once
 @pytest.mark.parametrize("name, rows, steps", [
     ("PyramidDrop", PROMPT, 3), ("read where migrations meet", PROMPT, 0), ("weighed, then parallel", PROMPT[:1], 0)])
 def test_llava(model: Any, name: str, rows: list, steps: int) -> None:
