@@ -22,13 +22,19 @@ from parvts_fx.passes.parted import Parted
 from parvts_fx.report import GraphReport
 from parvts_fx.rewriting import Rewriting, part_graph, rewrite_graph
 from parvts_fx.runtime.caches import cache_outputs, watch_short_caches
-from parvts_fx.runtime.call import current_call
+from parvts_fx.runtime.call import UNWATCHED, current_call
 from parvts_fx.runtime.dispatch import Dispatch
 from parvts_fx.runtime.forms import Making
 from parvts_fx.runtime.input_origins import noting_origins
 from parvts_fx.runtime.merged_embeddings import MergedInput, hand_on
 from parvts_fx.runtime.record import CallRecord
-from parvts_fx.torch_private import BackendCompilerFailed, TorchDynamoException
+from parvts_fx.torch_private import (
+    OF_TORCH,
+    BackendCompilerFailed,
+    TorchDynamoException,
+    count_graph_breaks,
+    graph_breaks,
+)
 
 
 def parvts(
@@ -114,6 +120,11 @@ class _Again:
         return self._compiled(*inputs)
 
 
+_LAST_BREAKS = 4
+"""Of so many the last one outside of torch is taken: behind it, Dynamo may have tried and given up on code of its own."""
+
+_ADVICE = " (parvts_fx.compile(model) captures more in one graph)"
+
 _SAMPLES: weakref.WeakValueDictionary[Hashable, Any] = weakref.WeakValueDictionary()
 """Compiled decoders of one sample, by what is done with them and what the graph says."""
 
@@ -184,7 +195,7 @@ def _attempt(
     except Refusal as refusal:
         if current_call().can_begin_again():
             raise BeginAgain from refusal
-        reason = str(refusal)
+        reason = str(refusal) + (_what_has_broken_it() if refusal.broken_off else "")
         if refusal.names_tell and current_call().names_sizes:
             raise NamesAreNeeded(reason) from refusal
         if options.strict:
@@ -197,6 +208,13 @@ def _attempt(
         reason = _failure(error, options)
     tell_unrewritten(reason)
     return Rewriting(GraphReport("unrewritten", reason, len(module.graph.nodes)))
+
+
+def _what_has_broken_it() -> str:
+    """What Dynamo says it has ended the graph for that it has just handed over, and what may keep it from that."""
+    found = [cause for cause in graph_breaks(max(count_graph_breaks() - _LAST_BREAKS, 0)) if cause.where != OF_TORCH]
+    said = f"; {found[-1].what}, in {found[-1].where}" if found else ""
+    return said + (_ADVICE if current_call() is UNWATCHED else "")
 
 
 def _failure(error: Exception, options: Options) -> str:

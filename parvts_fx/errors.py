@@ -25,12 +25,16 @@ class Refusal(Exception):
         reason: one sentence that says what was found and, where there is one, the remedy.
         node: the graph node at which the analysis stopped.
         names_tell: whether a graph in which sizes have names may tell what this one does not.
+        broken_off: whether the reason is that the graph ends where it does.
     """
 
-    def __init__(self, reason: str, node: torch.fx.Node | None = None, names_tell: bool = False):
+    def __init__(
+        self, reason: str, node: torch.fx.Node | None = None, names_tell: bool = False, broken_off: bool = False
+    ):
         self.reason = reason
         self.node = node
         self.names_tell = names_tell
+        self.broken_off = broken_off
         super().__init__(f"{reason} (at node '{node.name}')" if node is not None else reason)
 
 

@@ -394,6 +394,9 @@ def messages_while_capturing() -> set[Callable[..., Any]]:
     return {getattr(logging.Logger, name) for name in names} | set(dynamo_config().ignore_logging_functions)
 
 
+OF_TORCH = "code of torch's own"
+
+
 @dataclasses.dataclass(frozen=True)
 class GraphBreak:
     """What made Dynamo end a graph."""
@@ -425,15 +428,31 @@ def graph_breaks(start: int) -> Sequence[GraphBreak]:
     found = []
     for held in _graph_breaks[start:]:
         excluded, what = _EXCLUDED.search(held.reason), held.reason.partition("\n")[0]
-        place = next((frame for frame in reversed(held.user_stack) if not _is_of_torch(frame.filename)), None)
         found.append(GraphBreak(
             f"{excluded[1]} is excluded by torch.compiler.disable" if excluded else what[:1].lower() + what[1:],
-            "code of torch's own" if place is None else f"{place.name} of {Path(place.filename).name}"))
+            _place(list(reversed(held.user_stack)))))
     return found
 
 
-def _is_of_torch(file: str) -> bool:
-    return Path(file).is_relative_to(Path(torch.__file__).parent)
+def _place(frames: Sequence[Any]) -> str:
+    """The innermost function that is not torch's; what it calls of torch.distributed (FSDP's hooks, say) is named with it.
+
+    Args:
+        frames: inside out.
+    """
+    place = next((frame for frame in frames if _package_of(frame.filename) is None), None)
+    package = _package_of(frames[0].filename) if frames else None
+    ours = OF_TORCH if place is None else f"{place.name} of {Path(place.filename).name}"
+    return f"{frames[0].name} of {package}, called in {ours}" if package and package.startswith("torch.distributed") else ours
+
+
+def _package_of(file: str) -> str | None:
+    """Of torch's, with dots, private parts left out; None for other code."""
+    root = Path(torch.__file__).parent
+    if not Path(file).is_relative_to(root):
+        return None
+    parts = Path(file).relative_to(root.parent).with_suffix("").parts
+    return ".".join(part for part in parts if not part.startswith("_"))
 
 
 def why_nothing_is_compiled() -> str | None:

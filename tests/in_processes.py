@@ -1,4 +1,6 @@
-"""One of several processes over which models are spread by tensor parallelism: ``torchrun ... -m tests.in_processes FOLDER``.
+"""One of several processes over which models are spread, by tensor parallelism or by FSDP.
+
+``torchrun ... -m tests.in_processes FOLDER``.
 
 FOLDER holds a saved model for each name in its ``models.json``. Writes what came of each into ``FOLDER/RANK.json``.
 """
@@ -7,13 +9,17 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import parvts_fx
+from tests import llava
 from tests.models.builders import BUILDERS
 
 OPTIONS = dict(lowering="eager", keep_tokens=3, migration_depth=1, strict=True)
@@ -41,11 +47,32 @@ def run(name: str, folder: Path | None, **options: Any) -> dict[str, Any]:
     return {"tokens": tokens.tolist(), "kept": record.kept.nonzero().tolist(), "pruned": record.pruned, "spread": spread}
 
 
+def run_sharded(by_layer: bool) -> dict[str, Any]:
+    """The same of a LLaVA whose parameters FSDP keeps in parts, gathered for the whole model or for each layer."""
+    torch._dynamo.reset()
+    model, prompt = llava.build(), llava.prompt(llava.build(), [[3, "image", 6]])
+    with torch.no_grad():
+        plain = model(**prompt.inputs).logits
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in llava.text_model(model).layers if by_layer else ():
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", parvts_fx.ParvtsWarning)
+        parvts_fx.compile(model, **{**OPTIONS, "strict": not by_layer})
+        with torch.no_grad():
+            logits = model(**prompt.inputs).logits
+    record = parvts_fx.last_call(model)
+    told = [str(one.message) for one in caught if issubclass(one.category, parvts_fx.ParvtsWarning)]
+    return {"pruned": record.pruned, "reason": record.reason, "told": told, "logits": logits.tolist(), "plain": plain.tolist()}
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     names = json.loads((folder / "models.json").read_text())
     found = {name: run(name, folder) for name in names}
     found["quarrelsome"] = run(names[0], folder, score=quarrelsome)
+    found["sharded"] = [run_sharded(by_layer) for by_layer in (False, True)]
     (folder / f"{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""Models that are spread over two processes by tensor parallelism: as in one process."""
+"""Models that are spread over two processes, by tensor parallelism or by FSDP: as in one process."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 
-from tests.in_processes import quarrelsome, run
+from tests import llava
+from tests.comparing import TOLERANCE, expected
+from tests.in_processes import OPTIONS, quarrelsome, run
 from tests.models.builders import BUILDERS
 from tests.models.installed import BROKEN, skip_broken
+from tests.reference import relative_error
 from tests.supported import ROOT
 
 NAMES = ["llava", "qwen2_vl", "llama4"]
@@ -22,7 +26,7 @@ NAMES = ["llava", "qwen2_vl", "llama4"]
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of two processes found."""
+    """What each of two processes has found."""
     folder = tmp_path_factory.mktemp("spread")
     names = [name for name in NAMES if (name, transformers.__version__) not in BROKEN]
     for name in names:
@@ -51,3 +55,24 @@ def test_all_choose_as_the_first(ranks: list[dict[str, Any]]) -> None:
     alone = run(NAMES[0], None, score=quarrelsome)
     for found in ranks:
         assert found["quarrelsome"]["tokens"] == alone["tokens"] and found["quarrelsome"]["kept"] == alone["kept"]
+
+
+@pytest.mark.supports("Processes", "FSDP2 around the whole model: pruned in each")
+def test_sharded_as_a_whole(ranks: list[dict[str, Any]]) -> None:
+    model = llava.build()
+    prompt = llava.prompt(model, [[3, "image", 6]])
+    wanted, = expected(model, prompt, keep_tokens=OPTIONS["keep_tokens"], migration_depth=OPTIONS["migration_depth"])
+    for found in ranks:
+        whole, _ = found["sharded"]
+        assert whole["pruned"] and not whole["told"]
+        assert relative_error(torch.tensor(whole["logits"][0]), wanted.logits) < TOLERANCE
+
+
+@pytest.mark.supports("Left unrewritten", "FSDP2 around each layer, whose hooks break the graph, with their name")
+def test_sharded_by_layer(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        _, layered = found["sharded"]
+        reason, = layered["told"]
+        assert not layered["pruned"] and reason.endswith(layered["reason"]) and "torch.distributed.fsdp" in reason
+        assert "parvts_fx.compile(model)" not in reason  # that is how it was called
+        assert relative_error(torch.tensor(layered["logits"]), torch.tensor(layered["plain"])) < TOLERANCE

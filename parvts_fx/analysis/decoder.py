@@ -45,8 +45,7 @@ _FRESH = (torch.empty, torch.zeros, torch.ones, torch.full)
 
 NO_DECODER = (
     "visual features are merged in this graph, but no attention that is understood follows: the graph breaks between the merge "
-    "and the decoder (parvts_fx.compile(model) captures both in one graph where Dynamo can), or the model uses an attention that "
-    "is neither scaled_dot_product_attention nor a softmax")
+    "and the decoder, or the model uses an attention that is neither scaled_dot_product_attention nor a softmax")
 
 
 def attention_follows(graph: Graph, merge: VisualMerge) -> bool:
@@ -206,8 +205,8 @@ def _check(module: GraphModule, decoder: Decoder) -> None:
                 raise Refusal("a layer caches its last tokens only, and counts them where a graph cannot reach (use "
                               "parvts_fx.compile(model), which corrects the count)", source)
     if all(_joins_residual(node, decoder) for node in _streams_that_leave(module, decoder)):
-        raise Refusal("the graph breaks between the decoder's layers: what leaves it is the residual stream "
-                      "(parvts_fx.compile(model) captures them in one graph where Dynamo can)", decoder.final)
+        raise Refusal("the graph breaks between the decoder's layers: what leaves it is the residual stream", decoder.final,
+                      broken_off=True)
     for link in [*(layer.input for layer in decoder.layers), decoder.final]:
         if tokens.plain_axis(link) is None:
             raise Refusal("the residual stream has no plain token axis here", link)

@@ -79,7 +79,7 @@ class Probe:
 
         self._moved: dict[tuple, int] = {}
         self._sides: dict[tuple[Node, tuple], torch.Tensor] = {}
-        self._evaluated = EvaluationCache()
+        self._evaluated = EvaluationCache(sizes_alone=True)
 
     @staticmethod
     def lengths_for(
