@@ -1,4 +1,4 @@
-# Two commands do everything: `make demo` and `make test`. Both set up a virtual environment first.
+# Two commands do everything: `make demo` and `make test`. Both set up a virtual environment first. `make test-all` takes longer.
 # `make test-versions` runs part of the tests with other versions of torch and transformers, `make test-recipes` those of examples/,
 # `make test-gpu` those that need a GPU, `make check-cuda` compiles for one.
 
@@ -13,7 +13,7 @@ floor := torch==2.11.0 transformers==5.17.0
 pinned := --constraint constraints.txt
 newest := --upgrade --upgrade-strategy eager
 
-.PHONY: demo test test-versions test-recipes test-gpu check-cuda fuzz lint types docs clean
+.PHONY: demo test test-all test-versions test-recipes test-gpu check-cuda fuzz lint types docs clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python -m bench.demo
@@ -21,6 +21,10 @@ demo: $(VENV)/.demo
 # One thread per test process: the models are small, and two processes share two cores.
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
+
+# Every combination of parameters; `make test` meets each value of each.
+test-all: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --all-cases
 
 # As many random models as wanted, from another seed each time: make fuzz FUZZ="--count 100 --seed 7".
 FUZZ ?= --count 500 --workers 2

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from parvts_fx.runtime.call import UNWATCHED
-from tests import replaying
+from tests import covering, replaying
 
 gc.set_threshold(200_000, 20)  # captures make millions of objects that live on: a fifth of all time went into looking at them
 _COLLECT_AFTER = 30
@@ -19,9 +19,17 @@ _COLLECT_AFTER = 30
 _ran = itertools.count(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-cases", action="store_true", help="every combination of parameters, not each value of each alone")
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """``versions``: the first case of every test that shows what is supported, beside those that are marked."""
+    if not config.getoption("--all-cases"):
+        left = set(covering.left_out(items))
+        config.hook.pytest_deselected(items=list(left))
+        items[:] = [item for item in items if item not in left]
     met = set()
     for item in items:
         if item.get_closest_marker("supports") and item.function not in met:

@@ -19,7 +19,7 @@ def build(
     patch = 4
     config = transformers.LlavaConfig(
         vision_config=dict(
-            model_type="clip_vision_model", hidden_size=24, intermediate_size=40, num_hidden_layers=2,
+            model_type="clip_vision_model", hidden_size=24, intermediate_size=40, num_hidden_layers=1,
             num_attention_heads=2, image_size=patches * patch, patch_size=patch, initializer_range=0.2),
         text_config=dict(
             model_type=text, hidden_size=hidden, intermediate_size=56, num_hidden_layers=layers, head_dim=head_dim,

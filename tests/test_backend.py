@@ -274,6 +274,8 @@ def test_both_compile_caches_hit_in_a_second_process(tmp_path, dynamic, kernels,
     length, inductor, aot = run(0.4)
     assert length == 8 and aot["autograd_cache_hit"] == 1 and aot.get("autograd_cache_saved", 0) == 0
     assert inductor.get("fxgraph_cache_hit", 0) == 1 and inductor.get("fxgraph_cache_miss", 0) == 0
+    if dynamic or kernels:  # what misses is shown once
+        return
     length, inductor, aot = run(0.6)
     assert length == 9 and aot["autograd_cache_miss"] >= 1 and inductor["fxgraph_cache_miss"] == 1
 
