@@ -20,7 +20,8 @@ from parvts_fx.errors import BeginAgain, NamesAreNeeded, NotRewritten, Refusal, 
 from parvts_fx.options import Options, parse_options
 from parvts_fx.passes.parted import Parted
 from parvts_fx.report import GraphReport
-from parvts_fx.rewriting import Rewriting, part_graph, rewrite_graph
+from parvts_fx.rewriting import part_graph, rewrite_graph
+from parvts_fx.rewritten import Rewriting
 from parvts_fx.runtime.caches import cache_outputs, watch_short_caches
 from parvts_fx.runtime.call import UNWATCHED, current_call
 from parvts_fx.runtime.dispatch import Dispatch

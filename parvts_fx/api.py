@@ -19,7 +19,7 @@ from parvts_fx.cost import CPU, NAMES, compare, count, named
 from parvts_fx.errors import ParvtsWarning
 from parvts_fx.options import SHORT_FORM, Options, parse_options
 from parvts_fx.report import GraphReport, Report
-from parvts_fx.rewriting import Rewriting
+from parvts_fx.rewritten import Rewriting
 from parvts_fx.runtime.cached_rows import MASKS, MasksOfGenerate
 from parvts_fx.runtime.compiled_call import watched_call
 from parvts_fx.runtime.overrides import Forms, overriding

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, ClassVar, Protocol, cast
 from torch.fx import GraphModule
 
 if TYPE_CHECKING:
-    from parvts_fx.passes.emit import Written
     from parvts_fx.passes.plan import Plan
+    from parvts_fx.passes.written import Written
 
 
 @dataclasses.dataclass

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from parvts_fx.analysis import Decoder, VisualMerge, find_decoder
 from parvts_fx.analysis.calls import attention_nodes, composed
@@ -34,8 +34,9 @@ from parvts_fx.passes.single_sample import part
 from parvts_fx.passes.verify import CHEAP_CHECKS, Check, verifier
 from parvts_fx.pipeline import Work, run_pipeline
 from parvts_fx.report import GraphReport
+from parvts_fx.rewritten import Rewriting, as_traced
 from parvts_fx.runtime.garbage import no_collections
-from parvts_fx.runtime.guards import Guard, Precondition, Prompt, guards_for, merged_mask, same_count, uneven, visual_mask
+from parvts_fx.runtime.guards import Precondition, guards_for, merged_mask, same_count, uneven, visual_mask
 from parvts_fx.runtime.merged_embeddings import MergedInput, can_hand_on
 from parvts_fx.runtime.padding import padding_check
 from parvts_fx.runtime.prompt_merges import has_visuals, prompt_merge, refuse_unseen_merges, report_merges, stream_input
@@ -46,73 +47,6 @@ from parvts_fx.torch_private import FakeTensor
 
 FEWER = "there are fewer visual tokens than samples in the prompt that this graph was captured for"
 _UNSEEN = "no visual features are merged into embeddings"
-
-
-@dataclasses.dataclass(frozen=True)
-class Rewriting:
-    """A graph's rewritten form, what must hold of its inputs, and what was done. ``module`` is None if untouched.
-
-    It is None as well, with ``visual_mask`` and without ``merged_mask``, for a batch whose samples differ, or whose samples have
-    no more visual tokens in the mean than are kept: other prompts of the graph may still be rewritten.
-    """
-
-    report: GraphReport
-    module: GraphModule | None = None
-    precondition: Precondition | None = None
-    """None where the graph is rewritten for one number of visual tokens."""
-
-    merge: VisualMerge | None = None
-    visual_mask: Callable[..., torch.Tensor] | None = None
-    """Of the rewritten graph's inputs: [batch, seq] bool, true where a visual token stands."""
-
-    merged_mask: Callable[..., torch.Tensor] | None = None
-    """The same, true where a feature of any modality stands; for a graph whose decoder is in another one."""
-
-    stream: int | None = None
-    """Which input holds the embeddings that all is merged into; None where the graph looks them up itself."""
-
-    guards: tuple[Guard, ...] = ()
-    """Asked in order at each call; the first reason is why the prefill runs unrewritten."""
-
-    handed: bool = False
-    """Whether the rewritten graph takes the mask of visual tokens as one input more."""
-
-    @property
-    def may_fit_others(self) -> bool:
-        """Whether some prompts of the graph run rewritten, if not this one."""
-        return self.module is not None or self.visual_mask is not None and self.merged_mask is None
-
-    rows: Node | None = None
-    """In the rewritten graph, [batch, rows] int64: the positions of the prompt that are left in the end. None where the graph
-    has no such node any more, because a pass of somebody's own took it out."""
-
-    tells_rows: bool = False
-    """Whether the graph returns them behind its own results."""
-
-    def telling_rows(self) -> Rewriting:
-        """The same, its graph changed to return ``rows`` as well where it can."""
-        if self.module is None or self.rows is None or self.tells_rows:
-            return self
-        output = output_node(self.module.graph)
-        if not isinstance(output.args[0], (tuple, list)):
-            return self
-        output.args = ((*output.args[0], self.rows),)
-        self.module.recompile()
-        return dataclasses.replace(self, tells_rows=True)
-
-    def reason_against(self, inputs: Sequence[Any]) -> str | None:
-        """Why the rewritten graph may not run for a prompt; None where it may."""
-        if self.visual_mask is None or self.merge is None or self.handed:
-            return None
-        inputs = _as_traced(inputs)
-        visual = self.visual_mask(*inputs)
-        prompt = Prompt(inputs, visual, same_count(visual))
-        return next((reason for guard in self.guards if (reason := guard(prompt)) is not None), None)
-
-
-def _as_traced(inputs: Sequence[Any]) -> list[Any]:
-    """Numbers as they were when the graph was captured, so that nothing is guarded."""
-    return [hint(held) if isinstance(held, torch.SymInt) else held for held in inputs]
 
 
 @no_collections()
@@ -292,7 +226,7 @@ def _how_samples_differ(module: GraphModule, merge: VisualMerge, example_inputs:
     """Of the prompt that is being compiled, in words; empty where they do not, and where its tokens are not told."""
     if hint(value(merge.output).shape[0]) == 1 or any(isinstance(given, FakeTensor) for given in example_inputs):
         return ""
-    visual = visual_mask(module, merge)(*_as_traced(example_inputs))
+    visual = visual_mask(module, merge)(*as_traced(example_inputs))
     return uneven(visual) if same_count(visual) is None else ""
 
 

@@ -115,7 +115,7 @@ def _fused_operands(path: Path, attention: Attention, queries: str, keys: str) -
     (query,), (key, val) = attention.queries, attention.keys
     if named["is_causal"] and queries != keys:
         samples = samples_of(emitter.decoder, query.node)
-        named.update(is_causal=False, attn_mask=emitter.causal_mask(queries, keys, value(query.node).dim(), samples))
+        named.update(is_causal=False, attn_mask=emitter.sets.causal_mask(queries, keys, value(query.node).dim(), samples))
     elif named["attn_mask"] is not None:
         ((index, binding),) = attention.bindings[node].items()
         assert isinstance(binding, AxisLabels), "a fused call's mask has axes, and nothing else of it is bound"
@@ -127,7 +127,7 @@ def _fused_operands(path: Path, attention: Attention, queries: str, keys: str) -
     named["key"], named["value"] = (path.keys(operand.node, operand.axis, keys) for operand in (key, val))
     if levels_of(emitter, attention.output, keys):
         rank, samples = value(query.node).dim(), samples_of(emitter.decoder, query.node)
-        mask = emitter.causal_mask(queries, keys, rank, samples) if named["is_causal"] else named["attn_mask"]
+        mask = emitter.sets.causal_mask(queries, keys, rank, samples) if named["is_causal"] else named["attn_mask"]
         bias = biased(emitter, attention.output, queries, keys, mask, rank, samples, named["query"])
         if bias is not mask:
             named |= {"attn_mask": bias, "is_causal": False}

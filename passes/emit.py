@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +13,6 @@ from torch.fx.node import map_aggregate
 from parvts_fx.analysis.collectives import groups_of
 from parvts_fx.analysis.last_rows import last_rows_of
 from parvts_fx.analysis.records import Attention
-from parvts_fx.analysis.samples import Samples
 from parvts_fx.analysis.tokens import Count
 from parvts_fx.analysis.values import (
     descendants,
@@ -36,50 +35,9 @@ from parvts_fx.passes.plan import Plan, PlanError
 from parvts_fx.passes.rows import LAST, RowSets, live
 from parvts_fx.passes.twins import TwinPath, join, share_prefix
 from parvts_fx.passes.writes import refuse_split_writes
+from parvts_fx.passes.written import Call, Written
 from parvts_fx.pipeline import PassResult, Work
 from parvts_fx.torch_private import expression, takes_and_returns_as
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """An attention call that was written."""
-
-    attention: Attention
-    queries: str
-    keys: str
-    """The names of the rows that ask, and of those that are asked."""
-
-    output: Node
-
-
-@dataclasses.dataclass(frozen=True)
-class Written:
-    """What the emitter wrote, for the checks and the report."""
-
-    plan: Plan
-    held: Mapping[Node, Mapping[str, Node]]
-    """By node of the decoder as it was captured: what holds it, by the name of its rows."""
-
-    counts: Mapping[str, Any]
-    """By name of rows: how many a sample has, an int or a node."""
-
-    calls: tuple[Call, ...]
-    copied: int
-    """How many nodes stand there as they stood before."""
-
-    side_nodes: frozenset[Node]
-    """Outside the decoder; they stay even where nothing reads them (entering and leaving ``vmap``), as do checks."""
-
-    original_inputs: tuple[str, ...]
-    original_outputs: tuple[object, ...]
-    """The example values of what the graph returned."""
-
-    rows: Node | None
-    """[batch, rows] int64: the positions of the prompt that are left in the end."""
-
-    shortened: frozenset[int]
-    """Outputs that may become shorter along other axes than the prompt's: they hold its last rows, or as many as there are
-    (caches of sliding windows), or other cached rows in front of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,8 +103,6 @@ class Emitter:
         """By stage: what its subject rows take over at the drop."""
 
         self._taken_over: set[int] = set()
-        self._masks: dict[tuple, Node] = {}
-        self._tables: dict[tuple, Node] = {}
         self.attentions = {
             node: attention for layer in self.decoder.layers for attention in layer.attentions for node in attention.nodes}
         self.main = Path(self, self.inside, self._rows_of, self._rows_left)
@@ -327,40 +283,6 @@ class Emitter:
         held = path.held.get(node) or self.main.held.get(node, {})
         follows = symbols(self.decoder.tokens.size)
         return name if follows and name in held else next(iter(held), name)
-
-    def causal_mask(self, queries: str, keys: str, rank: int, samples: Samples | None) -> Node:
-        """Bool, broadcast with scores of some rank whose last axes are queries and keys: the query's position is not
-        before the key's. ``samples``: where they lie among the scores' axes."""
-        key = (queries, keys, rank, samples)
-        if key not in self._masks:
-            place, everything = samples or Samples(0), self.sets[keys].index is None
-
-            def mask(query: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-                if everything:
-                    other = torch.arange(other.shape[1], device=query.device)[None]
-                    allowed = place.spread(query)[:, :, None] >= other[:, None, :]
-                else:
-                    allowed = place.spread(query)[:, :, None] >= place.spread(other)[:, None, :]
-                allowed = allowed[0] if samples is None else allowed
-                wanted = (rank - 2, rank - 1) if samples is None else (place.axis, rank - 2, rank - 1)
-                return allowed[tuple(slice(None) if i in wanted else None for i in range(rank))]
-
-            prompt = self.main.held[self.decoder.merge.output][live(0)]
-            self._masks[key] = self.editor.inline(
-                mask, self.sets[queries].index, prompt if everything else self.sets[keys].index)
-        return self._masks[key]
-
-    def first_rows(self, table: Node, axes: Sequence[int], name: str) -> Node:
-        """As many of a table's first rows, along some axes, as a set has."""
-        if name == live(0):
-            return table
-        key = (table, tuple(axes), name)
-        if key not in self._tables:
-            first = table
-            for axis in axes:
-                first = self.editor.call(torch.narrow, first, axis, 0, self.sets[name].count)
-            self._tables[key] = first
-        return self._tables[key]
 
     def note_call(self, attention: Attention, queries: str, keys: str, output: Node) -> None:
         self.calls.append(Call(attention, queries, keys, output))

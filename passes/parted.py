@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
-from torch.fx import GraphModule, Node
+import torch
+from torch.fx import Graph, GraphModule, Node
 
 from parvts_fx.analysis.masks import Mask
+from parvts_fx.analysis.records import Decoder
+from parvts_fx.analysis.values import is_symbolic_int, value
+from parvts_fx.errors import Refusal
+from parvts_fx.torch_private import expression
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,3 +74,30 @@ class Parted:
 
     returns_one: bool
     """Whether the graph returned its only result by itself."""
+
+
+def front_of(module: GraphModule, decoder: Decoder, results: Sequence[Node]) -> GraphModule:
+    """The graph as far as the decoder's inputs. Sizes of the decoder's own tensors are those of the merged embeddings.
+
+    Raises:
+        Refusal: something in front of the decoder cannot be computed without it.
+    """
+    graph, copies, inside = Graph(tracer_cls=getattr(module.graph, "_tracer_cls", None)), dict[Node, Node](), set(decoder.nodes)
+    merged = decoder.merge.output
+    sizes = value(merged).shape[:2]
+    for node in module.graph.nodes:
+        held = value(node)
+        if node in inside and isinstance(held, torch.SymInt) and merged in copies:
+            axis = next((axis for axis, size in enumerate(sizes) if isinstance(size, torch.SymInt)
+                         and expression(size) == expression(held)), None)
+            if axis is not None:
+                copies[node] = graph.call_method("size", (copies[merged], axis))
+                continue
+        if node.op != "output" and (node not in inside or node is merged or is_symbolic_int(node)) and all(
+                source in copies for source in node.all_input_nodes):
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    missing = next((node for node in results if node not in copies), None)
+    if missing is not None:
+        raise Refusal("what stands in front of the decoder cannot be computed without it", missing)
+    graph.output(tuple(copies[node] for node in results))
+    return GraphModule(module, graph)

@@ -167,7 +167,7 @@ class Path:
         numbered = side in self.emitter.decoder.numbered
         rank, taken = value(side).dim(), self.emitter.outside[side]
         if numbered:
-            taken = self.emitter.first_rows(taken, [axis for axis, _ in axes], left)
+            taken = sets.first_rows(taken, [axis for axis, _ in axes], left)
         for axis, name in axes:
             new_in_front = value(taken).dim() - rank  # of axes, one of which holds the samples
             held = dataclasses.replace(samples, axis=0) if samples is not None and new_in_front else samples

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch.fx import Node
@@ -57,6 +57,8 @@ class RowSets:
         self._within: dict[str, set[str]] = {everything.name: set()}
         self._places: dict[tuple[str, str], Node] = {}
         self._gathered: dict[tuple, Node] = {}
+        self._masks: dict[tuple, Node] = {}
+        self._tables: dict[tuple, Node] = {}
 
     def __getitem__(self, name: str) -> RowSet:
         if name not in self.by_name:
@@ -95,6 +97,39 @@ class RowSets:
         """The smallest set among those held that contains a set."""
         able = [other for other in held if self.is_within(name, other)]
         return next((other for other in able if not any(self.is_within(more, other) for more in able if more != other)), None)
+
+    def causal_mask(self, queries: str, keys: str, rank: int, samples: Samples | None) -> Node:
+        """Bool, broadcast with scores of some rank whose last axes are queries and keys: the query's position is not
+        before the key's. ``samples``: where they lie among the scores' axes."""
+        key = (queries, keys, rank, samples)
+        if key not in self._masks:
+            place, everything = samples or Samples(0), self[keys].index is None
+
+            def mask(query: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+                if everything:
+                    other = torch.arange(other.shape[1], device=query.device)[None]
+                    allowed = place.spread(query)[:, :, None] >= other[:, None, :]
+                else:
+                    allowed = place.spread(query)[:, :, None] >= place.spread(other)[:, None, :]
+                allowed = allowed[0] if samples is None else allowed
+                wanted = (rank - 2, rank - 1) if samples is None else (place.axis, rank - 2, rank - 1)
+                return allowed[tuple(slice(None) if i in wanted else None for i in range(rank))]
+
+            self._masks[key] = self._editor.inline(
+                mask, self[queries].index, self._prompt if everything else self[keys].index)
+        return self._masks[key]
+
+    def first_rows(self, table: Node, axes: Sequence[int], name: str) -> Node:
+        """As many of a table's first rows, along some axes, as a set has."""
+        if name == live(0):
+            return table
+        key = (table, tuple(axes), name)
+        if key not in self._tables:
+            first = table
+            for axis in axes:
+                first = self._editor.call(torch.narrow, first, axis, 0, self[name].count)
+            self._tables[key] = first
+        return self._tables[key]
 
     # -- taking rows --------------------------------------------------------------------------------------------------
 

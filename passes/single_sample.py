@@ -40,7 +40,7 @@ from parvts_fx.analysis.values import (
 )
 from parvts_fx.capture.return_states import returned_states
 from parvts_fx.errors import Refusal
-from parvts_fx.passes.parted import Parted, Result, Side
+from parvts_fx.passes.parted import Parted, Result, Side, front_of
 from parvts_fx.torch_private import expression, is_functorch_wrapped_tensor
 
 FEATURES = "image_features"
@@ -68,7 +68,7 @@ def part(module: GraphModule, decoder: Decoder) -> Parted:
     others = [node for node in dict.fromkeys(results) if isinstance(node, Node) and node not in writer.inside]
     sides = tuple(writer.sides)
     known = [(place, mask) for mask in all_masks(decoder.layers) for place, side in enumerate(sides) if side.node is mask.node]
-    front = _front(module, decoder, [decoder.merge.output, *(side.node for side in sides), *others])
+    front = front_of(module, decoder, [decoder.merge.output, *(side.node for side in sides), *others])
     overwritten = {node: states[name] for node, name in zip(results[len(results) - len(names):], names, strict=True)}
     placed = [
         node if not isinstance(node, Node) else writer.result(node, own.index(node), overwritten.get(node))
@@ -301,30 +301,3 @@ class _Writer:
     def finish(self, results: Sequence[Node]) -> GraphModule:
         self.graph.output((*(self.new[node] for node in results), *self._handed_on))
         return GraphModule(self.module, self.graph)
-
-
-def _front(module: GraphModule, decoder: Decoder, results: Sequence[Node]) -> GraphModule:
-    """The graph as far as the decoder's inputs. Sizes of the decoder's own tensors are those of the merged embeddings.
-
-    Raises:
-        Refusal: something in front of the decoder cannot be computed without it.
-    """
-    graph, copies, inside = Graph(tracer_cls=getattr(module.graph, "_tracer_cls", None)), dict[Node, Node](), set(decoder.nodes)
-    merged = decoder.merge.output
-    sizes = value(merged).shape[:2]
-    for node in module.graph.nodes:
-        held = value(node)
-        if node in inside and isinstance(held, torch.SymInt) and merged in copies:
-            axis = next((axis for axis, size in enumerate(sizes) if isinstance(size, torch.SymInt)
-                         and expression(size) == expression(held)), None)
-            if axis is not None:
-                copies[node] = graph.call_method("size", (copies[merged], axis))
-                continue
-        if node.op != "output" and (node not in inside or node is merged or is_symbolic_int(node)) and all(
-                source in copies for source in node.all_input_nodes):
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-    missing = next((node for node in results if node not in copies), None)
-    if missing is not None:
-        raise Refusal("what stands in front of the decoder cannot be computed without it", missing)
-    graph.output(tuple(copies[node] for node in results))
-    return GraphModule(module, graph)

@@ -16,9 +16,9 @@ import parvts_fx
 from parvts_fx.analysis.calls import is_fused_attention, is_softmax
 from parvts_fx.analysis.values import hint_shape, is_tensor, output_node, value
 from parvts_fx.passes import Plan, build_pipeline
-from parvts_fx.passes.emit import Written
 from parvts_fx.passes.rows import live
 from parvts_fx.passes.verify import graph_of
+from parvts_fx.passes.written import Written
 from parvts_fx.rewriting import rewrite_graph
 from parvts_fx.scores import reads_attention
 from parvts_fx.stages import PlacedStage

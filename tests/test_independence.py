@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from parvts_fx.analysis.extents import SAMPLES, TOKENS
 from parvts_fx.analysis.independence import find_meetings
 from parvts_fx.analysis.probe import Probe
-from parvts_fx.analysis.small_runs import SAMPLES, TOKENS, SmallRuns
+from parvts_fx.analysis.small_runs import SmallRuns
 from parvts_fx.analysis.values import descendants, value
 from parvts_fx.capture import capture as captured_copy
 from tests.plain_graphs import capture

@@ -36,12 +36,14 @@ from parvts_fx.analysis import (
     modality,
     period,
     stream,
+    tables,
 )
 from parvts_fx.analysis.commuting import Layout
+from parvts_fx.analysis.extents import TOKENS, Scale
 from parvts_fx.analysis.independence import Findings
 from parvts_fx.analysis.probe import Probe
 from parvts_fx.analysis.records import Decoder, VisualMerge
-from parvts_fx.analysis.small_runs import TOKENS, Scale, SmallRuns
+from parvts_fx.analysis.small_runs import SmallRuns
 from parvts_fx.analysis.tokens import Count, TokenMap
 from parvts_fx.analysis.values import hint_shape, is_tensor, value
 from parvts_fx.runtime import prompt_merges
@@ -371,8 +373,8 @@ BUGS = {**MIXERS, **LAYERS, **SAMPLES, **SIZES, **MERGES}
 # -- what a refusal keeps from being read wrongly --------------------------------------------------------------------
 
 
-def tables(**changes: bool) -> Patch:
-    return result(lengths.Tables, "_look", lambda found: dataclasses.replace(found, **changes))
+def looked_at(**changes: bool) -> Patch:
+    return result(tables.Tables, "_look", lambda found: dataclasses.replace(found, **changes))
 
 
 def mixed(kind: str, code: int) -> Comparison:
@@ -388,10 +390,10 @@ MISSING_CHECKS: dict[str, tuple[Patch, Comparison]] = {
         wrap(lengths, "may_count", lambda original, leaf, length: isinstance(leaf, int) and original(leaf, length)),
         mixed("count", 1)),
     "every number taken for a size": (always(lengths, "_is_a_value", False), mixed("count", 0)),
-    "tables not checked": (always(lengths.Tables, "check", None), mixed("running mean", 0)),
-    "tables taken for positions": (tables(counts=False), mixed("running mean", 0)),
-    "all taken for attention's tables": (always(lengths.Tables, "ends_in", True), mixed("running mean", 0)),
-    "tables taken for as good for any length": (tables(extends=True), mixed("mean", 5)),
+    "tables not checked": (always(tables.Tables, "check", None), mixed("running mean", 0)),
+    "tables taken for positions": (looked_at(counts=False), mixed("running mean", 0)),
+    "all taken for attention's tables": (always(tables.Tables, "ends_in", True), mixed("running mean", 0)),
+    "tables taken for as good for any length": (looked_at(extends=True), mixed("mean", 5)),
     **{f"a mixer at the final norm taken for the last layer's, {place}": (END_KNOWN, comparison)
        for place, comparison in FINAL.items()},
 }

@@ -111,9 +111,9 @@ def attending(keys: Callable[[str, str], str]) -> Patch:
     return wrap(attend, "attend", bug)
 
 
-def mask_by_slot(original: Callable, self: Emitter, *given: Any) -> Node:
+def mask_by_slot(original: Callable, self: RowSets, *given: Any) -> Node:
     """A causal mask over the compacted rows, as if both sides had the same positions."""
-    return self.editor.inline(lambda mask: torch.ones_like(mask).tril(), original(self, *given))
+    return self._editor.inline(lambda mask: torch.ones_like(mask).tril(), original(self, *given))
 
 
 def swapped_branches(original: Callable, self: Editor, target: Callable, *args: Any, **kwargs: Any) -> Node:
@@ -474,9 +474,9 @@ MERGED_TWICE = Comparison(
 BUGS: dict[str, tuple[Patch, Comparison]] = {
     "mask dropped in migration": (calls(lambda in_groups: in_groups, attn_mask=None), ONE),
     "mask dropped behind pruning": (calls(lambda in_groups: not in_groups, attn_mask=None), ONE),
-    "causal mask by slot": (wrap(Emitter, "causal_mask", mask_by_slot), Comparison(CAUSAL)),
+    "causal mask by slot": (wrap(RowSets, "causal_mask", mask_by_slot), Comparison(CAUSAL)),
     "causal mask by slot, in two stages": (
-        wrap(Emitter, "causal_mask", mask_by_slot), dataclasses.replace(LEAN_TWICE, spec=CAUSAL)),
+        wrap(RowSets, "causal_mask", mask_by_slot), dataclasses.replace(LEAN_TWICE, spec=CAUSAL)),
     "scale dropped": (calls(scale=None), ONE),
     "rows off by one": (partitioning("subject", one_less), ONE),
     "rows off by one, written out": (partitioning("subject", one_less), Comparison(WRITTEN)),

@@ -9,19 +9,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from parvts_fx.analysis.small_runs import (
-    NOISES,
-    SAMPLES,
-    TOKENS,
-    Extent,
-    Scale,
-    SmallRuns,
-    Unproven,
-    is_large,
-    is_part_of_tuple,
-    local_argument,
-    shrunk,
-)
+from parvts_fx.analysis.extents import SAMPLES, TOKENS, Extent, Scale
+from parvts_fx.analysis.small_runs import NOISES, SmallRuns, Unproven, is_large, is_part_of_tuple, local_argument, shrunk
 from parvts_fx.analysis.values import call, changed_in_place, is_tensor, leaves, value, with_leaves
 
 _SAMPLES = 3

@@ -9,18 +9,20 @@ from torch.fx import Graph, GraphModule, Node
 
 from parvts_fx.analysis.attention import copies_of_joins, find_attentions
 from parvts_fx.analysis.calls import attention_nodes
+from parvts_fx.analysis.extents import SAMPLES
 from parvts_fx.analysis.grids import find_grid
 from parvts_fx.analysis.independence import find_meetings
 from parvts_fx.analysis.last_rows import is_state, keeps_rows_apart, nodes_without_tokens, reads_tokens
 from parvts_fx.analysis.layers import find_entry, find_layers
-from parvts_fx.analysis.lengths import Tables, check_numbers, scales_scores
+from parvts_fx.analysis.lengths import check_numbers, scales_scores
 from parvts_fx.analysis.merge import find_merge
 from parvts_fx.analysis.mixers import find_mixers
 from parvts_fx.analysis.numbered import find_numbered
 from parvts_fx.analysis.period import matrices_of
 from parvts_fx.analysis.probe import Probe
 from parvts_fx.analysis.records import Decoder, VisualMerge
-from parvts_fx.analysis.small_runs import SAMPLES, SmallRuns
+from parvts_fx.analysis.small_runs import SmallRuns
+from parvts_fx.analysis.tables import Tables
 from parvts_fx.analysis.tokens import TokenMap
 from parvts_fx.analysis.values import (
     SUMS,

@@ -17,7 +17,8 @@ import torch
 from torch.fx import Node
 
 from parvts_fx.analysis.commuting import Layout, Together, outputs_of
-from parvts_fx.analysis.small_runs import NOISES, SAMPLES, TOKENS, Extent, SmallRuns, Unproven, is_part_of_tuple, is_plain, really
+from parvts_fx.analysis.extents import SAMPLES, TOKENS, Extent
+from parvts_fx.analysis.small_runs import NOISES, SmallRuns, Unproven, is_part_of_tuple, is_plain, really
 from parvts_fx.analysis.values import changed_in_place, is_index, is_tensor, leaves, value
 
 _TOGETHER = 96

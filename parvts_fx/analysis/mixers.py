@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from torch.fx import Node
 
 from parvts_fx.analysis.attention import copies_of_joins
+from parvts_fx.analysis.extents import TOKENS
 from parvts_fx.analysis.independence import find_meetings
 from parvts_fx.analysis.last_rows import keeps_rows_apart
 from parvts_fx.analysis.records import Attention, Mixer
-from parvts_fx.analysis.small_runs import TOKENS, SmallRuns
+from parvts_fx.analysis.small_runs import SmallRuns
 from parvts_fx.analysis.values import changed_in_place
 
 

@@ -14,8 +14,8 @@ import torch
 from torch.fx import Node
 
 from parvts_fx.analysis.attention import KEY, QUERY
-from parvts_fx.analysis.lengths import Tables
 from parvts_fx.analysis.records import Attention
+from parvts_fx.analysis.tables import Tables
 from parvts_fx.analysis.tokens import AxisLabels
 from parvts_fx.analysis.values import ancestors, is_tensor, leaves, value
 from parvts_fx.errors import Refusal

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from parvts_fx.analysis.extents import Scale
 from parvts_fx.analysis.records import Operand
-from parvts_fx.analysis.small_runs import Scale, SmallRuns, Unproven, local_argument, really
+from parvts_fx.analysis.small_runs import SmallRuns, Unproven, local_argument, really
 from parvts_fx.analysis.tokens import AtMost, AxisLabels, Computed, Count, TokenMap
 from parvts_fx.analysis.values import ancestors, call, for_length, hint, hint_shape, is_tensor, leaves, value, with_leaves
 

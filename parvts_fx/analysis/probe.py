@@ -8,56 +8,24 @@ the failing node depends on.
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import operator
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch.fx import GraphModule, Node
 
-from parvts_fx.analysis.evaluation_cache import EvaluationCache
-from parvts_fx.analysis.tokens import AtMost, Axis, Binding, Computed, Count, Filling, TokenMap, cached_in_front, readings_of
-from parvts_fx.analysis.values import (
-    ancestors,
-    call,
-    concrete,
-    for_length,
-    hint,
-    hint_shape,
-    is_index,
-    is_tensor,
-    leaves,
-    symbols,
-    value,
-    with_leaves,
-)
+from parvts_fx.analysis.moved_tokens import MovedTokens
+from parvts_fx.analysis.other_lengths import OtherLengths
+from parvts_fx.analysis.tokens import Axis, Binding, TokenMap, cached_in_front, is_multiple, readings_of
+from parvts_fx.analysis.values import ancestors, concrete, for_length, hint, hint_shape, leaves, symbols, value
 from parvts_fx.errors import Refusal
-from parvts_fx.torch_private import FAKE_TENSOR_LOG, FakeTensor, FakeTensorMode, is_traceable_wrapper_subclass
 
 _MOST_RETREATS = 400
 _FEW_READINGS = 4
 """So many are all tried before it is looked at what becomes of the tokens, which takes longer."""
 
-_FAKE_LOG = logging.getLogger(FAKE_TENSOR_LOG)
-
 Finding = tuple[dict[int, Binding], Any, dict[int, Axis] | None]
 """A reading of a node, what the node comes to under it, and the token axes of that."""
-
-
-@contextlib.contextmanager
-def quiet_trials() -> Iterator[None]:
-    """A trial that fails is the normal case here; fake tensors would log each with its traceback."""
-
-    def drop(_: logging.LogRecord) -> bool:
-        return False
-
-    _FAKE_LOG.addFilter(drop)
-    try:
-        yield
-    finally:
-        _FAKE_LOG.removeFilter(drop)
 
 
 class Probe:
@@ -67,19 +35,12 @@ class Probe:
         self, module: GraphModule, size: int | torch.SymInt, lengths: Mapping[str, int], what: str = "prompt length",
         computes: bool = False,
     ):
-        self.module, self.what = module, what
-        self.size_hint = hint(size)
-        self.lengths = dict(lengths)
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.what, self.size_hint, self.lengths = what, hint(size), dict(lengths)
         joined = filter(None, map(cached_in_front, module.graph.nodes))
         cached = frozenset(hint(value(tensor).shape[axis]) for tensor, axis in joined)
         self.found = TokenMap(concrete(size), length=max(lengths.values()), cached=cached, computes=computes)
-        self._inner: dict[Node, dict[int, int]] = {}
-        """For axes of several entries a token: how many of one token follow one another, where that is known."""
-
-        self._moved: dict[tuple, int] = {}
-        self._sides: dict[tuple[Node, tuple], torch.Tensor] = {}
-        self._evaluated = EvaluationCache(sizes_alone=True)
+        self._others = OtherLengths(module, self.size_hint, self.lengths, self.found)
+        self._moved = MovedTokens(self._others)
 
     @staticmethod
     def lengths_for(
@@ -103,7 +64,7 @@ class Probe:
 
     def seed(self, node: Node, axes: Mapping[int, str]) -> None:
         """Declare the axes of a node from which the probe starts."""
-        self.found.probed[node] = self._side(node, tuple(axes.items()))
+        self.found.probed[node] = self._others.side(node, tuple(axes.items()))
         self.found.axes[node] = {axis: Axis(label, 1, 0) for axis, label in axes.items()}
 
     def run(self, nodes: Sequence[Node]) -> None:
@@ -154,23 +115,12 @@ class Probe:
         if axes is not None:
             self.found.axes[node] = axes
         self.found.bindings[node] = choice
-        if axes and any(kind.multiple > 1 for kind in axes.values()):
-            self._inner[node] = self._layout(node, choice, axes)
-
-    def _layout(self, node: Node, choice: Mapping[int, Binding], axes: Mapping[int, Axis]) -> dict[int, int]:
-        """How the entries of each token lie in the result: as moved, or else as in an operand with such an axis."""
-        current = leaves(node)
-        moved = self._moved_axes(node, current, choice, dict(axes))
-        if moved is not None:
-            return moved
-        return {
-            axis: self._inner[source][axis] for axis, kind in axes.items() for source in node.all_input_nodes
-            if axis in self._inner.get(source, {}) and self.found.axes[source].get(axis) == kind
-        }
+        self._moved.note(node, choice, axes)
 
     def _forget(self, node: Node) -> None:
-        for held in (self.found.probed, self.found.axes, self.found.bindings, self._inner):
+        for held in (self.found.probed, self.found.axes, self.found.bindings):
             held.pop(node, None)
+        self._moved.forget(node)
 
     def _findings(self, node: Node) -> Iterator[Finding]:
         """The readings under which a node works, in order of preference; a Refusal if there is none."""
@@ -180,7 +130,7 @@ class Probe:
         first, choices = True, list(readings_of(node, self.lengths, self.found))
         for choice in choices:
             try:
-                result = self._evaluate(node, current, choice, self._fake_leaf)
+                result = self._others.evaluate(node, current, choice)
             except Exception as error:  # a trial that fails is the normal case: this reading of the node is wrong
                 problem = error
                 continue
@@ -193,77 +143,20 @@ class Probe:
                 working.append((choice, result, axes))
             first = False
         if first:
-            detail = f"{type(problem).__name__}: {str(problem).splitlines()[0][:200]}" if problem else "sizes do not fit"
-            raise Refusal(f"an operation works only at the traced {self.what} ({detail})", node)
+            raise self._only_here(node, current, problem)
         if len(working) > 1:  # the stable sort leaves the fewest changes in front among equals
             working.sort(key=lambda entry: not self._keeps_tokens_whole(node, current, entry[0], entry[2]))
         yield from working
 
-    # -- evaluation -------------------------------------------------------------------------------------------------
-
-    def _evaluate(self, node: Node, current: list[Any], choice: Mapping[int, Binding], leaf_value: Any) -> Any:
-        args, kwargs = with_leaves(node, [leaf_value(leaf, choice.get(i)) for i, leaf in enumerate(current)])
-        with self.mode, torch.no_grad(), quiet_trials():
-            if node.target is operator.setitem and isinstance(args[2], torch.Tensor):  # fake tensors do not check this
-                args[2].expand_as(args[0][args[1]])
-            return self._evaluated.evaluate(
-                node.op, node.target, args, kwargs, lambda: self._call(node, args, kwargs))
-
-    def _call(self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a node comes to; where a mask picks entries of an axis that are no tokens, as if it picked all of them."""
-        if is_index(node) and isinstance(node.args[1], tuple):
-            index = tuple(
-                torch.empty(part.shape, dtype=torch.int64, device=part.device)
-                if isinstance(place, Node) and isinstance(part, torch.Tensor) and part.dtype == torch.bool and part.dim() == 1
-                and not self.found.axes.get(place) else part
-                for place, part in zip(node.args[1], args[1]))
-            args = (args[0], index)
-        return call(self.module, node.op, node.target, args, kwargs)
-
-    def _fake_leaf(self, leaf: Any, binding: Binding | None) -> Any:
-        if isinstance(leaf, Node) and leaf in self.found.probed:
-            return self.found.probed[leaf]
-        if isinstance(binding, Count):
-            return binding.of(self.lengths[binding.label])
-        if isinstance(binding, Computed):
-            return for_length(value(leaf), self.found.size, self.lengths[binding.label])
-        if isinstance(binding, AtMost):
-            return min(hint(value(leaf) if isinstance(leaf, Node) else leaf), self.lengths[binding.label])
-        if isinstance(binding, Filling):
-            return hint(value(leaf) if isinstance(leaf, Node) else leaf) + self.size_hint - self.lengths[binding.label]
-        if is_tensor(leaf):
-            return self._side(leaf, binding.axes if binding else ())
-        if isinstance(leaf, Node):
-            example = value(leaf)
-            return hint(example) if isinstance(example, torch.SymInt) else example
-        return leaf
-
-    def _side(self, node: Node, axes: tuple[tuple[int, str], ...]) -> torch.Tensor:
-        key = (node, axes)
-        if key not in self._sides:
-            self._sides[key] = self._like(value(node), dict(axes))
-        return self._sides[key]
-
-    def _like(self, tensor: torch.Tensor, axes: Mapping[int, str]) -> torch.Tensor:
-        if any(size is None for size in hint_shape(tensor)):
-            raise Refusal("a tensor's size depends on data")
-        more = {axis: self.lengths[label] - self.size_hint for axis, label in axes.items()}
-        shape = [size + more.get(axis, 0) for axis, size in enumerate(hint_shape(tensor))]
-        with self.mode:
-            if type(tensor) not in (torch.Tensor, torch.nn.Parameter, FakeTensor):
-                return self._wrapper_like(tensor, axes)
-            order = sorted(range(tensor.dim()), key=lambda i: -hint(tensor.stride()[i]))  # keep the memory layout
-            dense = torch.empty([shape[i] for i in order], dtype=tensor.dtype, device=tensor.device)
-            return dense.permute([order.index(i) for i in range(tensor.dim())]) if tensor.dim() else dense
-
-    def _wrapper_like(self, tensor: torch.Tensor, axes: Mapping[int, str]) -> torch.Tensor:
-        """The same for a tensor that wraps others, such as a quantised weight, which does not follow the prompt."""
-        if axes or not is_traceable_wrapper_subclass(tensor):
-            raise Refusal(f"a tensor of the subclass {type(tensor).__name__} is not understood")
-        wrapper: Any = tensor
-        names, context = wrapper.__tensor_flatten__()
-        parts = {name: self._like(getattr(tensor, name), {}) for name in names}
-        return type(wrapper).__tensor_unflatten__(parts, context, tensor.shape, tensor.stride())
+    def _only_here(self, node: Node, current: Sequence[Any], problem: Exception | None) -> Refusal:
+        """Why a node works under no reading."""
+        size, numbers = self.found.size, [value(leaf) if isinstance(leaf, Node) else leaf for leaf in current]
+        for number in numbers:
+            if isinstance(number, torch.SymInt) and symbols(number) & symbols(size) and not is_multiple(number, size):
+                return Refusal(
+                    f"an operation works on blocks of rows, {number} for {size}: fewer rows would be in other ones", node)
+        detail = f"{type(problem).__name__}: {str(problem).splitlines()[0][:200]}" if problem else "sizes do not fit"
+        return Refusal(f"an operation works only at the traced {self.what} ({detail})", node, names_tell=not symbols(size))
 
     def _axes_of(self, node: Node, result: Any) -> dict[int, Axis] | Literal[False] | None:
         """Compare a result with the traced one; False if their sizes are not related through token counts."""
@@ -304,72 +197,7 @@ class Probe:
 
         Needed where sizes collide and several readings work, as in ``view(1, 64, -1)`` with S = hidden = 64.
         """
-        return self._moved_axes(node, current, choice, axes) is not None
-
-    def _moved_axes(
-        self, node: Node, current: list[Any], choice: Mapping[int, Binding], axes: dict[int, Axis] | None
-    ) -> dict[int, int] | None:
-        """By axis, how many entries of one token follow one another behind a node that only moves data; None for others."""
-        sources = [leaf for leaf in current if isinstance(leaf, Node) and leaf in self.found.probed]
-        if len(sources) != 1 or axes is None:
-            return None
-        (source,) = sources
-        origin = self.found.axes.get(source, {})
-        if len(origin) != len(axes):
-            return None
-        found: dict[int, int] = {}
-        for (source_axis, kind), (axis, out_kind) in zip(sorted(origin.items()), sorted(axes.items())):
-            if kind.label != out_kind.label:
-                return None
-            known = self._inner.get(source, {}).get(source_axis)
-            for inner in dict.fromkeys((kind.multiple, 1)) if known is None else (known,):
-                key: tuple[Any, ...] = (
-                    node.op, node.target, str(node.args), str(node.kwargs), tuple(choice.items()), source_axis, axis, inner)
-                key = (*key[:2], key[2].replace(source.name, ""), *key[3:], tuple(self.found.probed[source].shape))
-                if key not in self._moved:
-                    self._moved[key] = self._moves_whole(node, current, choice, source, source_axis, axis, inner)
-                each = self._moved[key]
-                if each:
-                    found[axis] = each
-                    break
-            else:
-                return None
-        return found
-
-    def _moves_whole(
-        self, node: Node, current: list[Any], choice: Mapping[int, Binding], source: Node, source_axis: int, axis: int,
-        inner: int,
-    ) -> int:
-        """How many entries of each token, ``inner`` of which follow one another in the source, do so in the result; 0 if they
-        do not lie in order there."""
-        probed, length = self.found.probed[source], next(iter(self.lengths.values()))
-        shape = [1] * probed.dim()
-        shape[source_axis] = probed.shape[source_axis]
-        numbers = torch.arange(probed.shape[source_axis], dtype=torch.int32) // inner % length
-        numbers = numbers.view(shape).expand(probed.shape).contiguous()
-
-        def real_leaf(leaf: Any, binding: Binding | None) -> Any:
-            if leaf is source:
-                return numbers
-            if is_tensor(leaf):
-                raise NotImplementedError("only nodes with one tensor are run on numbers")
-            return self._fake_leaf(leaf, binding)
-
-        try:
-            args, kwargs = with_leaves(node, [real_leaf(leaf, choice.get(i)) for i, leaf in enumerate(current)])
-            moved = call(self.module, node.op, node.target, args, kwargs)
-        except Exception:  # no data movement (a product with weights, say): nothing to learn here
-            return 0
-        entries = moved.shape[axis]
-        if entries % length:
-            return 0
-        view = [1] * moved.dim()
-        view[axis] = entries
-        for each in range(1, entries // length + 1):
-            if entries // length % each == 0 and bool(
-                    (moved == (torch.arange(entries, dtype=torch.int32) // each % length).view(view)).all()):
-                return each
-        return 0
+        return self._moved.axes(node, current, choice, axes) is not None
 
 
 def _primes(size_hint: int, labels: Sequence[str], shorter: bool, sizes: Collection[int]) -> dict[str, int]:

@@ -8,7 +8,6 @@ the token maps say that an axis or an integer follows them, and everything else 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import math
@@ -19,6 +18,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from parvts_fx.analysis.collectives import without_others
+from parvts_fx.analysis.extents import Extent, Scale
 from parvts_fx.analysis.tokens import AtMost, AxisLabels, Count, Filling, TokenMap
 from parvts_fx.analysis.values import (
     ancestors,
@@ -35,66 +35,18 @@ from parvts_fx.analysis.values import (
 )
 from parvts_fx.torch_private import FakeTensor, disable_current_modes
 
-TOKENS, SAMPLES = "tokens", "samples"
 NOISES = ("any", "positive", "first index")
 """Kinds of numbers, each for where the one before does not do: of any sign; positive ones, for what is undefined else;
 integers that are all 0, for axes of one entry."""
 
 _LARGE, _LARGEST, _SMALL = 1 << 18, 1 << 29, 32
 _BUFFER = 1 << 20
-_HALVES = (torch.float16, torch.bfloat16)
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 _PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor)
 
 
 class Unproven(Exception):
     """An operation cannot be run on small tensors, or nothing follows from what it does with them."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Extent:
-    """How the entries of an axis follow tokens and samples."""
-
-    size: int
-    """In the graph."""
-
-    tokens: int = 0
-    """Entries per token (and sample, where ``samples`` is given too); 0 for an axis that tokens do not change."""
-
-    samples: int = 0
-    rest: int = 0
-    """Entries that belong to no token."""
-
-    def at(self, tokens: int, samples: int) -> int:
-        if self.tokens and self.samples:
-            return self.tokens * tokens * samples
-        return self.tokens * tokens + self.samples * samples + (self.rest if self.tokens or self.samples else self.size)
-
-
-@dataclasses.dataclass(frozen=True)
-class Scale:
-    """How many tokens and samples a run has, and in which numbers it counts."""
-
-    tokens: int
-    samples: int
-    precision: str = "double"
-    """"double": all floating-point numbers in float64. "single": half precision in float32. "own": as in the graph."""
-
-    def of(self, label: str) -> int:
-        return self.tokens if label == TOKENS else self.samples
-
-    def with_count(self, label: str, count: int) -> Scale:
-        return dataclasses.replace(self, tokens=count) if label == TOKENS else dataclasses.replace(self, samples=count)
-
-    def dtype(self, dtype: torch.dtype) -> torch.dtype:
-        if self.precision == "double" and dtype.is_floating_point and dtype.itemsize in (2, 4, 8):
-            return torch.float64
-        return torch.float32 if self.precision == "single" and dtype in _HALVES else dtype
-
-    @property
-    def tolerance(self) -> float:
-        """Of a difference, as a share of the largest number."""
-        return {"double": 1e-9, "single": 1e-4, "own": 2e-2}[self.precision]
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 
 from parvts_fx.analysis.evaluation_cache import EvaluationCache
-from parvts_fx.analysis.probe import quiet_trials
+from parvts_fx.analysis.other_lengths import quiet_trials
 from parvts_fx.analysis.tokens import Count
 from parvts_fx.analysis.values import call, concrete, fake_mode_of, value
 from parvts_fx.errors import Refusal

@@ -13,7 +13,8 @@ from parvts_fx.analysis.values import fake_mode_of
 from parvts_fx.capture import copy_graph_module
 from parvts_fx.errors import NotRewritten, Refusal, does_not_compile, tell_unrewritten
 from parvts_fx.options import Options
-from parvts_fx.rewriting import FEWER, Rewriting
+from parvts_fx.rewriting import FEWER
+from parvts_fx.rewritten import Rewriting
 from parvts_fx.runtime.by_sample import BySample
 from parvts_fx.runtime.caches import cache_outputs, note_short_caches
 from parvts_fx.runtime.call import current_call

@@ -10,7 +10,7 @@ import torch
 from torch.fx import GraphModule
 
 from parvts_fx.passes.parted import Parted
-from parvts_fx.rewriting import Rewriting
+from parvts_fx.rewritten import Rewriting
 from parvts_fx.runtime.merged_embeddings import MergedInput
 
 Compiled = Callable[..., Any]

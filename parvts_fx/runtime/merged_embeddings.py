@@ -28,7 +28,7 @@ from parvts_fx.runtime.call import Handed, current_call
 from parvts_fx.runtime.input_origins import noted_origins, noting_origins
 
 if TYPE_CHECKING:
-    from parvts_fx.rewriting import Rewriting
+    from parvts_fx.rewritten import Rewriting
 
 
 def hand_over(

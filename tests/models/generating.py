@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 import parvts_fx
 from parvts_fx import Stage
 from parvts_fx.backends.parvts import parvts
-from parvts_fx.rewriting import Rewriting
+from parvts_fx.rewritten import Rewriting
 from parvts_fx.runtime.caches import find_caches
 from tests.models.oracle import Oracle, decoder_layers, fill, hooked
 from tests.models.registry import Built, stands_for_features
