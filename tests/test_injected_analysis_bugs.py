@@ -85,7 +85,7 @@ class Comparison:
         model, given, choice = build(self.spec), prompt(self.spec), self.choice
         for layer in model.layers if self.unmasked else ():
             layer.__class__ = Unmasked
-        with torch.no_grad():
+        with torch.no_grad(), torch._dynamo.config.patch(capture_scalar_outputs=choice.data_in_sizes):
             if self.unmasked:
                 captured = replaying.capture(model, given.arguments, choice.dynamic)
                 assert captured is not None

@@ -150,9 +150,10 @@ class Probe:
 
     def _only_here(self, node: Node, current: Sequence[Any], problem: Exception | None) -> Refusal:
         """Why a node works under no reading."""
-        size, numbers = self.found.size, [value(leaf) if isinstance(leaf, Node) else leaf for leaf in current]
-        for number in numbers:
-            if isinstance(number, torch.SymInt) and symbols(number) & symbols(size) and not is_multiple(number, size):
+        size = self.found.size
+        for number in (value(leaf) if isinstance(leaf, Node) else leaf for leaf in current):
+            follows = isinstance(number, torch.SymInt) and symbols(number) & symbols(size)
+            if follows and hint(number) and not is_multiple(number, size):
                 return Refusal(
                     f"an operation works on blocks of rows, {number} for {size}: fewer rows would be in other ones", node)
         detail = f"{type(problem).__name__}: {str(problem).splitlines()[0][:200]}" if problem else "sizes do not fit"
