@@ -11,7 +11,7 @@ import parvts_fx
 from parvts_fx import scores
 from parvts_fx.places import places_of
 from tests.models.builders import BUILDERS
-from tests.test_picture_sizes import prompt
+from tests.test_picture_sizes import patches_of
 
 
 def positions_of(*parts: int | tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,10 +93,10 @@ def near(monkeypatch: pytest.MonkeyPatch) -> str:
 def test_models_tell_the_places(name: str, near: str) -> None:
     """By generate and by a call, with static sizes and dynamic ones, in batches that run sample by sample."""
     built = BUILDERS[name]()
-    model, patch = built.model, built.inputs["pixel_values"].shape[1]
+    model = built.model
     parvts_fx.compile(model, lowering="eager", strict=True, keep_tokens=3, migration_depth=1, score=near)
     sizes = [(8, 12), (12, 8), (16, 12)]
-    prompts = [prompt(patch, size, seed) for seed, size in enumerate(sizes)]
+    prompts = [patches_of(*size, seed) for seed, size in enumerate(sizes)]
     wanted = [[2 * (width // 2) + column for column in range(3)] for _, width in sizes]
     for given, places in zip(prompts, wanted):
         model.generate(**given, max_new_tokens=1)
@@ -118,7 +118,7 @@ def test_a_later_stage_knows_the_places(near: str) -> None:
     built = BUILDERS["qwen2_5_vl"]()
     stages = (parvts_fx.Stage(at=0, keep=23, rule="uniform", merge="clusters"), parvts_fx.Stage(at=1, keep=1, rule=near))
     parvts_fx.compile(built.model, lowering="eager", strict=True, stages=stages)
-    built.model.generate(**prompt(built.inputs["pixel_values"].shape[1], (8, 12), 0), max_new_tokens=1)
+    built.model.generate(**patches_of(8, 12, 0), max_new_tokens=1)
     (kept,), = kept_of(built.model)
     assert kept in (6 * 2 + 1, 6 * 2 + 0, 6 * 2 + 2), "the third row's second column, or beside it where that is the one dropped"
 
