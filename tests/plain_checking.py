@@ -108,14 +108,15 @@ class Outcome:
 
 
 @functools.lru_cache(maxsize=32)
-def _captured(spec: Specification, dynamic: bool | None, data_in_sizes: bool) -> replaying.Capture | None:
+def captured_call(spec: Specification, dynamic: bool | None, data_in_sizes: bool) -> replaying.Capture | None:
+    """Remembered by what is asked for: whoever changes the code of models has it forget."""
     return replaying.capture(build(spec), prompt(spec).arguments, dynamic)
 
 
 def answer(spec: Specification, options: dict[str, Any], dynamic: bool | None = None, data_in_sizes: bool = True) -> Any:
     """What a specification's compiled model gives for its prompt; captured once for all options."""
     with torch.no_grad(), torch._dynamo.config.patch(capture_scalar_outputs=data_in_sizes):
-        captured = _captured(spec, dynamic, data_in_sizes)
+        captured = captured_call(spec, dynamic, data_in_sizes)
         if captured is not None:
             return captured.under(options)
         torch._dynamo.reset()

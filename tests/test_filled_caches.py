@@ -17,7 +17,7 @@ import parvts_fx
 from parvts_fx import Stage
 from tests import llava
 from tests.plain import Row, Specification
-from tests.plain_checking import Choice, outcome
+from tests.plain_checking import Choice, captured_call, outcome
 from tests.plain_layers import Layer
 from tests.reference import relative_error
 
@@ -254,5 +254,7 @@ def test_a_number_that_may_count_all_keys(monkeypatch, number):
     feed = Layer.feed
     monkeypatch.setattr(Layer, "feed", lambda layer, x: feed(layer, x) * number)
     spec = Specification(attention="masked", past=3, rows=(Row(before=1),))
+    captured_call.cache_clear()
     told = outcome(spec, Choice(depth=1, keep=2))
+    captured_call.cache_clear()
     assert spec.length == 11 and told.kind == "refused" and "may be the prompt's length or a constant" in told.reason

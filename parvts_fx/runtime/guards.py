@@ -155,7 +155,12 @@ def size_reader(module: GraphModule, size: int | torch.SymInt) -> Callable[[Sequ
     if named.missing:
         raise Refusal(f"each call needs a size, {wanted}, that the sizes of the graph's inputs do not tell "
                       f"(nothing says what {', '.join(named.missing)} is: it depends on data)")
-    return lambda inputs: int(wanted.xreplace(named.numbers(inputs)))
+
+    @functools.lru_cache(maxsize=1024)  # a formula of sympy's takes longer than many an operation, and prompts are often alike
+    def read(*numbers: int) -> int:
+        return int(wanted.xreplace(named.given(numbers)))
+
+    return lambda inputs: read(*named.numbers(inputs))
 
 
 def sizes_fit(module: GraphModule, conditions: Sequence[sympy.Basic]) -> Callable[[Sequence[object]], bool]:
@@ -165,10 +170,10 @@ def sizes_fit(module: GraphModule, conditions: Sequence[sympy.Basic]) -> Callabl
         return lambda inputs: False
 
     @functools.lru_cache(maxsize=1024)
-    def hold(numbers: tuple[tuple[sympy.Symbol, sympy.Integer], ...]) -> bool:
-        return all(condition.xreplace(dict(numbers)) == sympy.true for condition in conditions)
+    def hold(*numbers: int) -> bool:
+        return all(condition.xreplace(named.given(numbers)) == sympy.true for condition in conditions)
 
-    return lambda inputs: hold(tuple(named.numbers(inputs).items()))
+    return lambda inputs: hold(*named.numbers(inputs))
 
 
 class _Named:
@@ -183,10 +188,14 @@ class _Named:
         self.missing = sorted(map(str, set(symbols) - sources.keys()))
         self._sources = {symbol: sources[symbol] for symbol in symbols if symbol in sources}
 
-    def numbers(self, inputs: Sequence[Any]) -> dict[sympy.Basic, sympy.Integer]:
+    def numbers(self, inputs: Sequence[Any]) -> list[int]:
         """What they are for actual inputs."""
-        return {symbol: sympy.Integer(inputs[position] if axis is None else inputs[position].shape[axis])
-                for symbol, (position, axis) in self._sources.items()}
+        return [int(inputs[position] if axis is None else inputs[position].shape[axis])
+                for position, axis in self._sources.values()]
+
+    def given(self, numbers: Sequence[int]) -> dict[sympy.Basic, sympy.Integer]:
+        """Each symbol's number."""
+        return dict(zip(self._sources, map(sympy.Integer, numbers)))
 
 
 def _sizes(node: Node) -> list[tuple[int | None, object]]:
