@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 
-from bench import figures
+from bench.arguments import parser_of
 from bench.demo import build_model
 from bench.measuring import build, in_turns, machine, many_compiles, seconds, spread
 from bench.methods import LOWERINGS, methods
@@ -91,15 +91,10 @@ def sheets(found: dict[str, Any]) -> list[Sheet]:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.merging_cost", description=__doc__.splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for name, default, help in (
-            ("layers", 16, "decoder layers"), ("width", 1024, "the decoder's width"), ("visual", 576, "visual tokens"),
-            ("kept", 64, "visual tokens that stay"), ("batch", 1, "prompts"), ("repeats", 15, "measured calls of each")):
-        parser.add_argument(f"--{name}", type=int, default=default, help=help)
-    parser.add_argument("--lowering", choices=LOWERINGS, default="inductor", help="eager: nothing is compiled")
-    parser.add_argument("--out", default=str(figures.RESULTS / "merging_cost.json"), help="JSON file")
-    return parser.parse_args(arguments)
+    return parser_of("merging_cost", __doc__, (
+        ("layers", 16, "decoder layers"), ("width", 1024, "the decoder's width"), ("visual", 576, "visual tokens"),
+        ("kept", 64, "visual tokens that stay"), ("batch", 1, "prompts"), ("repeats", 15, "measured calls of each"),
+    )).parse_args(arguments)
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from rich.progress import track
 
 import parvts_fx
 from bench import figures
+from bench.arguments import add_keep_ratio, parser_of
 from bench.measuring import in_own_process, machine, many_compiles, seconds
 from bench.tables import quieten
 from bench.uneven_batches import build_model, compiled, first_token, prompts
@@ -51,15 +52,10 @@ def calls(given: argparse.Namespace, method: str) -> dict[str, Any]:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.picture_sizes", description=__doc__.splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for name, default, help in (("layers", 12, "decoder layers"), ("width", 1024, "the decoder's width"),
-                                ("text", 48, "words of each prompt"), ("sizes", 20, "pictures"),
-                                ("most", 30, "visual tokens along the longest side")):
-        parser.add_argument(f"--{name}", type=int, default=default, help=help)
-    parser.add_argument("--keep-ratio", type=float, default=1 / 9, help="share of the visual tokens that stays")
-    parser.add_argument("--lowering", choices=("inductor", "eager"), default="inductor", help="eager: nothing is compiled")
-    parser.add_argument("--out", default=str(figures.RESULTS / "picture_sizes.json"), help="JSON file")
+    parser = parser_of("picture_sizes", __doc__, (
+        ("layers", 12, "decoder layers"), ("width", 1024, "the decoder's width"), ("text", 48, "words of each prompt"),
+        ("sizes", 20, "pictures"), ("most", 30, "visual tokens along the longest side")))
+    add_keep_ratio(parser)
     parser.add_argument("--one", choices=METHODS, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 

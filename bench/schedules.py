@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 
 from bench import figures
+from bench.arguments import parser_of
 from bench.demo import HEAD_DIM, build_model
 from bench.measuring import build, in_turns, machine, many_compiles, seconds, spread
 from bench.methods import LOWERINGS, Method, nothing, scaled
@@ -74,15 +75,10 @@ def measure(given: argparse.Namespace, console: Console) -> list[dict[str, Any]]
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.schedules", description=__doc__.splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for name, default, help in (
-            ("layers", 16, "decoder layers"), ("width", 1024, f"the decoder's width, a multiple of {HEAD_DIM}"),
-            ("visual", 576, "visual tokens"), ("kept", 64, "visual tokens that are left in the end"),
-            ("repeats", 5, "measured calls of each, behind one to warm up")):
-        parser.add_argument(f"--{name}", type=int, default=default, help=help)
-    parser.add_argument("--lowering", choices=LOWERINGS, default="inductor", help="eager: nothing is compiled")
-    parser.add_argument("--out", type=Path, default=figures.RESULTS / "schedules.json", help="JSON file")
+    parser = parser_of("schedules", __doc__, (
+        ("layers", 16, "decoder layers"), ("width", 1024, f"the decoder's width, a multiple of {HEAD_DIM}"),
+        ("visual", 576, "visual tokens"), ("kept", 64, "visual tokens that are left in the end"),
+        ("repeats", 5, "measured calls of each, behind one to warm up")))
     given = parser.parse_args(arguments)
     if given.width % HEAD_DIM:
         parser.error(f"--width: {given.width} is no multiple of {HEAD_DIM} (the size of a head)")
@@ -103,10 +99,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         rows = measure(given, console)
     settings = {name: held for name, held in vars(given).items() if name != "out"}
     found = {"machine": machine(torch.device("cpu")), "settings": settings, "rows": rows}
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(found, indent=1) + "\n")
+    out = Path(given.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(found, indent=1) + "\n")
     console.print(figures.schedules(found))
-    console.print("Written:", str(given.out))
+    console.print("Written:", given.out)
     return found
 
 

@@ -21,6 +21,7 @@ from rich.console import Console
 
 import parvts_fx
 from bench import figures, together
+from bench.arguments import add_keep_ratio, parser_of
 from bench.measuring import in_turns, machine, many_compiles, seconds, spread
 from bench.tables import progress, quieten
 
@@ -138,14 +139,10 @@ class Uneven(together.Task[Ready]):
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.uneven_batches", description=__doc__.splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for name, default, help in (("layers", 12, "decoder layers"), ("width", 1024, "the decoder's width"),
-                                ("text", 48, "words of each prompt"), ("repeats", 9, "measured calls of each")):
-        parser.add_argument(f"--{name}", type=int, default=default, help=help)
-    parser.add_argument("--keep-ratio", type=float, default=1 / 9, help="share of the visual tokens that stays")
-    parser.add_argument("--lowering", choices=("inductor", "eager"), default="inductor", help="eager: nothing is compiled")
-    parser.add_argument("--out", default=str(figures.RESULTS / "uneven_batches.json"), help="JSON file")
+    parser = parser_of("uneven_batches", __doc__, (
+        ("layers", 12, "decoder layers"), ("width", 1024, "the decoder's width"), ("text", 48, "words of each prompt"),
+        ("repeats", 9, "measured calls of each")))
+    add_keep_ratio(parser)
     return parser.parse_args(arguments)
 
 
