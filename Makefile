@@ -65,18 +65,18 @@ test-recipes:
 	.venvs/recipes/bin/python -m pip uninstall --quiet --yes torchvision
 	$(pytest_recipes) tests/recipes --ignore tests/recipes/test_other_packages.py
 
-pytest_recipes := OMP_NUM_THREADS=1 .venvs/recipes/bin/python -m pytest -o addopts="-q --strict-markers -p no:logging" -rs
+pytest_recipes := OMP_NUM_THREADS=1 .venvs/recipes/bin/python -m pytest -o addopts="-q --strict-markers -p no:logging" -rs --all-cases
 
 # What only a GPU can show, with a Python whose torch can use one: make test-gpu GPU_PYTHON=python3. Without a GPU they fail.
 GPU_PYTHON ?= $(VENV)/bin/python
 test-gpu:
-	$(GPU_PYTHON) -m pytest -o addopts="-q --strict-markers -p no:logging" tests/gpu
+	$(GPU_PYTHON) -m pytest -o addopts="-q --strict-markers -p no:logging" --all-cases tests/gpu
 
 # What graphs become on a GPU, without one: lowered for an H100 by a build of torch for CUDA (several GB, kept in .venvs).
 check-cuda:
 	$(PYTHON) -m venv .venvs/cuda
 	.venvs/cuda/bin/python -m pip install --quiet $(floor) --editable ".[demo,test]"
-	OMP_NUM_THREADS=1 .venvs/cuda/bin/python -m pytest -o addopts="-q --strict-markers -p no:logging" -n 2 -rs tests/cuda
+	OMP_NUM_THREADS=1 .venvs/cuda/bin/python -m pytest -o addopts="-q --strict-markers -p no:logging" --all-cases -n 2 -rs tests/cuda
 
 # What `make test` does not show: the style, and the types.
 lint: $(VENV)/.types
