@@ -16,6 +16,7 @@ import torch
 import parvts_fx
 from tests import llava
 from tests.comparing import TOLERANCE
+from tests.recipes import example
 from tests.reference import relative_error
 from tests.supported import ROOT
 
@@ -162,8 +163,7 @@ def test_bad_input(
     folder: Path, tmp_path: Path, arguments: list[str], says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One line, and nothing written."""
-    from examples.deploy import main
-
+    main = example("deploy")["main"]
     monkeypatch.setattr(sys, "argv", ["deploy.py", *(held.replace("MODEL", str(folder / "model")) for held in arguments)])
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:

@@ -23,6 +23,7 @@ import transformers
 from PIL import Image
 
 import parvts_fx
+from tests.recipes import example
 from tests.small_processors import save
 from tests.supported import ROOT
 
@@ -249,9 +250,8 @@ def test_what_cannot_be_served(folder: Path, tmp_path: Path) -> None:
 
 
 def test_reasons_with_sizes_are_one_series() -> None:
-    from examples.serve import PROMPTS, count
-
+    serving = example("serve")
     for sizes in ("16, 32, 0", "4, 8", "12"):
-        count(parvts_fx.CallRecord(False, f"the samples have different numbers of visual tokens: {sizes}"))
-    reasons = [sample.labels["reason"] for family in PROMPTS.collect() for sample in family.samples]
+        serving["count"](parvts_fx.CallRecord(False, f"the samples have different numbers of visual tokens: {sizes}"))
+    reasons = [sample.labels["reason"] for family in serving["PROMPTS"].collect() for sample in family.samples]
     assert set(reasons) == {"the samples have different numbers of visual tokens: N"}
