@@ -23,7 +23,7 @@ from parvts_fx.report import GraphReport
 from parvts_fx.rewriting import part_graph, rewrite_graph
 from parvts_fx.rewritten import Rewriting
 from parvts_fx.runtime.caches import cache_outputs, watch_short_caches
-from parvts_fx.runtime.call import UNWATCHED, current_call
+from parvts_fx.runtime.call import current_call
 from parvts_fx.runtime.dispatch import Dispatch
 from parvts_fx.runtime.forms import Making
 from parvts_fx.runtime.input_origins import noting_origins
@@ -33,7 +33,6 @@ from parvts_fx.torch_private import (
     OF_TORCH,
     BackendCompilerFailed,
     TorchDynamoException,
-    count_graph_breaks,
     graph_breaks,
 )
 
@@ -120,9 +119,6 @@ class _Again:
             self._compiled = torch.compile(self._module, backend=self._backend)
         return self._compiled(*inputs)
 
-
-_LAST_BREAKS = 4
-"""Of so many the last one outside of torch is taken: behind it, Dynamo may have tried and given up on code of its own."""
 
 _ADVICE = " (parvts_fx.compile(model) captures more in one graph)"
 
@@ -213,9 +209,10 @@ def _attempt(
 
 def _what_has_broken_it() -> str:
     """What Dynamo says it has ended the graph for that it has just handed over, and what may keep it from that."""
-    found = [cause for cause in graph_breaks(max(count_graph_breaks() - _LAST_BREAKS, 0)) if cause.where != OF_TORCH]
+    call = current_call()
+    found = [cause for cause in graph_breaks(call.breaks_before) if cause.where != OF_TORCH]
     said = f"; {found[-1].what}, in {found[-1].where}" if found else ""
-    return said + (_ADVICE if current_call() is UNWATCHED else "")
+    return said + ("" if call.is_watched else _ADVICE)
 
 
 def _failure(error: Exception, options: Options) -> str:

@@ -50,7 +50,8 @@ def run(name: str, folder: Path | None, **options: Any) -> dict[str, Any]:
 def run_sharded(by_layer: bool) -> dict[str, Any]:
     """The same of a LLaVA whose parameters FSDP keeps in parts, gathered for the whole model or for each layer."""
     torch._dynamo.reset()
-    model, prompt = llava.build(), llava.prompt(llava.build(), [[3, "image", 6]])
+    model = llava.build()
+    prompt = llava.prompt(model, [[3, "image", 6]])
     with torch.no_grad():
         plain = model(**prompt.inputs).logits
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))

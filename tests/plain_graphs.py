@@ -11,9 +11,9 @@ import torch
 from torch.fx import GraphModule
 
 import parvts_fx
-from parvts_fx.capture import copy_graph_module
 from parvts_fx.passes import PassResult, Plan, Work
 from parvts_fx.stages import PlacedStage, Stage
+from tests import replaying
 from tests.plain import Plain, Row, Specification, prompt
 
 # 13 tokens: a size that nothing else in these models has, so that it tells rows of the whole prompt.
@@ -46,18 +46,10 @@ LAYERS = 3
 def capture(
     function: Callable[..., Any], *inputs: torch.Tensor, dynamic: bool | None = None
 ) -> tuple[GraphModule, list]:
-    """The one graph that Dynamo makes, with its metadata: Dynamo clears that of its own graph when it is done."""
-    seen = []
-
-    def keep(module: GraphModule, example_inputs: list) -> Callable[..., Any]:
-        seen.append((copy_graph_module(module), list(example_inputs)))
-        return module.forward
-
-    torch._dynamo.reset()
+    """The one graph that Dynamo makes, and its example inputs."""
     with torch.no_grad():
-        torch.compile(function, backend=keep, dynamic=dynamic, fullgraph=True)(*inputs)
-    (graph,) = seen
-    return graph
+        (traced,), _ = replaying.trace(function, inputs, dynamic, fullgraph=True)
+    return traced.graph, list(traced.examples)
 
 
 @functools.cache

@@ -40,32 +40,50 @@ class Capture:
         return tree_map(lambda place: given[place], self.results)
 
 
-def capture(function: Callable[..., Any], arguments: Sequence[Any], dynamic: bool | None = None) -> Capture | None:
-    """None where a call is not one graph, changes what it is given, or returns what is no tensor."""
-    seen: list[tuple[GraphModule, list, Any]] = []
-    ran: list[tuple[Sequence[Any], Sequence[Any]]] = []
+@dataclasses.dataclass(frozen=True)
+class _Traced:
+    """One graph of a call, and what it was given and gave."""
+
+    graph: GraphModule
+    examples: Sequence[Any]
+    context: Any
+    ran: list[tuple[Sequence[Any], Sequence[Any]]]
+
+
+def trace(
+    function: Callable[..., Any], arguments: Sequence[Any], dynamic: bool | None = None, fullgraph: bool = False
+) -> tuple[list[_Traced], Any]:
+    """The graphs that Dynamo makes of a call, with their metadata (it clears that of its own when it is done), and its results.
+    """
+    seen: list[_Traced] = []
 
     def keep(module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        seen.append((copy_graph_module(module), list(example_inputs), TracingContext.try_get()))
+        seen.append(traced := _Traced(copy_graph_module(module), list(example_inputs), TracingContext.try_get(), []))
 
         def run(*inputs: Any) -> Any:
-            ran.append((inputs, module.forward(*inputs)))
-            return ran[-1][1]
+            traced.ran.append((inputs, module.forward(*inputs)))
+            return traced.ran[-1][1]
 
         return run
 
-    torch._dynamo.reset()
-    versions = [given._version for given in tree_leaves(arguments) if isinstance(given, torch.Tensor)]
-    results = torch.compile(function, backend=keep, dynamic=dynamic)(*arguments)
-    torch._dynamo.reset()
-    changed = versions != [given._version for given in tree_leaves(arguments) if isinstance(given, torch.Tensor)]
-    if len(seen) != 1 or len(ran) != 1 or changed:
+    forget()
+    results = torch.compile(function, backend=keep, dynamic=dynamic, fullgraph=fullgraph)(*arguments)
+    forget()
+    return seen, results
+
+
+def capture(function: Callable[..., Any], arguments: Sequence[Any], dynamic: bool | None = None) -> Capture | None:
+    """None where a call is not one graph, changes what it is given, or returns what is no tensor."""
+    tensors = [given for given in tree_leaves(arguments) if isinstance(given, torch.Tensor)]
+    versions = [given._version for given in tensors]
+    seen, results = trace(function, arguments, dynamic)
+    if len(seen) != 1 or len(seen[0].ran) != 1 or versions != [given._version for given in tensors]:
         return None
-    (graph, examples, context), (inputs, given) = seen[0], ran[0]
+    (inputs, given), = seen[0].ran
     places = {id(held): place for place, held in enumerate(given)}
     if not all(id(leaf) in places and isinstance(leaf, torch.Tensor) for leaf in tree_leaves(results)):
         return None
-    return Capture(graph, examples, inputs, tree_map(lambda leaf: places[id(leaf)], results), context)
+    return Capture(seen[0].graph, seen[0].examples, inputs, tree_map(lambda leaf: places[id(leaf)], results), seen[0].context)
 
 
 class Replay:

@@ -23,14 +23,10 @@ class EvaluationCache:
     A result that has no memory of its own (a view, a tensor changed in place) is evaluated each time, and so is anything
     with arguments that cannot be compared, and a result whose size is data: two calls of ``nonzero`` on tensors alike
     find different numbers of entries, and one symbol for both would say that they are equal.
-
-    Args:
-        sizes_alone: nobody asks whose memory a result has, so that views are remembered as well.
     """
 
-    def __init__(self, sizes_alone: bool = False) -> None:
+    def __init__(self) -> None:
         self._results: dict[Hashable, Any] = {}
-        self._sizes_alone = sizes_alone
 
     def evaluate(
         self, op: str, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], run: Callable[[], Any]
@@ -46,33 +42,15 @@ class EvaluationCache:
         if isinstance(held, Exception):
             raise held.with_traceback(None)
         if held is not None:
-            return _like(held)
+            return torch.empty_strided(held.shape, held.stride(), dtype=held.dtype, device=held.device)
         try:
             result = run()
         except Exception as error:
             self._results[key] = error
             raise
-        if self._may_stand_for_others(result, (args, kwargs)):
+        if _may_stand_for_others(result, (args, kwargs)):
             self._results[key] = result
         return result
-
-    def _may_stand_for_others(self, result: Any, given: Any) -> bool:
-        """Whether an equal operation comes to a tensor like this one, with nothing that is this result's alone."""
-        if self._sizes_alone and type(result) in (tuple, list) and result:
-            return all(self._may_stand_for_others(part, given) for part in result)
-        if type(result) is not FakeTensor or result.requires_grad:
-            return False
-        if not self._sizes_alone and not _has_own_memory(result, given):
-            return False
-        found = free_unbacked_symbols(result)
-        return not found or found <= free_unbacked_symbols(
-            [leaf for leaf in tree_leaves(given) if isinstance(leaf, (torch.Tensor, torch.SymInt))])
-
-
-def _like(held: Any) -> Any:
-    if isinstance(held, (tuple, list)):
-        return type(held)(map(_like, held))
-    return torch.empty_strided(held.shape, held.stride(), dtype=held.dtype, device=held.device)
 
 
 def _description(leaf: Any) -> Hashable:
@@ -101,6 +79,15 @@ def _sizes(sizes: Sequence[int | torch.SymInt]) -> tuple[Hashable, ...]:
 
 def _size(size: torch.SymInt) -> Hashable:
     return (torch.SymInt, expression(size))
+
+
+def _may_stand_for_others(result: Any, given: Any) -> bool:
+    """Whether an equal operation comes to a tensor like this one, with nothing that is this result's alone."""
+    if type(result) is not FakeTensor or result.requires_grad or not _has_own_memory(result, given):
+        return False
+    found = free_unbacked_symbols(result)
+    return not found or found <= free_unbacked_symbols(
+        [leaf for leaf in tree_leaves(given) if isinstance(leaf, (torch.Tensor, torch.SymInt))])
 
 
 def _has_own_memory(result: torch.Tensor, given: Any) -> bool:

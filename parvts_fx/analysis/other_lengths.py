@@ -47,7 +47,7 @@ class OtherLengths:
         self.module, self.size_hint, self.lengths, self.found = module, size, lengths, found
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._sides: dict[tuple[Node, tuple], torch.Tensor] = {}
-        self._evaluated = EvaluationCache(sizes_alone=True)
+        self._evaluated = EvaluationCache()
 
     def evaluate(self, node: Node, current: Sequence[Any], choice: Mapping[int, Binding]) -> Any:
         """A node under a reading of its argument leaves."""

@@ -121,6 +121,9 @@ class Call:
         self.has_merged = False
         """Whether a graph has merged visual features into embeddings, rewritten or not."""
 
+        self.breaks_before = 0
+        """How often Dynamo had broken graphs when the call began, or was first tried."""
+
         self.merges_behind: int | None = None
         """How often Dynamo had broken graphs when the first one handed a merge on; None where none has."""
 

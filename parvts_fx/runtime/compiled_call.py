@@ -130,6 +130,7 @@ class _Watched:
         while True:
             try:
                 with paused(), no_collections(), self._closed, self._frames.capturing(), begin_call() as told:
+                    told.breaks_before = breaks
                     if self._anew is not None:
                         told.can_begin_again = functools.partial(self._closed.can_close, breaks)
                     if prompts:
