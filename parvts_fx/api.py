@@ -23,6 +23,7 @@ from parvts_fx.rewritten import Rewriting
 from parvts_fx.runtime.cached_rows import MASKS, MasksOfGenerate
 from parvts_fx.runtime.compiled_call import watched_call
 from parvts_fx.runtime.overrides import Forms, overriding
+from parvts_fx.runtime.placement_hooks import close_hooks, hooks_opened, open_hooks
 from parvts_fx.runtime.record import OnCall
 from parvts_fx.runtime.watched_generate import WatchedGenerate, calls_forward
 from parvts_fx.torch_private import surround_compiled_call, uncompiled_call
@@ -64,6 +65,7 @@ def compile(model: Model, *, on_call: OnCall | None = None, **options: Any) -> M
     arguments = {name: options.pop(name) for name in _COMPILE_ARGUMENTS if name in options}
     mode = options.pop("mode", None)
     parsed = parse_options(options, mode)
+    open_hooks(model)
     modules: list[Any] = [model, *_generating_parts(model)]
     for module in modules:
         own = on_call if module is model else None
@@ -140,6 +142,7 @@ def uncompile(model: Model) -> Model:
         TypeError: what is given is no module.
     """
     _check_module(model, "uncompile")
+    close_hooks(model)
     parts: list[Any] = [model, *_generating_parts(model)]
     for module in parts:
         vars(module).pop("_compiled_call_impl", None)  # the class has None there
@@ -247,7 +250,7 @@ def explain(
         reports.clear()
         return _compiled(model, backend, dict(dynamic=False))  # static sizes, so that every count is a number
 
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings(), hooks_opened(model):
         warnings.simplefilter("ignore", ParvtsWarning)  # the report has the reason
         watched_call(compiled(), parsed, model, once=True, anew=compiled)(*args, **inputs)
     return Report(tuple(reports))

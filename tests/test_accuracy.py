@@ -16,7 +16,7 @@ from bench.accuracy.model import build_model, build_processor, take_over
 from bench.accuracy.questions import END, IMAGE_TOKEN, PAD, SHARES, ask, vocabulary
 from bench.accuracy.results import ahead, summarise, unpack
 from bench.accuracy.scattered import PATCH, SCATTERED_LABELS, SIZE, draw_pair, label_pair, sample_pair
-from bench.accuracy.scattered_questions import COUNTS, PLACES, ask_pair
+from bench.accuracy.scattered_questions import PLACES, ask_pair
 from bench.accuracy.scenes import CELL, COLOURS, CORNERS, FONT, GROUNDS, IMAGE, TEXTURES, draw, patch_labels, sample_scene
 from bench.accuracy.tasks import SCATTERED, TASKS, TIDY
 from bench.accuracy.train import Stage, Training
@@ -172,9 +172,9 @@ def test_things_are_apart_and_where_they_are_said_to_be():
                 covered[thing.top:thing.top + SIZE, thing.left:thing.left + SIZE] += 1
             row, column = (place * PATCH for place in scene.word_at)
             covered[row:row + PATCH, column:column + len(scene.word) * PATCH] += 1
-            assert covered.max() == 1 and covered.sum() == 12 * SIZE**2 + 5 * PATCH**2
+            assert covered.max() == 1 and covered.sum() == 9 * SIZE**2 + 5 * PATCH**2
             alike = sorted(count for count in scene.looks.values() if count > 1)
-            assert len(alike) == 2 and 2 <= alike[0] < alike[1] <= 5
+            assert len(alike) == 2 and 2 <= alike[0] < alike[1] <= 4
 
 
 def test_regions_have_a_background_of_their_own():
@@ -207,16 +207,11 @@ def test_answers_against_the_pictures():
             words, answer = question.text.split(), question.answer
             which = words[2] == "second"
             scene = pair[which]
-            at = {"count_alike": 6, "half": 7}.get(kind, 3)  # where a colour and a shape are named
+            at = 6 if kind == "count_alike" else 3  # where a colour and a shape are named
             named = [[thing for thing in one.things if [thing.colour, thing.shape] == words[at:at + 2]] for one in pair]
             alike = named[which]
             if kind == "count_alike":
-                assert len(alike) == COUNTS.index(answer)
-            elif kind == "half":
-                first, second = (sum((getattr(thing, "left" if "left" in words else "top") + SIZE / 2 < 48) == side
-                                     for thing in alike) for side in (True, False))
-                assert answer == words[-3 if first > second else -1]
-                assert abs(first - second) >= min(2, len(alike))
+                assert len(alike) == NUMBERS[answer]
             elif kind == "which_picture":
                 assert [bool(things) for things in named] == [answer == "first", answer == "second"]
             elif kind == "more":
@@ -261,13 +256,12 @@ def test_no_answer_is_likelier_than_another():
     answers: dict[tuple[str, ...], list[str]] = {}
     for pair in pairs(400, 11):
         for kind in SCATTERED.kinds:
-            for _ in range(4 if kind in ("region", "rest", "half", "only") else 1):  # which ask for different things
+            for _ in range(4 if kind in ("region", "rest", "only") else 1):  # which ask for different things
                 question = ask_pair(pair, kind, rng)
-                about = [word for word in ("left", "texture", "colour", "letter") if word in question.text.split()]
+                about = [word for word in ("texture", "colour", "letter") if word in question.text.split()]
                 if " " not in question.answer:
                     answers.setdefault((kind, *about), []).append(question.answer)
-    choices = {("count_alike",): 6, ("half",): 2, ("half", "left"): 2, ("which_picture",): 2, ("more",): 2,
-               ("only", "colour"): 6, ("long_word", "letter"): 8}
+    choices = {("count_alike",): 5, ("which_picture",): 2, ("more",): 2, ("only", "colour"): 6, ("long_word", "letter"): 8}
     assert set(choices) < set(answers)
     for about, given in answers.items():
         counts = np.unique(given, return_counts=True)[1]

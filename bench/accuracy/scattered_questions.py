@@ -15,10 +15,9 @@ from bench.accuracy.scattered import ALIKE, LETTERS, Look, Pair, Scattered, ahea
 from bench.accuracy.scenes import COLOURS, SHAPES
 
 PICTURES = ("first", "second")
-COUNTS = (*NUMBERS, "five")
 PLACES = (*ORDINALS, "fourth", "fifth")[:LETTERS]
 
-SCATTERED_SHARES = {"region": 3, "rest": 1, "only": 4, "long_word": 3, "count_alike": 4, "half": 3, "which_picture": 4, "more": 4}
+SCATTERED_SHARES = {"region": 3, "rest": 1, "only": 4, "long_word": 3, "count_alike": 4, "which_picture": 4, "more": 4}
 """Every kind of question, and how often each is drawn for training."""
 
 
@@ -65,14 +64,7 @@ def _count_alike(scene: Scattered, rng: np.random.Generator) -> tuple[str, str]:
     weights = np.array([len(ALIKE) / 2 if count in ALIKE else 1.0 for count in by_count])
     count = int(rng.choice(list(by_count), p=weights / weights.sum()))
     colour, shape = by_count[count][rng.integers(len(by_count[count]))]
-    return f"how many {colour} {shape} things", COUNTS[count]
-
-
-def _half(scene: Scattered, rng: np.random.Generator) -> tuple[str, str]:
-    """On which side more of the things lie that are alike, or a single thing."""
-    uneven = scene.uneven(alike=bool(rng.integers(2)))
-    (colour, shape), names, answer = uneven[rng.integers(len(uneven))]
-    return f"where are more {colour} {shape} things {' or '.join(names)}", answer
+    return f"how many {colour} {shape} things", NUMBERS[count]
 
 
 def _which_picture(pair: Pair, rng: np.random.Generator) -> tuple[str, str]:
@@ -90,7 +82,7 @@ def _more(pair: Pair, rng: np.random.Generator) -> tuple[str, str]:
 
 _Asker = Callable[..., tuple[str, str]]
 _ONE: dict[str, _Asker] = {"region": _region, "rest": _rest, "only": _only, "long_word": _long_word,
-                           "count_alike": _count_alike, "half": _half}
+                           "count_alike": _count_alike}
 """About one of the two pictures."""
 
 _BOTH: dict[str, _Asker] = {"which_picture": _which_picture, "more": _more}
@@ -98,5 +90,5 @@ _BOTH: dict[str, _Asker] = {"which_picture": _which_picture, "more": _more}
 
 def scattered_vocabulary() -> tuple[str, ...]:
     """Every token; those that the other task has come first, so that its model's embeddings can be taken over."""
-    phrases = ("in where region rest are more has", *PICTURES, *COUNTS, *PLACES)
+    phrases = ("in where region rest are more has", *PICTURES, *PLACES)
     return tuple(dict.fromkeys((*vocabulary(), *" ".join(phrases).split())))

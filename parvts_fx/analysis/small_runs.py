@@ -281,7 +281,7 @@ def local_argument(leaf: Any, scale: Scale | None) -> Any:
     """An argument that is no tensor, for a run on this machine's processor."""
     if isinstance(leaf, torch.device):
         return torch.device("cpu")
-    if isinstance(leaf, str) and leaf.split(":")[0] in ("cuda", "xpu", "mps"):
+    if isinstance(leaf, str) and leaf.split(":")[0] in ("cuda", "xpu", "mps", "meta"):
         return "cpu"
     if isinstance(leaf, torch.dtype) and scale is not None:
         return scale.dtype(leaf)

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_aggregate
+from torch.fx.node import map_aggregate, map_arg
 
 from parvts_fx.analysis.evaluation_cache import EvaluationCache
 from parvts_fx.analysis.other_lengths import quiet_trials
@@ -69,12 +69,26 @@ class Editor:
         return node
 
     def call(self, target: Callable, *args: Any, **kwargs: Any) -> Node:
-        """A call_function node with its example value."""
-        return self._evaluate(self.graph.call_function(target, args, kwargs))
+        """A call_function node with its example value, on the device of its first numbers."""
+        return self._evaluate(self.graph.call_function(target, *self._on_one_device(args, kwargs)))
 
     def method(self, name: str, *args: Any, **kwargs: Any) -> Node:
-        """A call_method node with its example value."""
-        return self._evaluate(self.graph.call_method(name, args, kwargs))
+        """A call_method node with its example value, on the device of its first numbers."""
+        return self._evaluate(self.graph.call_method(name, *self._on_one_device(args, kwargs)))
+
+    def _on_one_device(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Layers may lie on several devices: what is read goes to that of the first floating-point tensor, or of the first."""
+        read = [held for held in map(value, _nodes(args, kwargs)) if isinstance(held, torch.Tensor) and held.dim()]
+        if len({held.device for held in read}) < 2:
+            return args, kwargs
+        device = next((held for held in read if held.is_floating_point()), read[0]).device
+
+        def moved(leaf: Any) -> Any:
+            held = value(leaf) if isinstance(leaf, Node) else None
+            stays = not isinstance(held, torch.Tensor) or not held.dim() or held.device == device
+            return leaf if stays else self._evaluate(self.graph.call_method("to", (leaf, device)))
+
+        return map_aggregate((args, kwargs), moved)
 
     def copy(self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
         """The same operation on other arguments, with its own example value."""
@@ -130,6 +144,7 @@ class Editor:
         Returns:
             What the function returns, with a node in place of every tensor and symbolic size.
         """
+        sources, _ = self._on_one_device(sources, {})
         with self.mode, torch.no_grad(), enable_python_dispatcher():
             traced = make_fx(function, pre_dispatch=whole)(*(value(source) for source in sources))
         inputs = iter(sources)
@@ -149,3 +164,9 @@ class Editor:
                 if self._chooses:
                     copies[node].meta[CHOOSES] = True
         raise AssertionError("a traced graph has an output")
+
+
+def _nodes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Node]:
+    found: list[Node] = []
+    map_arg((args, kwargs), found.append)
+    return found

@@ -36,7 +36,7 @@ def capture(module: GraphModule, example_inputs: Sequence[object]) -> GraphModul
     if all(value(node) is not None or node.op in ("output", "get_attr") for node in copy.graph.nodes if node.op == "placeholder"):
         missing = any(value(node) is None and node.users and node.op.startswith("call") for node in copy.graph.nodes)
         if not missing:
-            return copy
+            return _with_devices_named(copy)
     mode = next((x.fake_mode for x in example_inputs if isinstance(x, FakeTensor)), None) or (
         fake_mode_of(copy.graph) if any(isinstance(value(n), FakeTensor) for n in copy.graph.nodes)
         else FakeTensorMode(allow_non_fake_inputs=True)
@@ -57,7 +57,15 @@ def capture(module: GraphModule, example_inputs: Sequence[object]) -> GraphModul
 
     with mode, torch.no_grad():
         Fill(copy).run(*fakes)
-    return copy
+    return _with_devices_named(copy)
+
+
+def _with_devices_named(module: GraphModule) -> GraphModule:
+    """``to(1)``, which means another device on each machine, as ``to(device)``."""
+    for node in module.graph.find_nodes(op="call_method", target="to"):
+        if len(node.args) > 1 and type(node.args[1]) is int:
+            node.update_arg(1, value(node).device)
+    return module
 
 
 class WithPrefix(Interpreter):

@@ -144,7 +144,7 @@ def _last(tensor: torch.Tensor, axis: int, size: int) -> torch.Tensor:
 
 def _chosen(tensor: torch.Tensor, axis: int, rows: torch.Tensor, size: int) -> torch.Tensor:
     """Of the prompt's rows some, and all that stand in front of them."""
-    cached = tensor.shape[axis] - size
+    cached, rows = tensor.shape[axis] - size, rows.to(tensor.device)
     if cached:
         rows = torch.cat([torch.arange(cached, device=rows.device), rows + cached])
     return tensor.index_select(axis, rows)
