@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
+from parvts_fx.distances import differences, further_apart, spread_out
 from parvts_fx.torch_private import make_fx
 
 Rule = Callable[..., torch.Tensor]
@@ -147,7 +148,7 @@ def norm(hidden: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
 @register_rule("distinct")
 def distinct(hidden: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
     """How far a token is from the sample's average visual token."""
-    return _centred(hidden, visual).norm(dim=-1)
+    return differences(hidden, visual).norm(dim=-1)
 
 
 @register_rule("typical")
@@ -163,15 +164,15 @@ def diverse(hidden: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
 
     Ranks as a greedy choice of relevant and mutually different tokens would, without a loop over the kept tokens.
     """
-    centred = _centred(hidden, visual)
-    return _spread_out(centred.norm(dim=-1), centred, visual)
+    centred = differences(hidden, visual)
+    return spread_out(centred.norm(dim=-1), centred, visual)
 
 
 @register_rule("balanced")
 def balanced(hidden: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
     """As "diverse", with the root of the distinctness: more weight on being different from what is better."""
-    centred = _centred(hidden, visual)
-    return _spread_out(centred.norm(dim=-1).sqrt(), centred, visual)
+    centred = differences(hidden, visual)
+    return spread_out(centred.norm(dim=-1).sqrt(), centred, visual)
 
 
 @register_rule("placed", reads="places")
@@ -182,8 +183,8 @@ def placed(hidden: torch.Tensor, visual: torch.Tensor, places: torch.Tensor) -> 
     in patches and s a quarter of the side of a square as large as the grid; all of it between two pictures, nothing where a grid
     is not known.
     """
-    centred = _centred(hidden, visual)
-    return _spread_out(centred.norm(dim=-1).sqrt(), centred, visual, *_further_apart(places))
+    centred = differences(hidden, visual)
+    return spread_out(centred.norm(dim=-1).sqrt(), centred, visual, *further_apart(places))
 
 
 @register_rule("peaks")
@@ -193,15 +194,15 @@ def peaks(hidden: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
     After density-peak clustering (Rodriguez and Laio, Science 344, 2014), with the similarity to all visual tokens as
     density.
     """
-    direction = F.normalize(_centred(hidden, visual), dim=-1)
+    direction = F.normalize(differences(hidden, visual), dim=-1)
     density = (torch.exp(4 * (direction @ direction.transpose(1, 2) - 1)) * visual[:, None, :]).sum(-1)
-    return _spread_out(density, direction, visual)
+    return spread_out(density, direction, visual)
 
 
 @register_rule("question", reads="text")
 def question(hidden: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
     """The greatest similarity to a word behind the first visual token."""
-    direction = F.normalize(_centred(hidden, visual), dim=-1)
+    direction = F.normalize(differences(hidden, visual), dim=-1)
     words = F.normalize(hidden.float(), dim=-1)
     asked = ~visual & (visual.long().cumsum(1) > 0)
     return (direction @ words.transpose(1, 2)).masked_fill(~asked[:, None, :], -1.0).amax(dim=-1)
@@ -210,7 +211,7 @@ def question(hidden: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
 @register_rule("question_diverse", reads="text")
 def question_diverse(hidden: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
     """Similarity to the question times the distance to the nearest token that is more similar to it."""
-    return _spread_out(1 + question(hidden, visual), _centred(hidden, visual), visual)
+    return spread_out(1 + question(hidden, visual), differences(hidden, visual), visual)
 
 
 @register_rule("uniform")
@@ -266,7 +267,7 @@ class LookAhead:
     ) -> torch.Tensor:
         paid = ahead * visual[:, None, None]
         relevance = (paid / paid.sum(-1, keepdim=True).clamp(min=1e-6)).mean(1).amax(1).sqrt()
-        return _spread_out(relevance, _centred(hidden, visual), visual, *_further_apart(places))
+        return spread_out(relevance, differences(hidden, visual), visual, *further_apart(places))
 
 
 register_rule("look_ahead", reads=("ahead", "places"))(LookAhead())
@@ -275,40 +276,3 @@ AUTO = "placed"
 """The rule behind "auto", chosen by bench/accuracy (docs/merging.md)."""
 
 register_rule("auto", reads="places")(placed)
-
-
-def _spread_out(
-    relevance: torch.Tensor, vectors: torch.Tensor, visual: torch.Tensor, further: torch.Tensor | float = 0.0,
-    furthest: torch.Tensor | float = 0.0,
-) -> torch.Tensor:
-    """Relevance [batch, seq] times the cosine distance (0 to 2) to the nearest visual token that is more relevant.
-
-    Args:
-        further: [batch, seq, seq], added to the distances; ``furthest`` [batch, seq] to that of a token with none ahead.
-    """
-    direction = F.normalize(vectors, dim=-1)
-    distance = 1 - direction @ direction.transpose(1, 2) + further
-    position = torch.arange(visual.shape[1], device=visual.device)
-    ahead = (relevance[:, None, :] > relevance[:, :, None]) | (
-        (relevance[:, None, :] == relevance[:, :, None]) & (position < position[:, None])
-    )
-    nearest = distance.masked_fill(~(ahead & visual[:, None, :]), torch.inf).amin(dim=-1)
-    return relevance * torch.where(nearest.isinf(), 2.0 + furthest, nearest)
-
-
-def _further_apart(places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What :func:`_spread_out` adds to distances for where tokens stand in their pictures (the rule "placed")."""
-    picture, known = places[..., 0], places[..., 1] >= 0
-    apart = places[..., None, 1:] - places[..., None, :, 1:]
-    rows, columns = (held.amax(1, keepdim=True).clamp(min=0).float() + 1 for held in places[..., 1:].unbind(-1))
-    side = (rows * columns).sqrt()[..., None]  # where no grid is known at all it must not be 0 / 0
-    near = torch.exp(-(apart.float() ** 2).sum(-1) / (2 * (side / 4) ** 2))
-    further = 0.3 * (1 - torch.where(picture[:, :, None] == picture[:, None], near, 0.0)) * (known[:, :, None] & known[:, None])
-    return further, 0.3 * known
-
-
-def _centred(hidden: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
-    tokens = hidden.float()
-    weight = visual[..., None].float()
-    mean = (tokens * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
-    return (tokens - mean) * weight

@@ -15,9 +15,9 @@ from parvts_fx.analysis.records import Attention
 from parvts_fx.analysis.samples import Samples, along, samples_of, samples_of_side
 from parvts_fx.analysis.tokens import AtMost, AxisLabels, Computed, Count
 from parvts_fx.analysis.values import leaves, value, with_leaves
-from parvts_fx.passes.clusters import biased, counted, levels_of
 from parvts_fx.passes.paths import Path
 from parvts_fx.passes.rows import TEXT, gather, live, non_subject
+from parvts_fx.passes.token_counts import biased, counted, levels_of
 
 
 def write_attention(path: Path, attention: Attention) -> None:

@@ -97,7 +97,7 @@ class Emitter:
         """By cached values: those that caches are to hold."""
 
         self.biases: dict[tuple, Node] = {}
-        """What :func:`parvts_fx.passes.clusters.biased` has written."""
+        """What :func:`parvts_fx.passes.token_counts.biased` has written."""
 
         self.mixed: dict[int, Node] = {}
         """By stage: what its subject rows take over at the drop."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,9 @@ from torch.fx import Graph, GraphModule, Node
 
 from parvts_fx.analysis.masks import Mask
 from parvts_fx.analysis.records import Decoder
-from parvts_fx.analysis.values import is_symbolic_int, value
+from parvts_fx.analysis.values import ancestors, hint, hint_shape, is_symbolic_int, is_tensor, reads_sizes_alone, value
 from parvts_fx.errors import Refusal
-from parvts_fx.torch_private import expression
+from parvts_fx.torch_private import expression, is_functorch_wrapped_tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,3 +101,17 @@ def front_of(module: GraphModule, decoder: Decoder, results: Sequence[Node]) -> 
         raise Refusal("what stands in front of the decoder cannot be computed without it", missing)
     graph.output(tuple(copies[node] for node in results))
     return GraphModule(module, graph)
+
+
+def picks_rows(decoder: Decoder, sides: Sequence[Node]) -> bool:
+    """Whether anything that the sides are computed from has fewer axes as long as the prompt than what it is taken from."""
+    length = hint(decoder.tokens.size)
+
+    def axes(node: Node) -> int:
+        return hint_shape(value(node)).count(length)
+
+    def tensors(nodes: Iterable[Node]) -> list[Node]:
+        return [node for node in nodes if is_tensor(node) and not is_functorch_wrapped_tensor(value(node))]
+
+    return any(axes(node) < max(map(axes, sources)) for node in tensors(ancestors(sides) - set(decoder.nodes))
+               if (sources := tensors(node.all_input_nodes)) and not reads_sizes_alone(node))

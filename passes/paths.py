@@ -24,8 +24,8 @@ from parvts_fx.analysis.values import (
     with_leaves,
 )
 from parvts_fx.errors import Refusal
-from parvts_fx.passes.clusters import counted
 from parvts_fx.passes.rows import LAST, live
+from parvts_fx.passes.token_counts import counted
 
 if TYPE_CHECKING:
     from parvts_fx.passes.emit import Emitter

@@ -10,7 +10,7 @@ number and each axis what it has to do with that length and with the batch.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,21 +27,19 @@ from parvts_fx.analysis.values import (
     changed_in_place,
     concrete,
     hint,
-    hint_shape,
     is_input_number,
     is_symbolic_int,
     is_tensor,
     leaves,
     output_node,
-    reads_sizes_alone,
     symbols,
     value,
     with_leaves,
 )
 from parvts_fx.capture.return_states import returned_states
 from parvts_fx.errors import Refusal
-from parvts_fx.passes.parted import Parted, Result, Side, front_of
-from parvts_fx.torch_private import expression, is_functorch_wrapped_tensor
+from parvts_fx.passes.parted import Parted, Result, Side, front_of, picks_rows
+from parvts_fx.torch_private import expression
 
 FEATURES = "image_features"
 """What the decoder's graph calls the rows that are merged into its embeddings: a name that tells what they are."""
@@ -75,22 +73,8 @@ def part(module: GraphModule, decoder: Decoder) -> Parted:
         if node in writer.inside else Result(1 + len(sides) + others.index(node)) for node in results]
     return Parted(
         front, writer.finish(own), sides, tuple(known), tuple(placed),
-        tuple(inputs.index(states[name]) for name in names), _picks_rows(decoder, [side.node for side in sides]),
+        tuple(inputs.index(states[name]) for name in names), picks_rows(decoder, [side.node for side in sides]),
         not returns_several)
-
-
-def _picks_rows(decoder: Decoder, sides: Sequence[Node]) -> bool:
-    """Whether anything that the sides are computed from has fewer axes as long as the prompt than what it is taken from."""
-    length = hint(decoder.tokens.size)
-
-    def axes(node: Node) -> int:
-        return hint_shape(value(node)).count(length)
-
-    def tensors(nodes: Iterable[Node]) -> list[Node]:
-        return [node for node in nodes if is_tensor(node) and not is_functorch_wrapped_tensor(value(node))]
-
-    return any(axes(node) < max(map(axes, sources)) for node in tensors(ancestors(sides) - set(decoder.nodes))
-               if (sources := tensors(node.all_input_nodes)) and not reads_sizes_alone(node))
 
 
 class _Writer:

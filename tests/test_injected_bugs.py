@@ -22,7 +22,19 @@ from parvts_fx.analysis.records import Attention
 from parvts_fx.analysis.values import ancestors, is_symbolic_int, value
 from parvts_fx.capture.editing import Editor
 from parvts_fx.options import Options
-from parvts_fx.passes import DuplicateLayers, InsertPartition, MergeClusters, Plan, attend, choose, clusters, emit, rows, twins
+from parvts_fx.passes import (
+    DuplicateLayers,
+    InsertPartition,
+    MergeClusters,
+    Plan,
+    attend,
+    choose,
+    clusters,
+    emit,
+    rows,
+    token_counts,
+    twins,
+)
 from parvts_fx.passes.emit import Emitter
 from parvts_fx.passes.look_ahead import AheadPath
 from parvts_fx.passes.paths import Path
@@ -566,8 +578,8 @@ BUGS: dict[str, tuple[Patch, Comparison]] = {
     "second stage: looks from the embeddings": (wrap(choose, "look_ahead", looking_from_the_embeddings), LOOKING_TWICE),
     # merging
     "no bias": (wrap(attend, "biased", without_bias), MERGED),
-    "no bias, written out": (wrap(clusters, "biased", without_bias), MERGED_WRITTEN),
-    "bias for visual rows too": (wrap(clusters, "_bias", bias_for_all_rows), MERGED),
+    "no bias, written out": (wrap(token_counts, "biased", without_bias), MERGED_WRITTEN),
+    "bias for visual rows too": (wrap(token_counts, "_bias", bias_for_all_rows), MERGED),
     "sizes without the kept token": (clustering(sizes=sizes_of_dropped), MERGED),
     "sizes start anew": (wrap(choose, "note_sizes", sizes_start_anew), MERGED_TWICE),
     "merged across pictures": (clustering(pictures=torch.zeros_like), MERGED),

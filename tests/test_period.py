@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from parvts_fx.analysis.period import Block, find_period
+from parvts_fx.analysis.blocks import Block
+from parvts_fx.analysis.period import find_period
 
 MATRICES = {
     "A": "qkvo", "B": "qkvo2", "M": "inout", "F": "updown", "G": "updown", "E": "experts", "H": "experts", "P": "qkvo updown",

@@ -23,7 +23,7 @@ from parvts_fx.capture.unify_merges import UnifyMerges
 from parvts_fx.capture.version_writes import VersionWrites
 from parvts_fx.capture.write_out_sizes import WriteOutSizes
 from parvts_fx.pipeline import Work
-from parvts_fx.runtime.compiled_call import _rows_of_none_of
+from parvts_fx.runtime.read_call import rows_of_none_of
 from tests.comparing import TOLERANCE
 from tests.models.builders import BUILDERS
 from tests.models.generating import Comparison, cache_lengths, run_generate
@@ -170,13 +170,13 @@ def test_rows_that_the_ids_do_not_explain():
         plain = model.table(ids.clamp(max=19))
         wanted = (ids == 19) | (ids == 25)
         merged = torch.where(wanted[..., None], torch.randn(2, 4, 6), plain)
-    assert torch.equal(_rows_of_none_of(model, [other, ids], merged), wanted)
-    assert _rows_of_none_of(model, [ids], plain) is None  # nothing is merged
+    assert torch.equal(rows_of_none_of(model, [other, ids], merged), wanted)
+    assert rows_of_none_of(model, [ids], plain) is None  # nothing is merged
     unfilled = torch.where(wanted[..., None], model.table.weight[7], plain)
-    assert _rows_of_none_of(model, [ids], unfilled) is None  # another id's embedding stands in until they are
-    assert _rows_of_none_of(model, [ids], 2 * merged) is None  # scaled behind the table: padding alone is alike
-    assert _rows_of_none_of(model, [ids[:, :3]], merged) is None
-    assert _rows_of_none_of(nn.Linear(2, 2), [ids], merged) is None
+    assert rows_of_none_of(model, [ids], unfilled) is None  # another id's embedding stands in until they are
+    assert rows_of_none_of(model, [ids], 2 * merged) is None  # scaled behind the table: padding alone is alike
+    assert rows_of_none_of(model, [ids[:, :3]], merged) is None
+    assert rows_of_none_of(nn.Linear(2, 2), [ids], merged) is None
 
 
 def test_only_writes_are_writes():

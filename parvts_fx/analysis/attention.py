@@ -8,17 +8,18 @@ from types import MappingProxyType
 
 from torch.fx import GraphModule, Node
 
-from parvts_fx.analysis.calls import asks_tokens, fused_arguments, is_fused_attention, is_softmax
+from parvts_fx.analysis.calls import asks_tokens, fused_arguments, is_fused_attention, is_softmax, joins_with_cached
 from parvts_fx.analysis.choices import find_choice, refuse_positions
 from parvts_fx.analysis.last_rows import is_state, takes_last_rows
 from parvts_fx.analysis.pairs import keeps_pairs_apart
 from parvts_fx.analysis.probe import Probe
 from parvts_fx.analysis.records import Attention, Operand
 from parvts_fx.analysis.tokens import AxisLabels, TokenMap
-from parvts_fx.analysis.values import changed_in_place, hint, is_tensor, leaves, storage_of, symbols, value
+from parvts_fx.analysis.values import hint, leaves, symbols, value
 from parvts_fx.errors import REMEDY, Refusal
 
 QUERY, KEY = "query", "key"
+
 
 def find_attentions(module: GraphModule, nodes: Sequence[Node], tokens: TokenMap) -> list[Attention]:
     """The attention calls whose queries and keys are both prompt tokens, in graph order.
@@ -100,7 +101,7 @@ def _fused(
         if tokens.axes.get(query):
             return _with_computed_mask(module, node, mask, nodes, tokens, paired)
         raise Refusal("the attention mask of the prompt's last rows is computed from the merged embeddings", node)
-    if (joins := _joins_with_cached(nodes, (key, val), tokens)):
+    if (joins := joins_with_cached(nodes, (key, val), tokens)):
         return _on_filled_cache(module, node, joins, tokens)
     queries, keys = (_operand(query, tokens, node),), (_operand(key, tokens, node), _operand(val, tokens, node))
     bindings: dict[int, object] = {}
@@ -121,30 +122,6 @@ def _fused(
     if rows is None:
         raise Refusal("the rows of an attention's result cannot be told", node)
     return Attention((node,), queries, keys, node, rows, kind, {node: bindings})
-
-
-def _joins_with_cached(nodes: Sequence[Node], reads: Iterable[Node], tokens: TokenMap) -> list[Node]:
-    """What puts cached rows in front of the prompt's, up to what attention reads, in graph order; what is written into tensors
-    on the way included."""
-    has_cached = tokens.is_behind_cached
-    inside, found, stack = set(nodes), set[Node](), list(reads)
-    if not any(map(has_cached, stack)):
-        return []
-    writes: dict[int, list[Node]] = {}
-    for node in nodes:
-        if (target := changed_in_place(node)) is not None:
-            writes.setdefault(storage_of(target), []).append(node)
-    while stack:
-        node = stack.pop()
-        if node not in inside or node in found:
-            continue
-        target = changed_in_place(node)
-        parts = isinstance(value(node), (tuple, list)) and any(map(has_cached, node.all_input_nodes))
-        if has_cached(node) or parts or target is not None and has_cached(target):
-            found.add(node)
-            stack.extend(node.all_input_nodes)
-            stack.extend(writes.get(storage_of(node), ()) if is_tensor(node) else ())
-    return [node for node in nodes if node in found]
 
 
 def _on_filled_cache(module: GraphModule, call: Node, joins: Sequence[Node], tokens: TokenMap) -> Attention:
@@ -226,7 +203,7 @@ def _written_out(module: GraphModule, softmax: Node, nodes: Sequence[Node], toke
         raise Refusal(f"attention weights are read by {len(ends)} operations, expected one product with values", softmax)
     output = ends.pop()
     paired = [node for node in nodes if node in region or node is output]
-    joins = _joins_with_cached(nodes, [source for node in paired for source in node.all_input_nodes], tokens)
+    joins = joins_with_cached(nodes, [source for node in paired for source in node.all_input_nodes], tokens)
     ordered = tuple(node for node in nodes if node in {*paired, *joins})
 
     def explains(found: TokenMap) -> bool:
@@ -269,7 +246,7 @@ def _labelled(
             continue
         if explains(probe.found):
             split = {label: tuple(o for o, own in zip(operands, labels) if own == label) for label in (QUERY, KEY)}
-            joins = frozenset(_joins_with_cached(ordered, ordered, tokens))
+            joins = frozenset(joins_with_cached(ordered, ordered, tokens))
             behind = False
             if softmax is not None or joins or chooses:
                 behind = _shows_pairs(module, ordered, softmax, output, probe.found, split, bool(joins), chooses)

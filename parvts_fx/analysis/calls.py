@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch.fx import Graph, Node
 
 from parvts_fx.analysis.tokens import TokenMap
-from parvts_fx.analysis.values import has_target, is_tensor, value
+from parvts_fx.analysis.values import changed_in_place, has_target, is_tensor, storage_of, value
 from parvts_fx.torch_private import aten_softmax, encoder_layer
 
 _FUSED = (F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
@@ -49,3 +50,27 @@ def composed(graph: Graph) -> list[Node]:
 def attention_nodes(graph: Graph) -> set[Node]:
     """Every node that may be the heart of an attention call, in any part of the model."""
     return {node for node in graph.nodes if is_fused_attention(node) or is_softmax(node)} | set(composed(graph))
+
+
+def joins_with_cached(nodes: Sequence[Node], reads: Iterable[Node], tokens: TokenMap) -> list[Node]:
+    """What puts cached rows in front of the prompt's, up to what attention reads, in graph order; what is written into tensors
+    on the way included."""
+    has_cached = tokens.is_behind_cached
+    inside, found, stack = set(nodes), set[Node](), list(reads)
+    if not any(map(has_cached, stack)):
+        return []
+    writes: dict[int, list[Node]] = {}
+    for node in nodes:
+        if (target := changed_in_place(node)) is not None:
+            writes.setdefault(storage_of(target), []).append(node)
+    while stack:
+        node = stack.pop()
+        if node not in inside or node in found:
+            continue
+        target = changed_in_place(node)
+        parts = isinstance(value(node), (tuple, list)) and any(map(has_cached, node.all_input_nodes))
+        if has_cached(node) or parts or target is not None and has_cached(target):
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+            stack.extend(writes.get(storage_of(node), ()) if is_tensor(node) else ())
+    return [node for node in nodes if node in found]

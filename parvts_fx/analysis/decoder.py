@@ -8,6 +8,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from parvts_fx.analysis.attention import copies_of_joins, find_attentions
+from parvts_fx.analysis.blocks import matrices_of
 from parvts_fx.analysis.calls import attention_nodes
 from parvts_fx.analysis.extents import SAMPLES
 from parvts_fx.analysis.grids import find_grid
@@ -18,7 +19,6 @@ from parvts_fx.analysis.lengths import check_numbers, scales_scores
 from parvts_fx.analysis.merge import find_merge
 from parvts_fx.analysis.mixers import find_mixers
 from parvts_fx.analysis.numbered import find_numbered
-from parvts_fx.analysis.period import matrices_of
 from parvts_fx.analysis.probe import Probe
 from parvts_fx.analysis.records import Decoder, VisualMerge
 from parvts_fx.analysis.small_runs import SmallRuns

@@ -7,7 +7,8 @@ import itertools
 
 from torch.fx import GraphModule, Node
 
-from parvts_fx.analysis.period import Period, blocks_of, find_period
+from parvts_fx.analysis.blocks import blocks_of
+from parvts_fx.analysis.period import Period, find_period
 from parvts_fx.analysis.records import Layer, Mixer
 from parvts_fx.analysis.stream import find_stream, kept_states, links_in_front
 from parvts_fx.analysis.tokens import TokenMap

@@ -18,7 +18,7 @@ from torch.fx import Node
 from torch.fx.node import map_aggregate
 
 from parvts_fx.analysis.attention import is_value_operand
-from parvts_fx.analysis.period import matrices_of
+from parvts_fx.analysis.blocks import matrices_of
 from parvts_fx.analysis.records import Attention
 from parvts_fx.analysis.small_runs import SmallRuns, Unproven, local_argument, really
 from parvts_fx.analysis.tokens import TokenMap

@@ -9,9 +9,9 @@ from types import MappingProxyType
 import networkx as nx
 from torch.fx import GraphModule, Node
 
+from parvts_fx.analysis.blocks import matrices_of
 from parvts_fx.analysis.calls import asks_tokens, fused_arguments, is_fused_attention
 from parvts_fx.analysis.last_rows import is_state
-from parvts_fx.analysis.period import matrices_of
 from parvts_fx.analysis.records import Mixer
 from parvts_fx.analysis.tokens import CATS, TokenMap
 from parvts_fx.analysis.values import ancestors, descendants, has_target, is_symbolic_int, is_tensor, output_node, value

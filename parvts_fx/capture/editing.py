@@ -78,10 +78,10 @@ class Editor:
 
     def _on_one_device(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Layers may lie on several devices: what is read goes to that of the first floating-point tensor, or of the first."""
-        read = [held for held in map(value, _nodes(args, kwargs)) if isinstance(held, torch.Tensor) and held.dim()]
-        if len({held.device for held in read}) < 2:
+        devices = _devices(args, kwargs)
+        if len(devices) < 2:
             return args, kwargs
-        device = next((held for held in read if held.is_floating_point()), read[0]).device
+        device = next((device for device, holds_numbers in devices.items() if holds_numbers), next(iter(devices)))
 
         def moved(leaf: Any) -> Any:
             held = value(leaf) if isinstance(leaf, Node) else None
@@ -92,6 +92,8 @@ class Editor:
 
     def copy(self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
         """The same operation on other arguments, with its own example value."""
+        if len(_devices(node.args, node.kwargs)) < 2:
+            args, kwargs = self._on_one_device(args, kwargs)
         new = self.graph.create_node(node.op, node.target, args, kwargs, name=node.name)
         new.meta = {key: held for key, held in node.meta.items() if key not in ("example_value", "val")}
         if node.op == "get_attr":
@@ -166,7 +168,14 @@ class Editor:
         raise AssertionError("a traced graph has an output")
 
 
-def _nodes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Node]:
-    found: list[Node] = []
-    map_arg((args, kwargs), found.append)
+def _devices(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[torch.device, bool]:
+    """Where the tensors lie that are read, in order, and whether any there is of floating point; scalars may lie anywhere."""
+    found: dict[torch.device, bool] = {}
+
+    def note(node: Node) -> None:
+        held = value(node)
+        if isinstance(held, torch.Tensor) and held.dim():
+            found[held.device] = found.get(held.device, False) or held.is_floating_point()
+
+    map_arg((args, kwargs), note)
     return found

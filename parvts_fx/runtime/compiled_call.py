@@ -12,12 +12,13 @@ import torch
 from parvts_fx.errors import BeginAgain, NamesAreNeeded, NotRewritten, tell_unrewritten
 from parvts_fx.options import Options
 from parvts_fx.runtime.cached_rows import can_follow, given_mask, rows_by_mask, with_cached_columns
-from parvts_fx.runtime.caches import find_caches, has_stream, is_cache, with_own_caches
+from parvts_fx.runtime.caches import find_caches, has_stream, with_own_caches
 from parvts_fx.runtime.call import Call, TensorTable, begin_call
 from parvts_fx.runtime.closed_modules import ClosedModules
 from parvts_fx.runtime.garbage import no_collections
 from parvts_fx.runtime.joined_features import JoinedFeatures
 from parvts_fx.runtime.pruned_caches import remember_pruned
+from parvts_fx.runtime.read_call import read_call, rows_of_none_of
 from parvts_fx.runtime.record import NO_VISUALS, CallRecord, OnCall, keep_record
 from parvts_fx.runtime.static_caches import lend_growing_cache
 from parvts_fx.runtime.unseen import Unseen
@@ -134,7 +135,7 @@ class _Watched:
                     if self._anew is not None:
                         told.can_begin_again = functools.partial(self._closed.can_close, breaks)
                     if prompts:
-                        told.told_by_ids = functools.partial(_rows_of_none_of, self._model, prompts)
+                        told.told_by_ids = functools.partial(rows_of_none_of, self._model, prompts)
                         told.mask_rows = rows_by_mask(mask, find_caches(args, kwargs))
                     told.by_sample, told.names_sizes = by_sample and self._by_sample, self._names_sizes
                     output = (self._run_uncompiled if moves else self._call)(*args, **kwargs)
@@ -257,52 +258,3 @@ class _Frames:
         unnamed = self._captured - self._named
         self._named |= unnamed
         return bool(unnamed)
-
-
-def read_call(
-    args: Sequence[object], kwargs: Mapping[str, object], returned: TensorTable[bool]
-) -> tuple[list[torch.Tensor], bool, bool]:
-    """What may be the ids of a call, whether it is given a prompt's ids beside numbers that are neither a mask nor
-    embeddings nor a cache nor anything else that an earlier call has returned (a cache in tuples): pictures. And whether it is
-    a decode step.
-
-    One id a sample beside a mask is a decode step, whatever else (positions as numbers, say) comes with it.
-    """
-    given = [held for held in (*args, *kwargs.values()) if not is_cache(held)]
-    tensors = [held for held in tree_leaves(given) if isinstance(held, torch.Tensor) and held.dim() > 1]
-    ids = [held for held in tensors if held.dtype == torch.int64 and held.dim() == 2]
-    prompts = [held for held in ids if held.shape[1] > 1]
-    pictures = bool(prompts) and any(
-        held.is_floating_point() and held.shape[:2] != prompts[0].shape and held.shape[-1] != prompts[0].shape[1]
-        and not returned.get(held) for held in tensors)
-    if pictures and len(ids) > len(prompts) == 1 and int(prompts[0].max()) <= 1:
-        pictures = False  # the one long row of integers is a mask over a cache
-    embedded = any(held.is_floating_point() and held.dim() == 3 and held.shape[1] > 1 for held in tensors)
-    is_step = len(ids) > len(prompts) or not prompts and not embedded
-    return prompts, pictures, is_step
-
-
-@torch.no_grad()
-def _rows_of_none_of(
-    model: torch.nn.Module, prompts: Sequence[torch.Tensor], embeddings: torch.Tensor
-) -> torch.Tensor | None:
-    """[batch, seq] bool: rows of merged embeddings [batch, seq, hidden] that are not the input embeddings of the ids.
-
-    None if there is no such row, or if they cannot be told apart: then no row with content is an id's own, or all others
-    are alike (placeholders that are yet to be filled). Of several rows of integers the ids are those that most rows fit.
-    """
-    if embeddings.dim() != 3 or not embeddings.is_floating_point():
-        return None
-    table: Any = getattr(model, "get_input_embeddings", lambda: None)()
-    size = getattr(getattr(table, "weight", None), "shape", (0,))[0]
-    candidates = []
-    for ids in prompts if size else ():
-        if ids.shape == embeddings.shape[:2]:
-            known = table(ids.clamp(0, size - 1))
-            candidates.append((known == embeddings).all(-1) if known.shape == embeddings.shape else torch.zeros_like(ids).bool())
-    candidates = [same for same in candidates if same.logical_and(embeddings.any(-1)).any()]
-    if not candidates:
-        return None
-    same = max(candidates, key=lambda same: int(same.sum()))  # positions may be ids of a few rows by chance
-    others = embeddings[~same]
-    return None if len(others) == 0 or len(others) > 1 and bool((others == others[0]).all()) else ~same

@@ -15,7 +15,7 @@ import torch
 from parvts_fx.errors import warn
 from parvts_fx.options import Options
 from parvts_fx.runtime.call import TensorTable
-from parvts_fx.runtime.compiled_call import read_call
+from parvts_fx.runtime.read_call import read_call
 
 _OVERRIDES: contextvars.ContextVar[tuple[tuple[torch.nn.Module, Options], ...]] = contextvars.ContextVar(
     "parvts_fx_overrides", default=())
