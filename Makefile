@@ -1,4 +1,4 @@
-# Two commands do everything: `make demo` and `make test`. Both set up a virtual environment first. `make test-all` takes longer.
+# Two commands do everything: `make demo` and `make test`. Both set up a virtual environment first. `make test-rest` takes longer.
 # `make test-versions` runs part of the tests with other versions of torch and transformers, `make test-recipes` those of examples/,
 # `make test-gpu` those that need a GPU, `make check-cuda` compiles for one.
 
@@ -13,18 +13,22 @@ floor := torch==2.11.0 transformers==5.17.0
 pinned := --constraint constraints.txt
 newest := --upgrade --upgrade-strategy eager
 
-.PHONY: demo test test-all test-versions test-recipes test-gpu check-cuda fuzz lint types docs clean
+.PHONY: demo test test-rest test-all test-versions test-recipes test-gpu check-cuda fuzz lint types docs clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python -m bench.demo
 
 # One thread per test process: the models are small, and two processes share two cores.
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --cases quick
 
-# Every combination of parameters; `make test` meets each value of each.
+# What that leaves out for time: tests that are marked slow, and a second case for each value of their parameters. CI runs both.
+test-rest: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --cases rest
+
+# Every combination of parameters; the two above meet each value of each.
 test-all: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --all-cases
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --cases all
 
 # As many random models as wanted, from another seed each time: make fuzz FUZZ="--count 100 --seed 7".
 FUZZ ?= --count 500 --workers 2
@@ -65,18 +69,18 @@ test-recipes:
 	.venvs/recipes/bin/python -m pip uninstall --quiet --yes torchvision
 	$(pytest_recipes) tests/recipes --ignore tests/recipes/test_other_packages.py
 
-pytest_recipes := OMP_NUM_THREADS=1 .venvs/recipes/bin/python -m pytest -o addopts="-q --strict-markers -p no:logging" -rs --all-cases
+pytest_recipes := OMP_NUM_THREADS=1 .venvs/recipes/bin/python -m pytest -o addopts="-q --strict-markers -p no:logging" -rs --cases all
 
 # What only a GPU can show, with a Python whose torch can use one: make test-gpu GPU_PYTHON=python3. Without a GPU they fail.
 GPU_PYTHON ?= $(VENV)/bin/python
 test-gpu:
-	$(GPU_PYTHON) -m pytest -o addopts="-q --strict-markers -p no:logging" --all-cases tests/gpu
+	$(GPU_PYTHON) -m pytest -o addopts="-q --strict-markers -p no:logging" --cases all tests/gpu
 
 # What graphs become on a GPU, without one: lowered for an H100 by a build of torch for CUDA (several GB, kept in .venvs).
 check-cuda:
 	$(PYTHON) -m venv .venvs/cuda
 	.venvs/cuda/bin/python -m pip install --quiet $(floor) --editable ".[demo,test]"
-	OMP_NUM_THREADS=1 .venvs/cuda/bin/python -m pytest -o addopts="-q --strict-markers -p no:logging" --all-cases -n 2 -rs tests/cuda
+	OMP_NUM_THREADS=1 .venvs/cuda/bin/python -m pytest -o addopts="-q --strict-markers -p no:logging" --cases all -n 2 -rs tests/cuda
 
 # What `make test` does not show: the style, and the types.
 lint: $(VENV)/.types

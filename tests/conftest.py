@@ -20,14 +20,15 @@ _ran = itertools.count(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all-cases", action="store_true", help="every combination of parameters, not each value of each alone")
+    parser.addoption("--cases", choices=covering.SELECTIONS, default="covered", help="which tests and parameters to run: "
+                     "those of make test, those that it leaves to CI, both, or all combinations [covered]")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """``versions``: the first case of every test that shows what is supported, beside those that are marked."""
-    if not config.getoption("--all-cases"):
-        left = set(covering.left_out(items))
+    left = covering.left_out(items, config.getoption("--cases"))
+    if left:
         config.hook.pytest_deselected(items=list(left))
         items[:] = [item for item in items if item not in left]
     met = set()

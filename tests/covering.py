@@ -1,4 +1,4 @@
-"""Which cases of a large grid of parameters run where time is short: each value is met, not each combination."""
+"""Which tests run where time is short, and of a grid of parameters which cases: each value is met, not each combination."""
 
 from __future__ import annotations
 
@@ -7,20 +7,33 @@ from collections.abc import Sequence
 
 import pytest
 
-_FEW = 12
-"""Grids of so many cases run whole."""
+SELECTIONS = ("quick", "rest", "covered", "all")
+"""What ``--cases`` takes: all cases; those that meet each value of each parameter twice; of these and of tests that are not
+marked ``slow`` as many as meet each value once; and the difference of the last two."""
 
-_TIMES = 2
-"""So often each value is met, if it stands in as many cases."""
+_QUICK, _COVERED = (2, 1), (12, 2)
+"""Grids of so many cases run whole; of larger ones each value is met so often, if it stands in as many cases."""
 
 
-def left_out(items: Sequence[pytest.Item]) -> list[pytest.Item]:
-    """The cases without which each value of each parameter of a test is still met, and still in different company."""
+def left_out(items: Sequence[pytest.Item], selection: str) -> set[pytest.Item]:
+    """The cases that a selection (:data:`SELECTIONS`) does without."""
+    if selection == "all":
+        return set()
+    if selection == "covered":
+        return _thinned(items, *_COVERED)
+    slow = {item for item in items if item.get_closest_marker("slow")}
+    others = slow | _thinned([item for item in items if item not in slow], *_QUICK)
+    if selection == "quick":
+        return others
+    return (set(items) - others) | _thinned(items, *_COVERED)
+
+
+def _thinned(items: Sequence[pytest.Item], few: int, times: int) -> set[pytest.Item]:
     grids: dict[object, list[pytest.Item]] = collections.defaultdict(list)
     for item in items:
         if len(_values_of(item)) > 1:
             grids[item.function].append(item)
-    return [item for cases in grids.values() if len(cases) > _FEW for item in _left_out_of(cases)]
+    return {item for cases in grids.values() if len(cases) > few for item in _left_out_of(cases, times)}
 
 
 def _values_of(item: pytest.Item) -> list[tuple]:
@@ -32,10 +45,10 @@ def _values_of(item: pytest.Item) -> list[tuple]:
     return [(axis, tuple(id(given[name]) for name in axis)) for axis in axes]
 
 
-def _left_out_of(cases: list[pytest.Item]) -> list[pytest.Item]:
+def _left_out_of(cases: list[pytest.Item], times: int) -> list[pytest.Item]:
     """Greedily: next comes the case with the most values that are not met often enough, the first of these."""
     values = {case: _values_of(case) for case in cases}
-    missing = {value: min(_TIMES, count) for value, count in collections.Counter(
+    missing = {value: min(times, count) for value, count in collections.Counter(
         value for held in values.values() for value in held).items()}
     rest = list(cases)
     while any(missing.values()):

@@ -36,7 +36,7 @@ def table() -> str:
     """Markdown rows: area, what holds, the tests that show it and how many cases they have."""
     plugin = Collect()
     code = pytest.main(
-        ["--collect-only", "--all-cases", "-o", "addopts=", "-p", "no:terminal", str(ROOT / "tests")], plugins=[plugin])
+        ["--collect-only", "--cases=all", "-o", "addopts=", "-p", "no:terminal", str(ROOT / "tests")], plugins=[plugin])
     if code != pytest.ExitCode.OK:
         raise RuntimeError(f"the tests cannot be collected ({code!r})")
     rows = ["| area | what holds | shown by (cases) |", "| --- | --- | --- |"]

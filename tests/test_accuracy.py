@@ -282,6 +282,7 @@ def test_a_model_of_the_other_task_is_taken_over():
     assert len(further) > 0 and torch.equal(model.lm_head.weight[len(TIDY.words):], further)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["parvts", "pooled", "chosen"])
 def test_pairs_go_through_every_way_to_answer(kind):
     """An untrained model, with every token kept: as it answers alone; a prompt's image tokens are those of both pictures."""
@@ -345,6 +346,7 @@ def way(kind: str, kept: int) -> Way:
     return Way(kind, kept, stages=named(kind)(kept)) if kind in SCHEDULES else Way(kind, kept, kind=kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_ways_keep_every_token_or_drop_some(trained, examples, whole, kind):
     """With every token they answer like the model; with few they answer less, and cost less."""
@@ -358,6 +360,7 @@ def test_ways_keep_every_token_or_drop_some(trained, examples, whole, kind):
     assert few.mean() < whole.mean() and cheap < 0.6 * dear
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept, least", [(48, 0.975), (32, 0.96), (16, 0.88)])
 def test_the_defaults_keep_most_answers(trained, kept, least):
     """Fresh pictures, nothing but the compile call: within what chance allows of the figures in docs/merging.md (99.8, 99.4

@@ -76,6 +76,7 @@ def test_importing_changes_nothing():
     assert done.stdout == "fine\n", done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.captures_once
 @pytest.mark.versions
 @pytest.mark.supports("Lowerings", "eager, aot_eager and other registered backends")
@@ -192,6 +193,7 @@ def test_tensorrt_stand_in(model, prompt, monkeypatch):
     assert sum(count > 0 for count in sorts) == 1, "exactly one of the graphs holds the partition"
 
 
+@pytest.mark.slow
 @pytest.mark.supports("torch.compile", "several compiled models with different options in one process")
 def test_three_models_side_by_side(prompt):
     models = [llava.build(layers=2, seed=seed) for seed in range(3)]
@@ -206,6 +208,7 @@ def test_three_models_side_by_side(prompt):
                 assert_equal_prefill(model(**prompt.inputs), one)
 
 
+@pytest.mark.slow
 def test_reset_leaves_no_state(model, prompt):
     wanted = [expected_of(model, prompt, keep_tokens=count) for count in (2, 5)]
     for one, count in zip(wanted, (2, 5)):
@@ -252,6 +255,7 @@ CACHED = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Lowerings", "AOTAutograd's and Inductor's caches hit in a second process")
 @pytest.mark.inductor
 @pytest.mark.parametrize("dynamic, kernels, options", [
@@ -279,6 +283,7 @@ def test_both_compile_caches_hit_in_a_second_process(tmp_path, dynamic, kernels,
     assert length == 9 and aot["autograd_cache_miss"] >= 1 and inductor["fxgraph_cache_miss"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.inductor
 @pytest.mark.parametrize("fusion, dynamic", [("attention", None), (0.3, True)])
 def test_inductor(fusion, dynamic):
@@ -292,6 +297,7 @@ def test_inductor(fusion, dynamic):
         assert largest_error(fast(given.ids, given.features, given.mask), wanted) <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.captures_once
 @pytest.mark.supports("Lowerings", "inductor (CPU)")
 @pytest.mark.inductor

@@ -71,6 +71,7 @@ def test_the_prefill_is_the_models_own(model: torch.nn.Module):
     assert reference.relative_error(Prefill(model)(*scene.inputs)[0], expected) <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [METHODS[name] for name in (
     "eager", "inductor", "downsampled image", "random", "FastV", "PyramidDrop", "parvts")], ids=lambda method: method.name)
 def test_keeping_all_is_the_full_model(method: Method, scene: Scene):
@@ -80,6 +81,7 @@ def test_keeping_all_is_the_full_model(method: Method, scene: Scene):
     assert [layer.keys.shape[2] for layer in cache.layers] == [TEXT + VISUAL] * LAYERS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_what_is_cached(method: Method, scene: Scene):
     _, cache = run(method, scene, KEPT)
@@ -129,6 +131,7 @@ def test_fastv_keeps_the_tokens_with_most_attention(scene: Scene):
     assert reference.relative_error(logits, expected) <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["PyramidDrop", "joint", "diverse", "parvts", "parvts, not merged", "parvts fusion 0.5"])
 def test_schedules_compute_what_the_reference_does(name: str, scene: Scene):
     text, stages = scene.model.model.language_model, METHODS[name].stages(KEPT)
@@ -139,6 +142,7 @@ def test_schedules_compute_what_the_reference_does(name: str, scene: Scene):
     assert reference.relative_error(logits, torch.stack([sample.logits[-1] for sample in expected])) <= TOLERANCE
 
 
+@pytest.mark.slow
 def test_answers_are_the_models_greedy_ones(scene: Scene):
     built = Company(nothing).join(build(METHODS["parvts"], scene, VISUAL, backend=nothing))
     _, tokens = answer(built, 4)
@@ -151,6 +155,7 @@ def test_answers_are_the_models_greedy_ones(scene: Scene):
 # -- what is measured -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["FastV", "parvts"])
 def test_the_floor_computes_what_the_graph_does(name: str, scene: Scene):
     built = build(METHODS[name], scene, KEPT, backend=nothing)
@@ -184,6 +189,7 @@ TINY = ["--short", "--lowering", "eager", "--layers", "3", "--width", "128", "--
         "--tokens", "2"]
 
 
+@pytest.mark.slow
 def test_a_whole_run_writes_every_column(tmp_path):
     compare.main([*TINY, "--out", str(tmp_path)])
     written = json.loads((tmp_path / "compare.json").read_text())
@@ -217,6 +223,7 @@ def test_arguments_that_make_no_sense(arguments: list[str], complaint: str, caps
 # -- bench.schedules, tables ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_named_schedule_beside_inductor(tmp_path):
     path = tmp_path / "schedules.json"
     schedules.main(["--layers", "2", "--width", "64", "--visual", "36", "--kept", "4", "--lowering", "eager", "--repeats", "1",
@@ -254,6 +261,7 @@ def test_tables_for_pages_and_for_terminals():
 # -- bench.gpu --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_gpu_script_in_its_small_form(tmp_path):
     path = tmp_path / "gpu.json"
     assert gpu.main(["--small", "--lowering", "eager", "--only", "qwen", "--repeats", "1", "--tokens", "2",
@@ -265,6 +273,7 @@ def test_the_gpu_script_in_its_small_form(tmp_path):
     assert merged < whole
 
 
+@pytest.mark.slow
 def test_the_gpu_script_measures_one_by_one_what_was_compiled_together(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "SMALL", tuple(dataclasses.replace(config, answers=False) for config in gpu.SMALL))
     path = tmp_path / "gpu.json"
@@ -303,6 +312,7 @@ def test_positions_on_a_grid_are_qwens_own():
     assert scene.next_position == scene.prompt + int(delta)
 
 
+@pytest.mark.slow
 def test_what_merging_costs(tmp_path: Path) -> None:
     """That the forms of a call agree is asserted in there."""
     out = tmp_path / "cost.json"
@@ -314,6 +324,7 @@ def test_what_merging_costs(tmp_path: Path) -> None:
     assert [sheet.headings[1] for sheet in merging_cost.sheets(found)] == ["time", "causal, nothing counted"]
 
 
+@pytest.mark.slow
 def test_uneven_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(uneven_batches, "EVEN", ((2, 3),) * 2)
     monkeypatch.setattr(uneven_batches, "UNEVEN", ((2, 2), (2, 4)))
@@ -326,6 +337,7 @@ def test_uneven_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert "times the even one" in figures.uneven_batches(found).title
 
 
+@pytest.mark.slow
 def test_picture_sizes(tmp_path: Path) -> None:
     """Each method in a process of its own; that every prompt is pruned is asserted in there."""
     file = tmp_path / "sizes.json"

@@ -32,6 +32,7 @@ CASES = [(name, 19) for name in SCHEDULES] + [("2", 18)]
 """In a prompt of 19 rows the last block is there in part."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule, length", CASES)
 def test_blocks_are_those_of_the_rows_that_are_left(schedule: str, length: int) -> None:
     result = outcome(Specification(**{**BASE, "length": length}), dataclasses.replace(SCHEDULES[schedule], dynamic=True))
@@ -43,6 +44,7 @@ def test_static_sizes_do_not_tell() -> None:
     assert result.kind == "refused" and "dynamic=True" in result.reason, result
 
 
+@pytest.mark.slow
 def test_the_call_is_captured_again_where_sizes_have_names() -> None:
     """So that a compiled model prunes without being told; what explains it says so, too."""
     spec, choice = Specification(**BASE), SCHEDULES["2"]

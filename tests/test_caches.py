@@ -234,6 +234,7 @@ def step(way: str, model: Any, inputs: dict[str, Tensor], cache: Any) -> Tensor:
     return model(*(inputs.get(name) for name in names), cache).logits
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Calls", "with parvts_fx.compile, transformers caches keep their count, whichever way they are passed")
 @pytest.mark.parametrize("passed", ["keyword", "position", "nested"])
 def test_transformers_caches_are_corrected(said: Said, conversation: Any, passed: str) -> None:
@@ -252,6 +253,7 @@ def test_transformers_caches_are_corrected(said: Said, conversation: Any, passed
     assert tokens == wanted and said.new() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("passed", ["keyword", "position", "nested"])
 def test_transformers_caches_warn_with_the_string(said: Said, conversation: Any, passed: str) -> None:
     model, first, wanted = conversation

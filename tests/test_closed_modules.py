@@ -98,6 +98,7 @@ def compiled(model: Any, **options: Any) -> Any:
 PROMPTS = {"one": [[2, "image", 3]], "longer": [[4, "image", 8]], "padded": [[4, "image", 8], [1, "image", 3]]}
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Graphs", "modules of a layer that Dynamo cannot capture, and in which tokens do not meet: experts that "
                                 "are looped over, or chosen apart for two kinds of tokens")
 @pytest.mark.parametrize("kind, options", [(Looped, {}), (First, {"fusion": 0.4})])
@@ -113,6 +114,7 @@ def test_prompts_are_rewritten(kind: type[nn.Module], options: dict) -> None:
     assert not any("forward" in vars(part) for part in mlps(model))
 
 
+@pytest.mark.slow
 def test_generate_and_a_copy() -> None:
     model = model_with(Looped)
     prompt = llava.prompt(model, PROMPTS["longer"])
@@ -133,6 +135,7 @@ def test_they_are_explained() -> None:
     assert [graph.status for graph in report.graphs].count("rewritten") == 1 and len(report.graphs) == 1
 
 
+@pytest.mark.slow
 def test_through_inductor() -> None:
     model = model_with(Looped, layers=2)
     prompt = llava.prompt(model, PROMPTS["one"])
@@ -177,6 +180,7 @@ def changed_part(module: Looped) -> None:
     module.gate = part
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [changed_number, changed_part])
 def test_changes_are_seen(change: Any) -> None:
     model = model_with(Looped)
@@ -192,6 +196,7 @@ def test_changes_are_seen(change: Any) -> None:
     assert relative_error(before, found.logits) > 1e-3
 
 
+@pytest.mark.slow
 def test_gradients_are_the_models_own() -> None:
     model = model_with(Looped)
     prompt = llava.prompt(model, PROMPTS["one"])
@@ -207,6 +212,7 @@ def test_gradients_are_the_models_own() -> None:
     assert found and all(torch.allclose(one, held.grad, rtol=1e-4, atol=1e-6) for one, held in zip(found, own))
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Left unrewritten", "a layer's module that Dynamo cannot capture, and in which tokens meet")
 def test_where_rows_meet_nothing_is_closed() -> None:
     model = model_with(Meeting)

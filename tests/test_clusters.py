@@ -70,12 +70,14 @@ def test_without_skipping_dead_rows(model: Any) -> None:
     check(model, llava.prompt(model, PROMPTS["padding"]), stages=ONE, skip_dead_rows=False)
 
 
+@pytest.mark.slow
 @pytest.mark.captures_once
 @pytest.mark.inductor
 def test_inductor(model: Any) -> None:
     check(model, llava.prompt(model, PROMPTS["padding"]), stages=SCHEDULES["twice"], lowering="inductor")
 
 
+@pytest.mark.slow
 def test_prompts_of_several_lengths(model: Any) -> None:
     prompts = [llava.prompt(model, [[before, "image", behind]]) for before, behind in ((3, 5), (4, 9), (2, 3))]
     wanted = [expected(model, prompt, stages=ONE)[0] for prompt in prompts]
@@ -88,6 +90,7 @@ def test_prompts_of_several_lengths(model: Any) -> None:
         uncompile(model)
 
 
+@pytest.mark.slow
 def test_a_sample_does_not_depend_on_its_batch(model: Any) -> None:
     rows = [[3, "image", 5], [2, "image", 2], [6, "image", 4]]
     together = llava.prompt(model, rows)
@@ -103,6 +106,7 @@ def test_a_sample_does_not_depend_on_its_batch(model: Any) -> None:
         uncompile(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given, same", [
     ({}, {"merge": "clusters", "score": "placed"}), ({"fusion": 0.5}, {"fusion": 0.5, "merge": None, "score": "placed"})],
     ids=["attention fusion merges", "constant weights do not"])

@@ -80,6 +80,7 @@ def tried(capsys: pytest.CaptureFixture[str], tmp_path: Path, *arguments: object
     return json.loads(out)
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Command", "parvts-fx try on the trained model: the answers of direct calls, whole and pruned")
 def test_the_trained_model(capsys: Any, tmp_path: Path, scene: Any, square: Path) -> None:
     """The direct calls' prompt is the one that the evaluation lays out by itself."""
@@ -152,6 +153,7 @@ SMALL = {  # pictures, visual tokens, whether they can be drawn, tokens of the a
     "llava": (1, 16, True, 3), "paddleocr_vl": (2, 16, True, 1), "gemma3": (1, 16, True, 1), "idefics3": (1, 48, False, 1)}
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Command", "parvts-fx try: prompts by the processor of llava (no chat template), paddleocr_vl, gemma3, "
                       "idefics3")
 @pytest.mark.parametrize("name", SMALL)
@@ -217,6 +219,7 @@ class Page(html.parser.HTMLParser):
         self.text.append(data)
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Command", "parvts-fx try --html: one page that stands by itself")
 def test_the_page(capsys: Any, tmp_path: Path, square: Path) -> None:
     """Every element is closed, both pictures are in it and decode, what was said and measured is there, escaped, and nothing

@@ -86,6 +86,7 @@ def test_prompts(capsys: Any, tmp_path: Path, picture: Path) -> None:
     assert "the model cannot answer this prompt: " in told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more, words", [
     (["--keep-tokens", "0"], "option keep_tokens=0"), (["--keep-ratio", "2"], "option keep_ratio=2"),
     (["--stages", "slowv"], "slowv"), (["--score", "nrom"], 'Did you mean "norm"?'), (["--fusion", "1.5"], "option fusion=1.5"),

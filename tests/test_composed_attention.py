@@ -92,6 +92,7 @@ def prompt(batch: int) -> tuple[Tensor, Tensor, Tensor]:
     return ids, torch.randn(batch * VISUAL, WIDTH, generator=generator), hidden
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Models", "decoders of nn.MultiheadAttention and of nn.TransformerEncoderLayer")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES.keys())

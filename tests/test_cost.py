@@ -151,6 +151,7 @@ def prefills() -> dict[int, tuple[Tally, Tally]]:
     return found
 
 
+@pytest.mark.slow
 def test_few_rows_wait_for_weights_and_many_for_arithmetic(prefills: dict[int, tuple[Tally, Tally]]) -> None:
     alone, eight = (tuple(predict(one, H100) for one in prefills[batch]) for batch in (1, 8))
     assert (alone[0].bound, alone[1].bound) == ("arithmetic", "weights")

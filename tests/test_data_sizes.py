@@ -126,6 +126,7 @@ def test_a_first_prompt_of_which_all_is_kept_decides_nothing_for_later_ones() ->
     assert outputs[1][1][0][0].shape[-2] == spec.length - visual + 3
 
 
+@pytest.mark.slow
 def test_what_was_written_for_one_kept_token_is_not_used_for_more() -> None:
     """A batch for whose mean one token would stay, then equal rows: which sizes a graph that is written late fits, no guard of
     Dynamo's tells."""

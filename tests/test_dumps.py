@@ -68,6 +68,7 @@ def test_explain_prints_tables(model, prompt):
         assert word in text
 
 
+@pytest.mark.slow
 def test_explain_gives_the_reason(model):
     prompt = llava.prompt(model, [[3, "image", 6]])
     report = parvts_fx.explain(model, **prompt.inputs, output_hidden_states=True)
@@ -106,6 +107,7 @@ def test_one_log_line_per_pass(model, prompt):
     assert lines == [str(record) for record in report.prefill.passes] and len(lines) >= 3
 
 
+@pytest.mark.slow
 @pytest.mark.versions
 @pytest.mark.parametrize("fusion", ["attention", 0.5])
 def test_dumps_run(model, prompt, tmp_path, monkeypatch, fusion):

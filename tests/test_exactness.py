@@ -35,6 +35,7 @@ def test_prompts(model, rows, fusion):
           steps=3 if fusion == "attention" and len(rows) > 1 else 0)
 
 
+@pytest.mark.slow
 @pytest.mark.captures_once
 @pytest.mark.supports("Options", "migration depth 0 to the number of layers, both fusions")
 @pytest.mark.parametrize("fusion", ["attention", 0.0, 1.0])
@@ -43,6 +44,7 @@ def test_migration_depths(model, depth, fusion):
     check(model, llava.prompt(model, PROMPTS["left padding"]), migration_depth=depth, fusion=fusion, keep_tokens=5)
 
 
+@pytest.mark.slow
 @pytest.mark.captures_once
 @pytest.mark.supports("Options", "one token to all but one kept, by share or by count")
 @pytest.mark.parametrize("fusion", ["attention", 0.6])
@@ -51,6 +53,7 @@ def test_kept_shares(model, keep, fusion):
     check(model, llava.prompt(model, PROMPTS["one image"]), fusion=fusion, **keep)
 
 
+@pytest.mark.slow
 @pytest.mark.captures_once
 @pytest.mark.supports("Options", "joint paths")
 @pytest.mark.parametrize("depth", [0, 2, 3])
@@ -68,6 +71,7 @@ def test_text_models(text, heads, groups):
     check(model, llava.prompt(model, PROMPTS["left padding"]), keep_ratio=0.25, steps=3 if text == "qwen2" and groups == 1 else 0)
 
 
+@pytest.mark.slow
 @pytest.mark.captures_once
 @pytest.mark.supports("Models", "fused attention (sdpa) and attention written out (eager)")
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -89,6 +93,7 @@ COLLISIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.captures_once
 @pytest.mark.supports("Prompts", "sizes that collide: sequence length equal to hidden size, vocabulary, head size, batch, ...")
 @pytest.mark.parametrize("fusion", ["attention", 0.3])
@@ -98,6 +103,7 @@ def test_colliding_sizes(sizes, rows, fusion):
     check(model, llava.prompt(model, rows), keep_ratio=0.25, fusion=fusion, migration_depth=1)
 
 
+@pytest.mark.slow
 @pytest.mark.supports("torch.compile", "dynamic None, True and False; further calls with other lengths")
 @pytest.mark.parametrize("dynamic, fusion", [(None, "attention"), (None, 0.3), (True, "attention"), (False, "attention")])
 def test_further_calls_with_other_lengths(model, dynamic, fusion):
@@ -113,6 +119,7 @@ def test_further_calls_with_other_lengths(model, dynamic, fusion):
         uncompile(model)
 
 
+@pytest.mark.slow
 @pytest.mark.supports("torch.compile", "ten prompts of ten lengths and image positions: two compiles of the prefill")
 @pytest.mark.parametrize("fusion", ["attention", 0.3])
 def test_few_compiles_for_many_lengths(model, monkeypatch, fusion):
@@ -138,6 +145,7 @@ def test_few_compiles_for_many_lengths(model, monkeypatch, fusion):
     assert 1 <= found.count("rewritten") <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Models", "bfloat16, at its own tolerance")
 @pytest.mark.parametrize("fusion", ["attention", 0.3])
 def test_bfloat16(fusion):

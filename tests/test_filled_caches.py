@@ -77,6 +77,7 @@ WAYS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Calls", "a picture behind a cached system prompt")
 @pytest.mark.parametrize("attention, options, batch", WAYS, ids=map(" ".join, WAYS))
 @torch.no_grad()
@@ -137,6 +138,7 @@ def kept_by_place(hidden: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
     return (visual.long().cumsum(1) % 4 == 1).float()
 
 
+@pytest.mark.slow
 @pytest.mark.versions
 @pytest.mark.supports("Calls", "further turns with pictures on a pruned cache")
 @torch.no_grad()
@@ -161,6 +163,7 @@ def test_turns_with_pictures_equal_those_of_kept_tokens_alone():
         assert relative_error(mine.keys, its.keys) < TOLERANCE and relative_error(mine.values, its.values) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.versions
 @pytest.mark.supports("Calls", "batches whose further turns are padded, behind a pruned prompt")
 @torch.no_grad()
@@ -179,6 +182,7 @@ UNEVEN: list[list[list[int | str]]] = [
 """Turns of three samples, in the second and third of which these have other numbers of visual tokens."""
 
 
+@pytest.mark.slow
 @pytest.mark.versions
 @pytest.mark.supports("Batches", "rows with other numbers of visual tokens in further turns, on caches whose rows differ already")
 @pytest.mark.parametrize("attention, options, talks", [
@@ -231,6 +235,7 @@ def taken_off(cache: Any, tokens: int) -> tuple[int]:
     return (cache.get_seq_length() - tokens if "max_length" in inspect.signature(DynamicLayer.crop).parameters else -tokens,)
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Warned about", "a picture on a pruned cache under the string backend, without position ids")
 @torch.no_grad()
 def test_the_string_backend_says_that_positions_are_counted_from_a_short_cache():

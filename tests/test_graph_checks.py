@@ -222,6 +222,7 @@ def test_rows_that_stay_are_caught_whatever_is_chosen(choice: dict[str, Any]) ->
         run_broken(change_outputs(all_rows), (returns_what_is_left,), choice)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lean", [True, False], ids=["lean", "full"])
 @pytest.mark.parametrize("name", SPECIFICATIONS)
 @pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES.keys())
@@ -337,6 +338,7 @@ def distance(actual: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     return max(relative_error(*pair) for pair in zip(actual, wanted, strict=True))
 
 
+@pytest.mark.slow
 @EACH
 def test_the_whole_pipeline_is_right(model: str, schedule: str) -> None:
     found, spec, stages = prepared(model, schedule), MODELS[model], SCHEDULES[schedule]
@@ -364,6 +366,7 @@ def test_any_order_gives_the_same_or_an_error(model: str, schedule: str) -> None
         assert distance(found.results(Emit(), RemoveDeadCode(), plan=plan), found.wanted) < TOLERANCE
 
 
+@pytest.mark.slow
 @EACH
 def test_savings_change_nothing_and_any_other_pass_is_missed(model: str, schedule: str) -> None:
     """Of all subsets in order: those without one that is needed say which."""

@@ -164,6 +164,7 @@ def test_nothing_late_runs_on_all_rows(spec: Specification, choice: dict[str, An
             assert not set(more) & set(hint_shape(value(node)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("last_only", [False, True])
 @every_model
 @every_choice
@@ -223,6 +224,7 @@ def test_inputs_stay(spec: Specification, choice: dict[str, Any]) -> None:
     assert all(value(ours) is value(theirs) for ours, theirs in zip(new, old))
 
 
+@pytest.mark.slow
 @every_choice
 def test_original_stays(choice: dict[str, Any]) -> None:
     module, inputs = captured(SPECIFICATIONS["masked"])
@@ -232,6 +234,7 @@ def test_original_stays(choice: dict[str, Any]) -> None:
     assert spelled(module) == before and module.code == code and "parvts_fx" not in module.meta
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
 @every_choice
 def test_second_rewrite_changes_nothing(choice: dict[str, Any], dynamic: bool | None) -> None:

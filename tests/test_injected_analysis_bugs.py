@@ -399,6 +399,7 @@ MISSING_CHECKS: dict[str, tuple[Patch, Comparison]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("patch, comparison", [*BUGS.values(), *MISSING_CHECKS.values()], ids=[*BUGS, *MISSING_CHECKS])
 def test_bug_is_found(monkeypatch: pytest.MonkeyPatch, patch: Patch, comparison: Comparison) -> None:
     faults: list[Exception] = []
@@ -415,6 +416,7 @@ def by_comparison(bugs: dict[str, tuple[Patch, Comparison]]) -> Any:
     return pytest.mark.parametrize("comparison", names.keys(), ids=names.values())
 
 
+@pytest.mark.slow
 @by_comparison(BUGS)
 def test_comparison_passes_without_the_bug(comparison: Comparison) -> None:
     assert comparison.error() < TOLERANCE

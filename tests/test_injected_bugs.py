@@ -605,6 +605,7 @@ def test_bug_is_found(monkeypatch: pytest.MonkeyPatch, patch: Patch, comparison:
     assert comparison.error() > FOUND
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("comparison", dict.fromkeys(comparison for _, comparison in BUGS.values()), ids=str)
 def test_comparison_passes_without_the_bug(comparison: Comparison) -> None:
     assert comparison.error() < TOLERANCE

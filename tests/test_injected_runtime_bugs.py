@@ -449,7 +449,7 @@ BUGS: dict[str, tuple[Patch, Callable[[], float]]] = {
     "labels seen everywhere": (put(guards, "_has_labels", lambda: True), even_rows),
     "compiled form of another number": (wrap(Dispatch, "__init__", one_form), another_number),
     "a merge handed over for another tensor": (stale(), handed_over),
-    "rows of features off by one": (wrap(compiled_call, "_rows_of_none_of", next_rows), told_by_ids),
+    "rows of features off by one": (wrap(compiled_call, "rows_of_none_of", next_rows), told_by_ids),
     "dropped count off by one": (
         wrap(Call, "tell_pruning", lambda original, call, dropped: original(call, dropped + 1)), conversation),
     "cache count not corrected": (put(compiled_call, "remember_pruned", lambda *_, **__: None), conversation),
@@ -485,6 +485,7 @@ def error(compare: Callable[[], float]) -> float:
         return compare()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("patch, compare", BUGS.values(), ids=BUGS.keys())
 def test_bug_is_found(monkeypatch: pytest.MonkeyPatch, patch: Patch, compare: Callable[[], float]) -> None:
     patch(monkeypatch)
@@ -494,6 +495,7 @@ def test_bug_is_found(monkeypatch: pytest.MonkeyPatch, patch: Patch, compare: Ca
 COMPARISONS = {compare: name for name, held in globals().copy().items() for _, compare in BUGS.values() if held is compare}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compare", COMPARISONS, ids=COMPARISONS.values())
 def test_comparison_passes_without_the_bug(compare: Callable[[], float]) -> None:
     assert error(compare) < TOLERANCE

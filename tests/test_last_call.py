@@ -46,6 +46,7 @@ def test_a_pruned_prompt(model: Any) -> None:
     assert (record.prompt_tokens, record.visual_tokens, record.kept_tokens) == (given.visual.shape[1], counts, (3, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Calls", "parvts_fx.last_call tells which visual tokens are left, also of rows that differ")
 @pytest.mark.parametrize("options", [
     dict(keep_tokens=3, migration_depth=1), dict(keep_tokens=3, migration_depth=1, fusion=0.4),
@@ -150,6 +151,7 @@ def test_uncompile_and_compile_again(model: Any) -> None:
         assert torch.equal(model(**given.inputs).logits, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.supports("torch.compile", "copies of a compiled model are compiled alike; pickled ones come back uncompiled")
 def test_copies(model: Any) -> None:
     given, told = llava.prompt(model, EVEN), []

@@ -47,6 +47,7 @@ def names_in(held: Any) -> set[str]:
     return {str(symbol) for size in sizes if isinstance(size, torch.SymInt) for symbol in size.node.expr.free_symbols}
 
 
+@pytest.mark.slow
 @pytest.mark.versions
 @pytest.mark.supports("torch.compile", "prompts of any length, numbers of rows as sums of positive ones")
 @pytest.mark.parametrize("stages", [STAGES, (Stage(keep=3, migrate=1, rule="norm"),)], ids=["two shares", "one count"])
@@ -69,6 +70,7 @@ def test_numbers_of_rows_are_sums_of_names(stages: tuple[Stage, ...]) -> None:
     assert all(str(factor) == "1" for size in rows for factor in size.node.expr.as_coefficients_dict().values())
 
 
+@pytest.mark.slow
 def test_a_prompt_that_a_name_cannot_stand_for_compiles_again() -> None:
     """A name stands for at least 2, which is guarded: two visual tokens of which one stays run another form."""
     model, lowering, stages = Plain(SPECIFICATION), Lowering(compile_with_names), (dataclasses.replace(STAGES[0], keep=0.3),)
@@ -81,6 +83,7 @@ def test_a_prompt_that_a_name_cannot_stand_for_compiles_again() -> None:
     assert len(lowering.graphs) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_what_chooses_is_one_operation(dynamic: bool) -> None:
     model = Plain(SPECIFICATION)
@@ -121,6 +124,7 @@ def test_results_share_no_memory() -> None:
     assert given.abs().min() > 0
 
 
+@pytest.mark.slow
 def test_whole_numbers_round_as_floating_point_ones_do() -> None:
     """Where they do not, as for 0.29 of 50, the graph computes in floating-point numbers."""
     shares = [times / parts for parts in (3, 7, 9, 10, 50, 100) for times in range(1, parts + 1)]

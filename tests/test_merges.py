@@ -102,6 +102,7 @@ def test_modalities_in_one_graph(ways, sound_first):
     assert error_of(build(ways, spec=spec), spec=spec) <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Graphs", "graph breaks between the merges of pictures, videos and sound")
 @pytest.mark.parametrize("by_string", [True, False], ids=["string", "compile"])
 @pytest.mark.parametrize("breaks", [(1,), (2,), (3,), (0, 1, 2, 3)], ids=str)

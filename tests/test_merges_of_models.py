@@ -31,6 +31,7 @@ def picture_and_sound(name: str, frames: int = 40, tokens: int = 10):
     return dataclasses.replace(built, inputs=inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Prompts", "a picture and a video in one prompt: Video-LLaVA, LLaVA-OneVision, forward as generate")
 @pytest.mark.parametrize("name", ["video_llava", "llava_onevision"])
 def test_a_picture_and_a_video(name):
@@ -42,6 +43,7 @@ def test_a_picture_and_a_video(name):
         assert set(cache_lengths(compared.run_compiled(built.inputs, 1).past_key_values)) == {compared.kept}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["video_llava", "llava_onevision"])
 def test_a_picture_and_a_video_with_the_string_backend(name):
     built = picture_and_video(name)
@@ -53,6 +55,7 @@ def test_a_picture_and_a_video_with_the_string_backend(name):
     assert set(cache_lengths(run_generate(built.model, built.inputs, 1).past_key_values)) == {kept}
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Prompts", "a picture and sound in one prompt: Qwen2.5-Omni, forward and generate")
 def test_a_picture_and_sound():
     built = picture_and_sound("qwen2_5_omni_thinker")
@@ -61,6 +64,7 @@ def test_a_picture_and_sound():
         assert compared.generate(built.inputs) <= TOLERANCE
 
 
+@pytest.mark.slow
 def test_explain_of_a_picture_and_sound():
     built = picture_and_sound("qwen2_5_omni_thinker")
     report = parvts_fx.explain(built.model, **built.inputs, options=dict(migration_depth=1))

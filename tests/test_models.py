@@ -39,6 +39,7 @@ def agree(found: dict[str, float | str]) -> bool:
     return all(isinstance(error, float) and error <= TOLERANCE for error in found.values())
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Architectures", ", ".join(GENERATE) + " (generate, both fusions, two stages)")
 @pytest.mark.versions
 @pytest.mark.parametrize("name", GENERATE)
@@ -76,6 +77,7 @@ def test_looking_ahead(name: str, paid_ahead: str) -> None:
         assert held.generate(built.inputs) <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Architectures", ", ".join(FORWARD) + " (forward, both fusions, two stages)")
 @pytest.mark.parametrize("name", FORWARD)
 def test_forward(name: str) -> None:

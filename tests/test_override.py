@@ -45,6 +45,7 @@ def kept(model: Any, prompt: llava.Prompt) -> tuple[int, ...]:
     return parvts_fx.last_call(model).kept_tokens
 
 
+@pytest.mark.slow
 @pytest.mark.supports("torch.compile", "parvts_fx.override: other options for one request, compiled forms kept side by side")
 def test_each_has_its_own_form(model: Any, lowering: Counted) -> None:
     prompt = llava.prompt(model, ROWS)
@@ -75,6 +76,7 @@ def test_generating(model: Any) -> None:
     assert output.past_key_values.layers[0].keys.shape[2] == prompt.visual.shape[1] - 16 + 3 + 2
 
 
+@pytest.mark.slow
 def test_threads_see_their_own(model: Any) -> None:
     prompt, found, together = llava.prompt(model, ROWS), {}, threading.Barrier(3)
 

@@ -79,6 +79,7 @@ class Counted:
         return module.forward
 
 
+@pytest.mark.slow
 @pytest.mark.supports("torch.compile", "pictures of any size (Qwen2-VL to Qwen3-VL, GLM-4V, Mistral 3, tiles of LLaVA-NeXT and "
                       "InternVL): two compiles of the prefill")
 @pytest.mark.parametrize("name", PROMPTS)
@@ -102,6 +103,7 @@ def test_sizes_share_a_compiled_form(name: str) -> None:
     assert graphs == [1] + [2] * (len(SIZES) - 1), "from the third size on everything is compiled"
 
 
+@pytest.mark.slow
 @pytest.mark.supports("torch.compile", "batches of any size, as generate calls: three compiles of the prefill")
 def test_batches_share_a_compiled_form() -> None:
     """generate hands over one tensor a picture. After the first batch of several, any number of them runs what is there."""

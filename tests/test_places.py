@@ -88,6 +88,7 @@ def near(monkeypatch: pytest.MonkeyPatch) -> str:
     return "near"
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Options", "rules that read the places of tokens, also in pictures that are no squares")
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v"])
 def test_models_tell_the_places(name: str, near: str) -> None:

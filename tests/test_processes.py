@@ -39,6 +39,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [json.loads(Path(folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Processes", "tensor parallelism over two: pruned in each, the same rows, tokens as in one process")
 @pytest.mark.parametrize("name", NAMES)
 def test_as_in_one_process(ranks: list[dict[str, Any]], name: str) -> None:

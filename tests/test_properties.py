@@ -135,6 +135,7 @@ def test_corners(spec: Specification, choice: Choice) -> None:
     check(torch.compile(model, backend="parvts", options=choice.options), model, spec, choice)
 
 
+@pytest.mark.slow
 @pytest.mark.versions
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @settings(PROPERTY, max_examples=5)
@@ -146,6 +147,7 @@ def test_equals_the_reference(attention: str, data: st.DataObject) -> None:
     check(torch.compile(model, backend="parvts", options=choice.options), model, spec, choice)
 
 
+@pytest.mark.slow
 def test_whatever_is_drawn_is_right_or_refused() -> None:
     """Token mixers, layouts, caches, hybrid layers, experts, several merges: never wrong, and mostly rewritten."""
     outcomes: list[Outcome] = []
@@ -187,12 +189,14 @@ SEQUENCES: dict[str, tuple[tuple[Specification, ...], Choice]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.versions
 @pytest.mark.parametrize("specs, choice", SEQUENCES.values(), ids=SEQUENCES.keys())
 def test_sequences_of_prompts(specs: tuple[Specification, ...], choice: Choice) -> None:
     serve(specs, choice)
 
 
+@pytest.mark.slow
 @settings(PROPERTY, max_examples=6)
 @given(sequences())
 def test_one_compiled_model_serves_prompts_of_several_lengths(

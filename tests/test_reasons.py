@@ -134,6 +134,7 @@ def test_what_torch_compile_has_made_is_no_model(model: Any) -> None:
         parvts_fx.compile(torch.compile(model))
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Calls", "the model's own errors, in its own words")
 @pytest.mark.parametrize("prompts_before", [0, 1])
 def test_the_models_own_errors(model: Any, prompt: llava.Prompt, prompts_before: int) -> None:

@@ -21,6 +21,7 @@ from tests.reference import relative_error
 TOLERANCE = 2e-5
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Calls", "a picture behind a cached system prompt, for models whose layers write a state into the cache")
 @pytest.mark.parametrize("name, options", [
     ("qwen3_5", dict(migration_depth=1)), ("lfm2_vl", dict(migration_depth=1, fusion=0.4, merge=None)),
@@ -30,6 +31,7 @@ def test_equals_the_one_long_prompt(name: str, options: dict[str, Any]) -> None:
     assert error(name, options) < TOLERANCE
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_state_that_is_not_written_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     def unwritten(work: Work, end: Node) -> None:
@@ -54,6 +56,7 @@ def error(name: str, options: dict[str, Any]) -> float:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Batches", "rows with other numbers of visual tokens behind a cached prompt, for models whose layers write "
                       "a state into the cache")
 @pytest.mark.parametrize("name", ["lfm2_vl", "qwen3_5"])
@@ -69,6 +72,7 @@ def test_batches_whose_samples_differ(name: str) -> None:
     assert relative_error(first, alone) < TOLERANCE and relative_error(other, whole) < TOLERANCE
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_windows_of_batches_whose_samples_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     """They run whole: later calls' masks count a window's rows from its end, and samples with fewer new ones have other old

@@ -35,6 +35,7 @@ def drawn(batch: int = 2, length: int = 14, visual: int = 8, seed: int = 0):
     return torch.randn(batch, length, 6, generator=generator), mask
 
 
+@pytest.mark.slow
 @pytest.mark.captures_once
 @pytest.mark.supports("Options", "every built-in scoring rule")
 @pytest.mark.parametrize("name", PLAIN)

@@ -148,6 +148,7 @@ SCHEDULES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Calls", "layers on two devices: every tensor is moved to where it is read")
 @pytest.mark.parametrize("options", SCHEDULES.values(), ids=SCHEDULES)
 def test_layers_on_two_devices(model: Any, options: dict[str, Any]) -> None:

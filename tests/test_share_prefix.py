@@ -54,6 +54,7 @@ def prefill(model: torch.nn.Module, prompt: llava.Prompt, **more: object) -> Rec
     return recorder
 
 
+@pytest.mark.slow
 @pytest.mark.supports(
     "Options", "with constant weights, text in front of the images computed once; none where padding stands there")
 @pytest.mark.parametrize("rows, shared", [

@@ -35,6 +35,7 @@ def compiled(model: Any, by_string: bool, **choice: Any) -> Any:
     return torch.compile(model, backend="parvts", options=options) if by_string else parvts_fx.compile(model, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Models", "a vision-language model in plain PyTorch: pixel shuffle, grouped keys, a list of dicts as cache")
 @pytest.mark.parametrize("by_string", [True, False], ids=["string", "compile"])
 @pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES.keys())
@@ -70,6 +71,7 @@ def continued(model: Any, length: int, expected: list, steps: int) -> torch.Tens
     return torch.cat(answers)
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Models", "one whose generate merges by itself and calls a decoder that can generate, in plain PyTorch")
 @pytest.mark.filterwarnings("ignore:parvts_fx. the model goes on from a cache")  # numbers in place of position_ids
 @pytest.mark.parametrize("way", ["answer", "generate"])

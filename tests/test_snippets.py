@@ -52,6 +52,7 @@ def names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
                 example_inputs=example_inputs, options=parvts_fx.Options(), MyPass=MyPass, metrics=[])
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Docs", "every block of Python in README and docs")
 @pytest.mark.parametrize("block", shown())
 def test_blocks(block: str, names: dict[str, Any]) -> None:

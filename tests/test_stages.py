@@ -184,6 +184,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("features", VARIANTS.values(), ids=VARIANTS.keys())
 def test_models(features: dict) -> None:
     rewritten(Choice(stages=READ_WHERE_THEY_MEET), dataclasses.replace(SPEC, **features))
@@ -196,6 +197,7 @@ def test_models_looking_ahead(features: dict) -> None:
     rewritten(Choice(stages=SCHEDULES["looking ahead twice"]), dataclasses.replace(SPEC, **features))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stages", [PYRAMID, SCHEDULES["weighed, then parallel"], SCHEDULES["looking ahead twice"]],
                          ids=["PyramidDrop", "weighed", "looking ahead"])
 def test_prompts_of_several_lengths(stages: Stages) -> None:
@@ -209,6 +211,7 @@ def test_prompts_of_several_lengths(stages: Stages) -> None:
             assert error_of(spec, model(*given.arguments), wanted(build(SPEC), given, choice)) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.captures_once
 @pytest.mark.parametrize("name, rows, steps", [
     ("PyramidDrop", PROMPT, 3), ("read where migrations meet", PROMPT, 0), ("weighed, then parallel", PROMPT[:1], 0)])

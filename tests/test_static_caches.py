@@ -105,6 +105,7 @@ def test_what_runs_whole_fills_it_as_well(model: Any) -> None:
     assert not parvts_fx.last_call(model).pruned and "growing cache" in parvts_fx.last_call(model).reason
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Batches", "rows with other numbers of visual tokens on static caches, by generate or by hand")
 @pytest.mark.parametrize("compiles_steps", [False, True], ids=["steps as they are", "steps that generate compiles"])
 def test_generating_where_samples_differ(model: Any, compiles_steps: bool) -> None:
@@ -125,6 +126,7 @@ def test_generating_where_samples_differ(model: Any, compiles_steps: bool) -> No
     assert isinstance(cache, StaticCache) and int(cache.get_query_offset()) == 7 + 3 + 4
 
 
+@pytest.mark.slow
 def test_steps_by_hand_where_samples_differ(model: Any) -> None:
     prompt = llava.prompt(model, UNEVEN)
     positions = prompt.with_positions["position_ids"].amax(1, keepdim=True) + 1
@@ -139,6 +141,7 @@ def test_steps_by_hand_where_samples_differ(model: Any) -> None:
     assert relative_error(logits[1], logits[0]) <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Caches", "static caches with sliding windows, attention by chunks and layers that share keys")
 @pytest.mark.parametrize(("name", "kept"), [("gemma3", 3), ("gemma3", 12), ("gemma4", 3), ("llama4", 3)])
 def test_windows(name: str, kept: int) -> None:
@@ -158,6 +161,7 @@ def test_windows(name: str, kept: int) -> None:
     assert isinstance(static.past_key_values, StaticCache) and static.past_key_values.layers[0].is_sliding
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma3", "llama4"])
 def test_windows_where_samples_differ(name: str, recwarn: pytest.WarningsRecorder) -> None:
     """Two pictures, one, and none; beyond the window, in steps whose window or chunk begins elsewhere in each row."""

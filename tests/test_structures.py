@@ -207,6 +207,7 @@ SPEC = Specification(layers=3, length=13, rows=(Row(before=2), Row(before=4)), a
 OPTIONS = dict(migration_depth=1, keep_tokens=2, score="norm", lowering="eager")
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Graphs", "a graph break between the merge and the decoder")
 @pytest.mark.parametrize("by_string", [True, False], ids=["string", "compile"])
 def test_a_break_behind_the_merge(by_string):
@@ -250,6 +251,7 @@ def test_features_that_never_enter_the_sequence():
         torch.testing.assert_close(actual, wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.supports("torch.compile", "five architectures in one process all stay compiled")
 def test_five_models_stay_compiled():
     # behind another model torch 2.11's Dynamo fails at InternVL's remainder by a fraction, with any backend
@@ -266,6 +268,7 @@ def test_five_models_stay_compiled():
             assert set(lengths) == {one.kept}
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Left unrewritten", "flex_attention, with the result of the lowering alone")
 def test_flex_attention():
     built = BUILDERS["llava"]()
@@ -278,6 +281,7 @@ def test_flex_attention():
     torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Left unrewritten", "with the string backend, what Dynamo's default settings break into one graph a layer")
 def test_one_graph_a_layer():
     built = BUILDERS["qwen3_vl"]()

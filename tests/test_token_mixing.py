@@ -39,6 +39,7 @@ def never_wrong(choice: Choice = Choice(), **features) -> None:
 FORMS = [(kind, code) for kind, codes in CODES.items() for code in range(len(codes)) if kind != "positions"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, code", FORMS, ids=[f"{kind}-{code}" for kind, code in FORMS])
 def test_every_form_in_a_feed_forward(kind: str, code: int) -> None:
     check = never_wrong if (kind, code) in COUNTED | {("running mean", 0), ("mean", 5), ("last", 1)} else rewritten
@@ -51,6 +52,7 @@ def test_the_number_of_rows_as_a_value_is_refused_where_sizes_are_static(kind: s
     assert result.kind == "refused" and "may be the prompt's length or a constant" in result.reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, code", sorted(LENGTH)[::2])
 def test_the_number_of_rows_as_a_value_is_told_by_names(kind: str, code: int) -> None:
     """parvts_fx.compile has the prefill captured again, with names for sizes, where static ones cannot tell."""
@@ -99,6 +101,7 @@ PLACES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("features", PLACES.values(), ids=PLACES.keys())
 def test_places(features: dict) -> None:
     rewritten(Choice(depth=2), **features)
@@ -122,6 +125,7 @@ def test_two_attention_calls_a_layer(pair: str, depth: int) -> None:
     rewritten(Choice(depth=depth), pair=pair)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 2, 3])
 @pytest.mark.parametrize("attention", ["causal", "masked", "written", "relative"])
 @pytest.mark.parametrize("layout, stream", [
@@ -133,6 +137,7 @@ def test_layouts(layout: str, stream: str, attention: str, batch: int) -> None:
     check(Choice(depth=2), layout=layout, stream=stream, attention=attention, rows=rows, heads=2)
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Attention", "a learned bias by distances that a layer counts in its own rows; sinks")
 @pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES.keys())
 @pytest.mark.parametrize("attention", ["counted", "sinks"])
@@ -140,12 +145,14 @@ def test_numbers_of_rows_and_sinks(attention: str, choice: Choice) -> None:
     rewritten(choice, attention=attention, layers=3, rows=ROWS[:2], last_only=choice.depth == 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["counted", "sinks"])
 @pytest.mark.parametrize("layout, stream", [("heads first", ""), ("", "rows first"), ("heads first", "rows first")])
 def test_numbers_of_rows_and_sinks_in_other_layouts(layout: str, stream: str, attention: str) -> None:
     rewritten(Choice(depth=2), layout=layout, stream=stream, attention=attention, rows=ROWS[:2], heads=2)
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Layers", "rows that choose among states which entered earlier layers")
 @pytest.mark.parametrize("choice", [
     Choice(depth=0), Choice(depth=1), Choice(depth=2), Choice(depth=3), Choice(depth=2, fusion=0.4),
@@ -183,6 +190,7 @@ def test_feed_forward_of_all_samples_rows(mixing: Mixing | None) -> None:
     rewritten(Choice(depth=2), flat_feed=True, feed_mixing=mixing)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fusion", ["attention", 0.4])
 @pytest.mark.parametrize("features", [
     dict(video=True), dict(sound=3), dict(sound=3, sound_first=True), dict(video=True, sound=2),
@@ -268,6 +276,7 @@ DRAWN = {
 """What random examples have found."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec, choice", DRAWN.values(), ids=DRAWN.keys())
 def test_drawn(spec: Specification, choice: Choice) -> None:
     assert outcome(spec, choice).kind == "rewritten"

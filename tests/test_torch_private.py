@@ -71,6 +71,7 @@ def modules() -> list[str]:
     return sorted(set(re.findall(r'_(?:find|get)\(\s*"(torch[\w.]+)"', text)))
 
 
+@pytest.mark.slow
 def test_importing_works_whatever_is_gone():
     """Each module made unimportable for us, in a process that is forked from one that has torch."""
     code = f"""

@@ -58,6 +58,7 @@ def alone(model: Any, prompt: llava.Prompt) -> list[Any]:
             for row in (prompt.row(index) for index in range(len(prompt.visual)))]
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Batches", "rows with other numbers of visual tokens, some with none, several pictures in some; "
                       "padding on either side: each row as it is by itself")
 @pytest.mark.parametrize("arranged, lowering", [
@@ -87,6 +88,7 @@ def test_rows_are_as_they_are_alone(model: Any, arranged: Callable, lowering: st
     assert output.past_key_values.get_seq_length() == prompt.visual.shape[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [
     "qwen3_vl", "qwen3_5", "lfm2_vl", "kimi_k25"])
 def test_architectures(name: str) -> None:
@@ -127,6 +129,7 @@ def test_generating(compiled: Any, more: dict) -> None:
     assert tokens == rows_generated(compiled, prompt, **more)
 
 
+@pytest.mark.slow
 def test_further_turns(compiled: Any) -> None:
     """More text on a copy of the cache, from which one token was taken off."""
     prompt = llava.prompt(compiled, ROWS)
@@ -149,6 +152,7 @@ def test_further_turns(compiled: Any) -> None:
         assert relative_error(together[row:row + 1], logits(prompt.row(row))) <= TOLERANCE
 
 
+@pytest.mark.slow
 def test_caches_whose_samples_are_chosen(compiled: Any) -> None:
     """The cache's own methods take its record of rows with them."""
     prompt = llava.prompt(compiled, ROWS)
@@ -170,6 +174,7 @@ def test_caches_whose_samples_are_chosen(compiled: Any) -> None:
         assert relative_error(together[place:place + 1], step.logits) <= TOLERANCE
 
 
+@pytest.mark.slow
 def test_masks_of_later_calls(compiled: Any) -> None:
     """None is made up for; one by position counts as well; one with four axes cannot be told."""
     prompt = llava.prompt(compiled, ROWS)
@@ -196,6 +201,7 @@ class Counted:
         return module.forward
 
 
+@pytest.mark.slow
 def test_one_compiled_form_for_all_rows(model: Any) -> None:
     lowering = Counted()
     parvts_fx.compile(model, lowering=lowering, strict=True, **OPTIONS)
@@ -219,6 +225,7 @@ def test_equal_rows_behind_batches_that_hardly_have_visual_tokens(model: Any) ->
     assert all(relative_error(logits[row, -len(one.logits):], one.logits) <= TOLERANCE for row, one in enumerate(wanted))
 
 
+@pytest.mark.slow
 def test_everything_dynamic(model: Any) -> None:
     """With dynamic=True the floats of a model's modules are inputs, too."""
     rows = ([["image", 2, "image"], [6], ["image", 1]], [[3, "image", 5], ["image", 2]])
@@ -231,6 +238,7 @@ def test_everything_dynamic(model: Any) -> None:
                    for row, one in enumerate(each))
 
 
+@pytest.mark.slow
 def test_features_that_are_given_with_the_embeddings(model: Any) -> None:
     """Two pictures less than samples: no size tells how many tokens a row has."""
     prompt = llava.prompt(model, [[3, "image", 4], *[[2 + row] for row in range(20)]])
@@ -242,6 +250,7 @@ def test_features_that_are_given_with_the_embeddings(model: Any) -> None:
     assert called(model, even.inputs).logits.shape[1] == 7 + 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [[[3, "image", 5], [4]], [[2], [3, "image", 1], [4], [1]]], ids=["half", "a quarter"])
 def test_what_samples_have_in_the_mean_decides_nothing(model: Any, rows: list) -> None:
     """Eight visual tokens a row, or four, of which ten would stay; then a batch of equal rows of the same sizes."""
@@ -269,6 +278,7 @@ def overwriting(module: GraphModule, example_inputs: Sequence[object], mode: str
     return run
 
 
+@pytest.mark.slow
 def test_results_that_the_next_call_overwrites(model: Any) -> None:
     prompt = llava.prompt(model, [[2, "image", 3], [3, "image", 2], [5]])
     wanted = alone(model, prompt)
@@ -310,6 +320,7 @@ class WithTuples(torch.nn.Module):
         return type(output)(logits=output.logits, hidden_states=layers)
 
 
+@pytest.mark.slow
 def test_a_cache_that_nobody_can_tell_which_rows_are_whose(model: Any) -> None:
     prompt = llava.prompt(model, ROWS)
     plain, told = called(model, prompt.inputs), []
@@ -320,6 +331,7 @@ def test_a_cache_that_nobody_can_tell_which_rows_are_whose(model: Any) -> None:
     assert called(wrapped, prompt.inputs, use_cache=True).hidden_states[0][0].shape[2] == prompt.visual.shape[1]
 
 
+@pytest.mark.slow
 def test_labels(model: Any) -> None:
     prompt = llava.prompt(model, ROWS)
     plain = called(model, prompt.inputs, labels=prompt.inputs["input_ids"])
@@ -327,6 +339,7 @@ def test_labels(model: Any) -> None:
     same_as_eager(model, prompt, plain, "runs unrewritten", labels=prompt.inputs["input_ids"])
 
 
+@pytest.mark.slow
 def test_a_model_says_itself_that_places_and_features_do_not_match(model: Any) -> None:
     compiled, prompt = parvts_fx.compile(model, lowering="eager", **OPTIONS), llava.prompt(model, ROWS)
     called(compiled, prompt.inputs)
@@ -344,6 +357,7 @@ def test_all_tokens_kept(model: Any) -> None:
     assert parvts_fx.last_call(model).reason == parvts_fx.runtime.record.KEPT_ALL
 
 
+@pytest.mark.slow
 def test_explain(model: Any) -> None:
     """It reports the samples' own graphs, and of the batch's why it is not rewritten."""
     graphs = parvts_fx.explain(model, options=OPTIONS, **llava.prompt(model, ROWS).inputs).graphs
@@ -352,6 +366,7 @@ def test_explain(model: Any) -> None:
         "the samples of this batch have different numbers of visual tokens: 16, 32, 0"]
 
 
+@pytest.mark.slow
 def test_inputs_stay(compiled: Any) -> None:
     prompt: llava.Prompt = llava.prompt(compiled, ROWS)
     before: Inputs = {name: held.clone() for name, held in prompt.inputs.items()}

@@ -64,6 +64,7 @@ def test_uneven_rows(model, rows):
     assert len(told) == 1 and "different numbers of visual tokens" in told[0]
 
 
+@pytest.mark.slow
 def test_uneven_rows_after_even_ones_of_the_same_sizes(model):
     """The same compiled graph gets a prompt that it must not be used for, and then one that it may be used for."""
     even = llava.prompt(model, [[3, "image", 6], [4, "image", 5]])
@@ -91,6 +92,7 @@ def test_uneven_rows_with_strict(model):
         model(**llava.prompt(model, [[3, "image", "image"], [4]]).inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Options", "keep_ratio=1 is the unmodified model")
 @pytest.mark.parametrize("keep", [dict(keep_ratio=1), dict(keep_tokens=16), dict(keep_tokens=999, fusion=0.5)], ids=str)
 def test_keeping_all_is_the_unmodified_model(model, prompt, keep):
@@ -114,6 +116,7 @@ def test_labels(model, prompt):
     assert len(told) == 1 and "labels" in told[0]
 
 
+@pytest.mark.slow
 def test_labels_after_a_call_without(model, prompt):
     with torch.no_grad():
         plain = model(**prompt.inputs, labels=prompt.inputs["input_ids"])
@@ -123,6 +126,7 @@ def test_labels_after_a_call_without(model, prompt):
         torch.testing.assert_close(model(**prompt.inputs, labels=prompt.inputs["input_ids"]).loss, plain.loss)
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Left unrewritten", "calls that record gradients")
 def test_gradients(model, prompt):
     model.zero_grad()
@@ -137,6 +141,7 @@ def test_gradients(model, prompt):
     model.zero_grad()
 
 
+@pytest.mark.slow
 @pytest.mark.supports("torch.compile", "no_grad and inference_mode")
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_gradients(model, prompt, mode):
@@ -146,6 +151,7 @@ def test_without_gradients(model, prompt, mode):
         assert_equal_prefill(model(**prompt.inputs), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Calls", "output_hidden_states, rewritten or left as it is")
 def test_hidden_states(model, prompt):
     kept = len(expected(model, prompt)[0].rows)
@@ -159,6 +165,7 @@ def test_hidden_states(model, prompt):
         assert lengths == {kept}
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Calls", "logits_to_keep")
 @pytest.mark.parametrize("count", [1, 3])
 def test_logits_to_keep(model, prompt, count):
@@ -191,6 +198,7 @@ def test_attention_weights_asked_for():
     assert len(told) == 1 and "attention weights are an output of the graph" in told[0]
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Calls", "generate without a cache: each step is a prompt of its own, whose tokens are chosen anew")
 def test_generate_without_a_cache(model):
     first = llava.prompt(model, [[3, "image", 6]])
@@ -205,6 +213,7 @@ def test_generate_without_a_cache(model):
     assert torch.equal(tokens, ids)
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Calls", "a second turn on the filled cache")
 def test_second_turn_on_a_filled_cache(model):
     """New tokens with their positions in the full conversation, on the short cache of the first turn."""
@@ -226,6 +235,7 @@ def test_second_turn_on_a_filled_cache(model):
     assert all("a further prompt goes on" in reason for reason in reasons(caught)), reasons(caught)
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Calls", "a warning where positions would be counted from a shortened cache")
 @pytest.mark.parametrize("new, told", [(1, "is given no position_ids"), (4, "is given no position_ids")], ids=str)
 def test_positions_are_never_shifted_silently(model, new, told):
@@ -251,6 +261,7 @@ def test_generate_says_nothing_about_positions(model, prompt):
     assert not reasons(caught)
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Calls", "generate: greedy, beams, sampling, several returned sequences, repetition penalty")
 @pytest.mark.parametrize("how", [dict(num_beams=2), dict(num_beams=3, num_return_sequences=2),
                                  dict(do_sample=True, num_return_sequences=2), dict(repetition_penalty=1.3)], ids=str)
@@ -393,6 +404,7 @@ def test_rules_that_read_text_refuse_padding_there(model, prompt):
     assert len(reasons(caught)) == 1 and "the scoring rule reads text there" in reasons(caught)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Left unrewritten", "prompts that generate hands over in chunks")
 @pytest.mark.parametrize("compiled", [
     lambda model: model.compile(backend="parvts", options={"lowering": "eager", "migration_depth": 1}),
@@ -432,6 +444,7 @@ def test_a_rewritten_graph_that_does_not_compile(model, prompt):
         model(**prompt.inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_weights_stay_where_they_are(model, prompt, dynamic):
     """What is lowered says so of them: with CUDA graphs all others are copied at every call."""

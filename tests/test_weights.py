@@ -71,6 +71,7 @@ def with_lora() -> tuple[peft.PeftModel, transformers.LlavaForConditionalGenerat
     return wrapper, model
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Weights", "LoRA adapters of PEFT: the wrapper compiled, or the model inside it")
 @pytest.mark.parametrize("way, which", [("compile", "wrapper"), ("compile", "inner"), ("string", "inner")])
 def test_lora(way, which):
@@ -109,6 +110,7 @@ def test_lora_switched_off_and_on():
 # -- quantised weights ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Weights", "int8 weights of torchao (weight only)")
 @pytest.mark.parametrize("way, rows, fusion", [
     ("string", ROWS, "attention"), ("compile", ROWS, 0.3),
@@ -125,6 +127,7 @@ def test_int8(way, rows, fusion):
     assert_equal_generation(model, prompt, generation)
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Weights", "int8 weights of torchao (weight only), through Inductor (CPU)")
 @pytest.mark.inductor
 def test_int8_through_inductor():
@@ -155,6 +158,7 @@ def errors(actual: list[torch.Tensor], wanted: list[torch.Tensor]) -> list[float
     return [reference.relative_error(*pair) for pair in zip(actual, wanted, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Weights", "float16 and bfloat16, no less exact than the eager reference in the same precision")
 @pytest.mark.parametrize("dtype, way, fusion", [
     (torch.float16, "compile", "attention"), (torch.bfloat16, "string", "attention"),
@@ -197,6 +201,7 @@ def test_half_precision(dtype, way, fusion):
 # -- loading ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Weights", "from_pretrained with a device_map onto one device")
 @pytest.mark.parametrize("way", ["compile", "string"])
 def test_device_map(way, tmp_path):
