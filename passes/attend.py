@@ -115,7 +115,10 @@ def _fused_operands(path: Path, attention: Attention, queries: str, keys: str) -
     (query,), (key, val) = attention.queries, attention.keys
     if named["is_causal"] and queries != keys:
         samples = samples_of(emitter.decoder, query.node)
-        named.update(is_causal=False, attn_mask=emitter.sets.causal_mask(queries, keys, value(query.node).dim(), samples))
+        mask = emitter.sets.causal_mask(queries, keys, value(query.node).dim(), samples)
+        if not levels_of(emitter, attention.output, keys):
+            mask = emitter.sets.added(mask, value(query.node).dtype)
+        named.update(is_causal=False, attn_mask=mask)
     elif named["attn_mask"] is not None:
         ((index, binding),) = attention.bindings[node].items()
         assert isinstance(binding, AxisLabels), "a fused call's mask has axes, and nothing else of it is bound"

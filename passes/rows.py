@@ -115,8 +115,20 @@ class RowSets:
                 wanted = (rank - 2, rank - 1) if samples is None else (place.axis, rank - 2, rank - 1)
                 return allowed[tuple(slice(None) if i in wanted else None for i in range(rank))]
 
-            self._masks[key] = self._editor.inline(
-                mask, self[queries].index, self._prompt if everything else self[keys].index)
+            with self._editor.choosing():
+                self._masks[key] = self._editor.inline(
+                    mask, self[queries].index, self._prompt if everything else self[keys].index)
+        return self._masks[key]
+
+    def added(self, mask: Node, dtype: torch.dtype) -> Node:
+        """What is added to scores in the place of a bool mask: a CPU's kernel would make that of it for each call."""
+        if value(mask).device.type != "cpu":
+            return mask
+        key = ("added", mask, dtype)
+        if key not in self._masks:
+            with self._editor.choosing():
+                self._masks[key] = self._editor.inline(
+                    lambda held: torch.zeros(held.shape, dtype=dtype, device=held.device).masked_fill(~held, -torch.inf), mask)
         return self._masks[key]
 
     def first_rows(self, table: Node, axes: Sequence[int], name: str) -> Node:

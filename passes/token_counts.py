@@ -50,17 +50,20 @@ def biased(
     dtype = value(like).dtype
     key = (max(levels), queries, keys, rank, samples, dtype)
     if key not in emitter.biases:
-        emitter.biases[key] = _bias(emitter, *key)
+        with emitter.editor.choosing():
+            emitter.biases[key] = _bias(emitter, *key)
     bias = emitter.biases[key]
     if columns is not None:
         bias = _behind_cached(emitter, bias, columns)
     if logits is None:
         return bias
     if (*key, logits) not in emitter.biases:  # layers share their mask
-        hidden = value(logits).dtype == torch.bool
-        emitter.biases[*key, logits] = emitter.editor.inline(
-            lambda bias, held: bias.masked_fill(~held, -torch.inf), bias, logits) if hidden else (
-            emitter.editor.call(operator.add, logits, bias))
+        if value(logits).dtype == torch.bool:
+            with emitter.editor.choosing():
+                emitter.biases[*key, logits] = emitter.editor.inline(
+                    lambda bias, held: bias.masked_fill(~held, -torch.inf), bias, logits)
+        else:
+            emitter.biases[*key, logits] = emitter.editor.call(operator.add, logits, bias)
     return emitter.biases[*key, logits]
 
 

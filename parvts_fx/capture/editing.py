@@ -45,7 +45,7 @@ class Editor:
 
     @contextlib.contextmanager
     def choosing(self) -> Iterator[None]:
-        """What is inlined meanwhile chooses among tokens."""
+        """What is called and inlined meanwhile chooses among tokens, or says which may see which."""
         before, self._chooses = self._chooses, True
         try:
             yield
@@ -70,7 +70,12 @@ class Editor:
 
     def call(self, target: Callable, *args: Any, **kwargs: Any) -> Node:
         """A call_function node with its example value, on the device of its first numbers."""
-        return self._evaluate(self.graph.call_function(target, *self._on_one_device(args, kwargs)))
+        return self._noted(self._evaluate(self.graph.call_function(target, *self._on_one_device(args, kwargs))))
+
+    def _noted(self, node: Node) -> Node:
+        if self._chooses:
+            node.meta[CHOOSES] = True
+        return node
 
     def method(self, name: str, *args: Any, **kwargs: Any) -> Node:
         """A call_method node with its example value, on the device of its first numbers."""
@@ -163,8 +168,7 @@ class Editor:
                     (node.args, node.kwargs), lambda leaf: copies[leaf] if isinstance(leaf, Node) else leaf)
                 copies[node] = self.graph.call_function(node.target, args, kwargs)
                 copies[node].meta["example_value"] = node.meta.get("val")
-                if self._chooses:
-                    copies[node].meta[CHOOSES] = True
+                self._noted(copies[node])
         raise AssertionError("a traced graph has an output")
 
 
