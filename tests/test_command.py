@@ -223,7 +223,7 @@ class Page(html.parser.HTMLParser):
 @pytest.mark.supports("Command", "parvts-fx try --html: one page that stands by itself")
 def test_the_page(capsys: Any, tmp_path: Path, square: Path) -> None:
     """Every element is closed, both pictures are in it and decode, what was said and measured is there, escaped, and nothing
-    is fetched: no reference but data, no script, no style from elsewhere. Not opened in a browser."""
+    is fetched: no reference but data, no script, no style from elsewhere. Chromium: ``tests/recipes/test_page.py``."""
     page, kept = tmp_path / "page.html", tmp_path / "found.json"
     code, out, error = run(
         capsys, "try", WEIGHTS, "--image", square, "--prompt", "what <b> & colour", "--lowering", "eager", "--repeats", 1,

@@ -163,6 +163,7 @@ def test_few_rows_wait_for_weights_and_many_for_arithmetic(prefills: dict[int, t
     assert eight[1].seconds < eight[0].seconds
 
 
+@pytest.mark.slow
 def test_launches_may_take_longer_than_kernels(prefills: dict[int, tuple[Tally, Tally]]) -> None:
     few = predict(prefills[1][1], "h200")
     assert few.launches == prefills[1][1].launches == len(prefills[1][1].operations)

@@ -349,6 +349,7 @@ def test_the_whole_pipeline_is_right(model: str, schedule: str) -> None:
     assert all(shared) and len(shared) == sum(stage.fusion != "attention" for stage in stages)
 
 
+@pytest.mark.slow
 @EACH
 def test_any_order_gives_the_same_or_an_error(model: str, schedule: str) -> None:
     found = prepared(model, schedule)

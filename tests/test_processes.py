@@ -51,6 +51,7 @@ def test_as_in_one_process(ranks: list[dict[str, Any]], name: str) -> None:
         assert (found[name]["tokens"], found[name]["kept"]) == (alone["tokens"], alone["kept"])
 
 
+@pytest.mark.slow
 def test_all_choose_as_the_first(ranks: list[dict[str, Any]]) -> None:
     """Where processes come to other scores, those of the first hold in all."""
     alone = run(NAMES[0], None, score=quarrelsome)
@@ -58,6 +59,7 @@ def test_all_choose_as_the_first(ranks: list[dict[str, Any]]) -> None:
         assert found["quarrelsome"]["tokens"] == alone["tokens"] and found["quarrelsome"]["kept"] == alone["kept"]
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Processes", "FSDP2 around the whole model: pruned in each")
 def test_sharded_as_a_whole(ranks: list[dict[str, Any]]) -> None:
     model = llava.build()
@@ -69,6 +71,7 @@ def test_sharded_as_a_whole(ranks: list[dict[str, Any]]) -> None:
         assert relative_error(torch.tensor(whole["logits"][0]), wanted.logits) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Left unrewritten", "FSDP2 around each layer, whose hooks break the graph, with their name")
 def test_sharded_by_layer(ranks: list[dict[str, Any]]) -> None:
     for found in ranks:
