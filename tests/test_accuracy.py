@@ -290,7 +290,8 @@ def test_pairs_go_through_every_way_to_answer(kind):
     model = build_model(layers=4, task=SCATTERED).eval()
     examples = sample_examples(1, 5, SCATTERED)
     assert ((examples.ids == IMAGE_TOKEN).sum(1) == 2 * VISUAL).all() and examples.pixels.shape[:2] == (1, 2)
-    batch = next(examples.batches(8))
+    asked = len(SCATTERED.kinds)
+    batch = next(examples.batches(asked))
     whole = generate(model, batch, SCATTERED.longest)
     prepared = prepare(model, Way(kind, 2 * VISUAL, kind=kind), SCATTERED)
     assert torch.equal(prepared.answer(batch), whole)
@@ -299,7 +300,7 @@ def test_pairs_go_through_every_way_to_answer(kind):
     if prepared.visual:
         runs = [len(run) for run in "".join("i" if word == IMAGE_TOKEN else " " for word in given.ids[0].tolist()).split()]
         assert runs == [9, 9]
-    assert prepared.answer(next(given.batches(8))).shape[0] == 8
+    assert prepared.answer(next(given.batches(asked))).shape[0] == asked
 
 
 # -- the evaluation ---------------------------------------------------------------------------------------------------

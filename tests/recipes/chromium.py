@@ -10,9 +10,10 @@ import sys
 
 from PySide6.QtCore import QTimer, QUrl
 from PySide6.QtWebEngineCore import QWebEnginePage, QWebEngineProfile, QWebEngineUrlRequestInfo, QWebEngineUrlRequestInterceptor
+from PySide6.QtWebEngineWidgets import QWebEngineView
 from PySide6.QtWidgets import QApplication
 
-MOST_SECONDS = 60
+MOST_SECONDS, WINDOW = 60, (1200, 900)
 LOOK = """JSON.stringify({
     title: document.title, text: document.body.innerText, tables: document.querySelectorAll("table").length,
     pictures: [...document.images].map(image => [image.naturalWidth, image.getBoundingClientRect().width]),
@@ -45,7 +46,10 @@ def main(path: str) -> int:
     """3 if the page has not been loaded within a minute."""
     application, profile, requests = QApplication(sys.argv[:1]), QWebEngineProfile(), Requests()
     profile.setUrlRequestInterceptor(requests)
-    page = Page(profile)
+    page, view = Page(profile), QWebEngineView()
+    view.setPage(page)
+    view.resize(*WINDOW)
+    view.show()
 
     def tell(found: str) -> None:
         print(json.dumps({"requests": requests.asked, "console": page.said, **json.loads(found)}), flush=True)
@@ -55,7 +59,8 @@ def main(path: str) -> int:
     page.load(QUrl.fromLocalFile(path))
     QTimer.singleShot(1000 * MOST_SECONDS, lambda: application.exit(3))
     code = application.exec()
-    page.deleteLater()  # in front of its profile
+    for held in (view, page):  # in front of its profile
+        held.deleteLater()
     application.processEvents()
     return code
 

@@ -17,7 +17,7 @@ pytest.importorskip("PySide6.QtWebEngineCore", exc_type=ImportError,
                     reason="needs Chromium as Qt brings it along (make test-recipes installs it)")
 
 from bench.accuracy.ways import WEIGHTS  # noqa: E402
-from parvts_fx.command import telling  # noqa: E402
+from parvts_fx.cost import telling  # noqa: E402
 from tests.supported import ROOT  # noqa: E402
 
 HEADLESS = {"QT_QPA_PLATFORM": "offscreen", "QTWEBENGINE_DISABLE_SANDBOX": "1"}  # there is no sandbox for root
