@@ -33,7 +33,8 @@ def quarrelsome(hidden: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
 
 
 def run(name: str, folder: Path | None, **options: Any) -> dict[str, Any]:
-    """Greedy tokens and the rows that are left, of a model as it is built or as it is loaded into all processes."""
+    """Greedy tokens, the rows that are left and all of their logits, of a model as it is built or as it is loaded into all
+    processes."""
     torch._dynamo.reset()
     built = BUILDERS[name]()
     model = built.model
@@ -42,9 +43,12 @@ def run(name: str, folder: Path | None, **options: Any) -> dict[str, Any]:
         model.generation_config = built.model.generation_config
     parvts_fx.compile(model, **{**OPTIONS, **options})
     tokens = model.generate(**built.inputs, max_new_tokens=NEW, do_sample=False)[:, -NEW:]
+    with torch.no_grad():
+        logits = model(**built.inputs).logits
     record = parvts_fx.last_call(model)
     spread = sum(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
-    return {"tokens": tokens.tolist(), "kept": record.kept.nonzero().tolist(), "pruned": record.pruned, "spread": spread}
+    return {"tokens": tokens.tolist(), "kept": record.kept.nonzero().tolist(), "pruned": record.pruned, "spread": spread,
+            "logits": logits.tolist()}
 
 
 def run_sharded(by_layer: bool) -> dict[str, Any]:

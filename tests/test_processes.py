@@ -49,6 +49,7 @@ def test_as_in_one_process(ranks: list[dict[str, Any]], name: str) -> None:
     for found in ranks:
         assert found[name]["spread"] > 5 and found[name]["pruned"]
         assert (found[name]["tokens"], found[name]["kept"]) == (alone["tokens"], alone["kept"])
+        assert relative_error(torch.tensor(found[name]["logits"]), torch.tensor(alone["logits"])) < TOLERANCE
 
 
 @pytest.mark.slow

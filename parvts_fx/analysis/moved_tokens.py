@@ -96,6 +96,8 @@ class MovedTokens:
             moved = call(self._others.module, node.op, node.target, args, kwargs)
         except Exception:  # no data movement (a product with weights, say): nothing to learn here
             return 0
+        if type(moved) is not torch.Tensor:  # in parts, over several processes
+            return 0
         entries = moved.shape[axis]
         if entries % length:
             return 0
