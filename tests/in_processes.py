@@ -1,4 +1,4 @@
-"""One of several processes over which models are spread, by tensor parallelism or by FSDP.
+"""One of several processes over which models are spread, by tensor parallelism or by FSDP, or in which each has a copy.
 
 ``torchrun ... -m tests.in_processes FOLDER``.
 
@@ -72,12 +72,28 @@ def run_sharded(by_layer: bool) -> dict[str, Any]:
     return {"pruned": record.pruned, "reason": record.reason, "told": told, "logits": logits.tolist(), "plain": plain.tolist()}
 
 
+def run_replicated(outer: bool) -> dict[str, Any]:
+    """The same of one that each process has whole (DistributedDataParallel), compiled in its wrapper or inside of it."""
+    torch._dynamo.reset()
+    model = llava.build().requires_grad_(True)
+    prompt = llava.prompt(model, [[3, "image", 6]])
+    compiled = wrapper = torch.nn.parallel.DistributedDataParallel(model)
+    if not outer:
+        compiled = model
+    parvts_fx.compile(compiled, **OPTIONS)
+    with torch.no_grad():
+        logits = wrapper(**prompt.inputs).logits
+    record = parvts_fx.last_call(compiled)
+    return {"pruned": record.pruned, "reason": record.reason, "logits": logits.tolist()}
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     names = json.loads((folder / "models.json").read_text())
     found = {name: run(name, folder) for name in names}
     found["quarrelsome"] = run(names[0], folder, score=quarrelsome)
     found["sharded"] = [run_sharded(by_layer) for by_layer in (False, True)]
+    found["replicated"] = [run_replicated(outer) for outer in (False, True)]
     (folder / f"{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 

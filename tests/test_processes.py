@@ -60,16 +60,30 @@ def test_all_choose_as_the_first(ranks: list[dict[str, Any]]) -> None:
         assert found["quarrelsome"]["tokens"] == alone["tokens"] and found["quarrelsome"]["kept"] == alone["kept"]
 
 
+def wanted_of_one_picture() -> Any:
+    model = llava.build()
+    prompt = llava.prompt(model, [[3, "image", 6]])
+    (wanted,) = expected(model, prompt, keep_tokens=OPTIONS["keep_tokens"], migration_depth=OPTIONS["migration_depth"])
+    return wanted.logits
+
+
 @pytest.mark.slow
 @pytest.mark.supports("Processes", "FSDP2 around the whole model: pruned in each")
 def test_sharded_as_a_whole(ranks: list[dict[str, Any]]) -> None:
-    model = llava.build()
-    prompt = llava.prompt(model, [[3, "image", 6]])
-    wanted, = expected(model, prompt, keep_tokens=OPTIONS["keep_tokens"], migration_depth=OPTIONS["migration_depth"])
+    wanted = wanted_of_one_picture()
     for found in ranks:
         whole, _ = found["sharded"]
         assert whole["pruned"] and not whole["told"]
-        assert relative_error(torch.tensor(whole["logits"][0]), wanted.logits) < TOLERANCE
+        assert relative_error(torch.tensor(whole["logits"][0]), wanted) < TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.supports("Processes", "DistributedDataParallel, with the wrapper compiled or the model in it: pruned in each")
+def test_replicated(ranks: list[dict[str, Any]]) -> None:
+    wanted = wanted_of_one_picture()
+    for replicated in (held for found in ranks for held in found["replicated"]):
+        assert replicated["pruned"], replicated["reason"]
+        assert relative_error(torch.tensor(replicated["logits"][0]), wanted) < TOLERANCE
 
 
 @pytest.mark.slow
