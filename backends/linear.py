@@ -7,9 +7,14 @@ measured when a graph is compiled, for the sizes in the graph.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
+import os
+import platform
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +22,7 @@ from torch.fx import GraphModule, Node
 
 from parvts_fx.analysis.values import hint, is_tensor, value
 from parvts_fx.capture import copy_graph_module
-from parvts_fx.torch_private import FakeTensor, disable_current_modes, native_linear, onednn_linear
+from parvts_fx.torch_private import FakeTensor, disable_current_modes, inductor_cache_folder, native_linear, onednn_linear
 
 LEAST_FLOPS = 1 << 24
 """Products smaller than this stay as they are: calls cost more than kernels there."""
@@ -94,8 +99,27 @@ def _sizes(node: Node) -> tuple[int, int, int, bool, int] | None:
 
 
 def prefers_onednn(rows: int, columns: int, inner: int, bias: bool, threads: int) -> bool:
-    """Whether oneDNN is clearly quicker for [rows, inner] times [columns, inner] transposed, measured once a process."""
-    return _is_quicker(min(rows, max(_ROWS, _MULTIPLICATIONS // (columns * inner))), columns, inner, bias, threads)
+    """Whether oneDNN is clearly quicker for [rows, inner] times [columns, inner] transposed.
+
+    Measured once and kept beside what Inductor has compiled: a choice that came out otherwise in the next process, where the two
+    are about as quick, would have everything compiled again.
+    """
+    sizes = min(rows, max(_ROWS, _MULTIPLICATIONS // (columns * inner))), columns, inner, bias, threads
+    kept = _kept(sizes)
+    with contextlib.suppress(OSError, ValueError):  # not there, or another process is writing it
+        return bool(int(kept.read_text()))
+    found = _is_quicker(*sizes)
+    with contextlib.suppress(OSError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(str(int(found)))
+    return found
+
+
+def _kept(sizes: tuple[int, int, int, bool, int]) -> Path:
+    """The file that holds what was found for these sizes with this torch on this kind of processor."""
+    machine = torch.__version__, torch.backends.cpu.get_cpu_capability(), platform.machine(), os.cpu_count()
+    key = hashlib.sha256(repr((machine, sizes)).encode()).hexdigest()
+    return Path(inductor_cache_folder()) / "parvts_fx" / "linear" / key
 
 
 @functools.cache

@@ -13,6 +13,7 @@ import functools
 import importlib
 import logging
 import re
+import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -571,6 +572,12 @@ pop_mode_temporarily = _find("torch.overrides", "_pop_mode_temporarily")
 
 
 # -- lowerings -------------------------------------------------------------------------------------------------------------------
+
+def inductor_cache_folder() -> str:
+    """Where Inductor keeps what it has compiled; a folder of its kind where it does not say."""
+    own = _find("torch._inductor.runtime.cache_dir_utils", "cache_dir", lambda: None)()
+    return own or str(Path(tempfile.gettempdir()) / "torchinductor_parvts_fx")
+
 
 def run_inductor(
     module: GraphModule, inputs: Sequence[object], mode: str | None, settings: Mapping[str, Any]

@@ -60,6 +60,11 @@ def test_same_results(quicker, shape):
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.fixture(autouse=True)
+def empty_caches(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "caches"))
+
+
 @torch.no_grad()
 def test_follows_the_measurement(monkeypatch):
     graph = graph_of(Two(), torch.randn(LARGE, LARGE))
@@ -87,6 +92,18 @@ def test_a_disturbance_does_not_choose(monkeypatch, quick):
 
     monkeypatch.setattr(linear, "_seconds", seconds)
     assert linear._is_quicker.__wrapped__(64, 64, 64, False, 1) == (quick is linear.onednn_linear)
+
+
+def test_what_was_found_holds_in_the_next_process(monkeypatch, tmp_path):
+    """Or compiled graphs would not be found again where the kernels are about as quick. What cannot be read is measured anew."""
+    sizes, found = (64, 64, 64, False, 1), iter([True, False, False])
+    monkeypatch.setattr(linear, "_is_quicker", lambda *given: next(found))
+    assert [linear.prefers_onednn(*sizes) for _ in range(3)] == [True] * 3
+    (kept,) = (path for path in (tmp_path / "caches").rglob("*") if path.is_file())
+    kept.write_text("")
+    assert not linear.prefers_onednn(*sizes) and kept.read_text() == "0"
+    monkeypatch.setattr(linear, "_kept", lambda sizes: tmp_path)  # a folder, which nothing can be written to
+    assert not linear.prefers_onednn(*sizes)
 
 
 def test_of_many_rows_some_are_measured(monkeypatch):
