@@ -113,12 +113,12 @@ def _fused_operands(path: Path, attention: Attention, queries: str, keys: str) -
     (node,) = attention.nodes
     emitter, named = path.emitter, fused_arguments(node)
     (query,), (key, val) = attention.queries, attention.keys
+    weighed = bool(levels_of(emitter, attention.output, keys))
     if named["is_causal"] and queries != keys:
         samples = samples_of(emitter.decoder, query.node)
         mask = emitter.sets.causal_mask(queries, keys, value(query.node).dim(), samples)
-        if not levels_of(emitter, attention.output, keys):
-            mask = emitter.sets.added(mask, value(query.node).dtype)
-        named.update(is_causal=False, attn_mask=mask)
+        named.update(
+            is_causal=False, attn_mask=mask if weighed else emitter.sets.added(mask, value(query.node).dtype))
     elif named["attn_mask"] is not None:
         ((index, binding),) = attention.bindings[node].items()
         assert isinstance(binding, AxisLabels), "a fused call's mask has axes, and nothing else of it is bound"
@@ -128,7 +128,7 @@ def _fused_operands(path: Path, attention: Attention, queries: str, keys: str) -
     named["scale"] = emitter.mapped(named["scale"])
     named["query"] = path.read(query.node, queries)
     named["key"], named["value"] = (path.keys(operand.node, operand.axis, keys) for operand in (key, val))
-    if levels_of(emitter, attention.output, keys):
+    if weighed:
         rank, samples = value(query.node).dim(), samples_of(emitter.decoder, query.node)
         mask = emitter.sets.causal_mask(queries, keys, rank, samples) if named["is_causal"] else named["attn_mask"]
         bias = biased(emitter, attention.output, queries, keys, mask, rank, samples, named["query"])

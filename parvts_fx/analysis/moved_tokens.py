@@ -9,6 +9,7 @@ import torch
 from torch.fx import Node
 
 from parvts_fx.analysis.other_lengths import OtherLengths
+from parvts_fx.analysis.small_runs import is_plain
 from parvts_fx.analysis.tokens import Axis, Binding
 from parvts_fx.analysis.values import call, is_tensor, leaves, with_leaves
 
@@ -96,7 +97,7 @@ class MovedTokens:
             moved = call(self._others.module, node.op, node.target, args, kwargs)
         except Exception:  # no data movement (a product with weights, say): nothing to learn here
             return 0
-        if type(moved) is not torch.Tensor:  # in parts, over several processes
+        if not is_plain(moved):  # in parts, over several processes
             return 0
         entries = moved.shape[axis]
         if entries % length:
