@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from parvts_fx.backends.kernel_files import kernels_share_files
 from parvts_fx.backends.linear import pick_kernels
 from parvts_fx.backends.sizes import compile_with_names
 from parvts_fx.backends.uncompiled import leave_choices_uncompiled
@@ -48,7 +49,9 @@ def inductor(module: GraphModule, example_inputs: Sequence[object], options: Opt
     def compile(graph: GraphModule, inputs: Sequence[object]) -> Compiled:
         if on_cpu:
             probe_processor().join()  # a check changes flags that all threads share: of two at once, wrong ones may be left
-        return run_inductor(leave_choices_uncompiled(graph) if on_cpu else graph, inputs, options.mode, settings)
+            with kernels_share_files():
+                return run_inductor(leave_choices_uncompiled(graph), inputs, options.mode, settings)
+        return run_inductor(graph, inputs, options.mode, settings)
 
     return compile_with_names(module, example_inputs, compile)
 

@@ -586,6 +586,47 @@ def run_inductor(
     return _get("torch", "_TorchCompileInductorWrapper")(mode, settings, None)(module, list(inputs))
 
 
+@contextlib.contextmanager
+def compiling_kernels(surround: Callable[[type], type]) -> Iterator[None]:
+    """While it lasts, what Inductor writes for a CPU hands its kernels to a class made of the one that compiles them.
+
+    Where that is gone, or another Inductor does not ask for it, each kernel is compiled by itself, as without this.
+    """
+    own = kernel_compiler()
+    if own is None:
+        yield
+        return
+    held = importlib.import_module("torch._inductor.async_compile")
+    held.AsyncCompile = surround(own)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        held.AsyncCompile = own  # type: ignore[attr-defined]
+
+
+@functools.cache
+def kernel_compiler() -> type | None:
+    """Inductor's class of that kind, asked for once: two threads may be in :func:`compiling_kernels`."""
+    try:
+        return _get("torch._inductor.async_compile", "AsyncCompile")
+    except TorchMoved:
+        return None
+
+
+def kernel_threads() -> int:
+    """How many kernels Inductor compiles at once."""
+    return _find("torch._inductor.async_compile", "get_compile_threads", lambda: 1)()
+
+
+@functools.cache
+def kernel_bindings(name: str) -> Any:
+    """What compiles and loads kernels that Python calls, for one of this name. Without it, each is compiled by itself."""
+    bindings, loaded = _get("torch._inductor.codecache", "CppPythonBindingsCodeCache"), dict[str, Any]()
+    own = type("Bindings", (bindings,), {"entry_function": name, "cache": loaded, "cache_clear": staticmethod(loaded.clear),
+                                         "call_entry_function": bindings.call_entry_function.replace("kernel", name)})
+    return _find("torch._inductor.utils", "clear_on_fresh_cache", lambda held: held)(own)
+
+
 def inductor_settings() -> Sequence[str] | None:
     """The names of Inductor's settings; None where it does not tell."""
     try:
