@@ -22,11 +22,11 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --cases quick
 
-# What that leaves out for time: tests that are marked slow, and a second case for each value of their parameters. CI runs both.
+# What that leaves out for time: tests that are marked slow, and grids of up to six cases as a whole. CI runs both.
 test-rest: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --cases rest
 
-# Every combination of parameters; the two above meet each value of each.
+# Every combination of parameters; the two above meet each value of each, in larger grids in some combination.
 test-all: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --cases all
 

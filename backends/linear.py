@@ -22,7 +22,14 @@ from torch.fx import GraphModule, Node
 
 from parvts_fx.analysis.values import hint, is_tensor, value
 from parvts_fx.capture import copy_graph_module
-from parvts_fx.torch_private import FakeTensor, disable_current_modes, inductor_cache_folder, native_linear, onednn_linear
+from parvts_fx.torch_private import (
+    FakeTensor,
+    disable_current_modes,
+    inductor_cache_folder,
+    native_linear,
+    onednn_linear,
+    travels_with_caches,
+)
 
 LEAST_FLOPS = 1 << 24
 """Products smaller than this stay as they are: calls cost more than kernels there."""
@@ -102,24 +109,26 @@ def prefers_onednn(rows: int, columns: int, inner: int, bias: bool, threads: int
     """Whether oneDNN is clearly quicker for [rows, inner] times [columns, inner] transposed.
 
     Measured once and kept beside what Inductor has compiled: a choice that came out otherwise in the next process, where the two
-    are about as quick, would have everything compiled again.
+    are about as quick, would have everything compiled again. It is also among what ``torch.compiler.save_cache_artifacts`` saves.
     """
     sizes = min(rows, max(_ROWS, _MULTIPLICATIONS // (columns * inner))), columns, inner, bias, threads
-    kept = _kept(sizes)
-    with contextlib.suppress(OSError, ValueError):  # not there, or another process is writing it
-        return bool(int(kept.read_text()))
-    found = _is_quicker(*sizes)
-    with contextlib.suppress(OSError):
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(str(int(found)))
+    name = _file(sizes)
+    kept = Path(inductor_cache_folder()) / name
+    try:
+        found = bool(int(kept.read_text()))
+    except (OSError, ValueError):  # not there, or another process is writing it
+        found = _is_quicker(*sizes)
+        with contextlib.suppress(OSError):
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text(str(int(found)))
+    travels_with_caches(name, int(found))
     return found
 
 
-def _kept(sizes: tuple[int, int, int, bool, int]) -> Path:
-    """The file that holds what was found for these sizes with this torch on this kind of processor."""
+def _file(sizes: tuple[int, int, int, bool, int]) -> str:
+    """In Inductor's cache folder: what was found for these sizes with this torch on this kind of processor."""
     machine = torch.__version__, torch.backends.cpu.get_cpu_capability(), platform.machine(), os.cpu_count()
-    key = hashlib.sha256(repr((machine, sizes)).encode()).hexdigest()
-    return Path(inductor_cache_folder()) / "parvts_fx" / "linear" / key
+    return f"parvts_fx/linear/{hashlib.sha256(repr((machine, sizes)).encode()).hexdigest()}"
 
 
 @functools.cache

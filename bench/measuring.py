@@ -22,7 +22,7 @@ from torch._inductor.utils import fresh_cache
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from bench.methods import Backend, Method, Recorder, inductor
+from bench.methods import LOWERINGS, Backend, Method, Recorder
 from bench.models import Decode, Prefill, Scene, Tower, shallow_copy, step_positions
 from parvts_fx.cost import count_flops
 
@@ -68,7 +68,7 @@ class Times:
     """From the pictures to the last token."""
 
 
-def build(method: Method, scene: Scene, kept: int, *, backend: Backend = inductor(), fresh: bool = False) -> Built:
+def build(method: Method, scene: Scene, kept: int, *, backend: Backend = LOWERINGS["inductor"], fresh: bool = False) -> Built:
     """Compile a method's prefill for a scene, by calling it once.
 
     Args:
@@ -88,7 +88,7 @@ def build(method: Method, scene: Scene, kept: int, *, backend: Backend = inducto
 class Company:
     """What stands around the prefill, compiled once for all who share it: vision tower and decode step."""
 
-    def __init__(self, backend: Backend = inductor()):
+    def __init__(self, backend: Backend = LOWERINGS["inductor"]):
         self._backend = backend
         self._towers: dict[tuple[bool, bool, torch.Size], Callable[..., Any]] = {}
         self._decodes: dict[tuple[bool, bool, bool], Callable[..., Any]] = {}
@@ -267,15 +267,15 @@ def many_compiles() -> Iterator[None]:
         yield
 
 
-def in_own_process(module: str, *arguments: str) -> str:
-    """The last line that ``python -m module`` prints, in a fresh process with empty compile caches.
+def in_own_process(module: str, *arguments: str, caches: str | None = None) -> str:
+    """The last line that ``python -m module`` prints, in a fresh process with empty compile caches, or those of a folder.
 
     Raises:
         RuntimeError: it fails; with what it has said.
     """
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True,
-                              env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder})
+                              env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": caches or folder})
     if done.returncode:
         raise RuntimeError(f"python -m {module} {' '.join(arguments)} failed:\n{done.stderr}")
     return done.stdout.splitlines()[-1]

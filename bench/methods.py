@@ -16,8 +16,10 @@ from torch.fx import GraphModule
 
 import parvts_fx
 from bench.models import Scene
+from parvts_fx.backends import lowering
 from parvts_fx.backends.linear import pick_kernels
 from parvts_fx.capture import capture
+from parvts_fx.options import parse_options
 from parvts_fx.schedules import SCHEDULES
 from parvts_fx.stages import Stage
 
@@ -50,7 +52,14 @@ def quicker_products(backend: Backend) -> Backend:
     return lambda module, example_inputs: backend(pick_kernels(module), example_inputs)
 
 
+def own_inductor(module: GraphModule, example_inputs: list[object]) -> Callable[..., Any]:
+    """Inductor as parvts calls it by default, but for the choice of matrix products."""
+    return lowering.inductor(module, example_inputs, parse_options({"linear_kernels": "inductor"}))
+
+
 LOWERINGS = {"inductor": inductor(), "eager": nothing}
+OWN: Mapping[Backend, Backend] = {LOWERINGS["inductor"]: own_inductor}
+"""What takes a lowering's place in methods that go through parvts: what their users run."""
 
 
 class Recorder:
@@ -93,6 +102,7 @@ class Method:
 
     def lowering(self, backend: Backend) -> Backend:
         """The backend with the method's choice of kernels."""
+        backend = backend if self.stages is None else OWN.get(backend, backend)
         return quicker_products(backend) if self.quicker_products else backend
 
     def compile(self, module: nn.Module, backend: Backend, kept: int | None = None,

@@ -579,6 +579,16 @@ def inductor_cache_folder() -> str:
     return own or str(Path(tempfile.gettempdir()) / "torchinductor_parvts_fx")
 
 
+def travels_with_caches(file: str, number: int) -> None:
+    """Let a file in that folder, which holds a number, be among what ``torch.compiler.save_cache_artifacts`` saves.
+
+    It goes as a choice of Inductor's own autotuning, which is a file there as well. Without it, the file stays where it is.
+    """
+    with contextlib.suppress(TorchMoved, AssertionError):  # an artifact of a kind that is not known (any more)
+        _get("torch._inductor.runtime.autotune_cache", "AutotuneCacheArtifact")
+        _get("torch.compiler._cache", "CacheArtifactManager").record_artifact("autotune", file, number)
+
+
 def run_inductor(
     module: GraphModule, inputs: Sequence[object], mode: str | None, settings: Mapping[str, Any]
 ) -> Callable[..., Any]:

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import pytest
 
 SELECTIONS = ("quick", "rest", "covered", "all")
-"""What ``--cases`` takes: all cases; those that meet each value of each parameter twice; of these and of tests that are not
-marked ``slow`` as many as meet each value once; and the difference of the last two."""
+"""What ``--cases`` takes: all cases; grids of up to six cases and of larger ones as many as meet each value of each parameter; of
+tests that are not marked ``slow`` as many as meet each value; and the difference of the last two."""
 
-_QUICK, _COVERED = (2, 1), (12, 2)
+_QUICK, _COVERED = (2, 1), (6, 1)
 """Grids of so many cases run whole; of larger ones each value is met so often, if it stands in as many cases."""
 
 

@@ -47,6 +47,7 @@ def in_a_fresh_process(code: str, **environment: str) -> subprocess.CompletedPro
                           env={**os.environ, **environment}, timeout=300)
 
 
+@pytest.mark.slow
 @pytest.mark.versions
 def test_listed_without_an_import():
     done = in_a_fresh_process("""

@@ -128,6 +128,7 @@ def test_generate_and_a_copy() -> None:
             assert all(relative_error(ours, theirs) <= TOLERANCE for ours, theirs in zip(found.logits, wanted.logits))
 
 
+@pytest.mark.slow
 def test_they_are_explained() -> None:
     model = model_with(First)
     with torch.no_grad():
@@ -145,6 +146,7 @@ def test_through_inductor() -> None:
         assert_equal_prefill(model(**prompt.inputs), wanted)
 
 
+@pytest.mark.slow
 def test_another_model_keeps_what_it_has_compiled() -> None:
     """Beginning a call again throws away nothing of others'."""
     model, other, lowered = model_with(First), llava.build(), []

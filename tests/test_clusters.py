@@ -53,6 +53,7 @@ def test_schedules(model: Any, stages: tuple[Stage, ...], rows: list) -> None:
     check(model, llava.prompt(model, rows), stages=stages)
 
 
+@pytest.mark.slow
 @pytest.mark.captures_once
 def test_generate(model: Any) -> None:
     check(model, llava.prompt(model, PROMPTS["padding"]), steps=4, stages=ONE)

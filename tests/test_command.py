@@ -181,6 +181,7 @@ def test_small_models(capsys: Any, tmp_path: Path, wide: Path, name: str) -> Non
     assert any("no grid of the shape of the picture, 16 x 32" in note for note in found["notes"]) != is_drawn
 
 
+@pytest.mark.slow
 def test_the_reason_where_nothing_is_pruned(capsys: Any, tmp_path: Path, wide: Path) -> None:
     """That of the model's record, in the one sentence: where all is kept, and where pictures enter by cross-attention."""
     folder = save("llava", tmp_path / "llava")
@@ -273,6 +274,7 @@ def test_models(capsys: Any) -> None:
     assert code == 1 and "no model has this one; there are:" in error and out == ""
 
 
+@pytest.mark.slow
 def test_the_list_is_part_of_the_package() -> None:
     """Its file and the command's entry point are named where the package is built."""
     import tomllib

@@ -218,6 +218,7 @@ def test_names_of_processors() -> None:
 # -- told -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Command", "explain predicts the prefill's time on H100, H200, A100, L4 and the CPU at hand")
 def test_explain_predicts() -> None:
     model = llava.build(layers=3)
@@ -253,6 +254,7 @@ def test_an_unknown_processor_is_told_before_anything_runs() -> None:
         parvts_fx.explain(nn.Identity(), torch.ones(1), processors=["B300"])
 
 
+@pytest.mark.slow
 def test_the_benchmark_holds_predictions_against_times(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its rows and table on a small model that runs eagerly; what the times are is no matter here."""
     rates = cpu.Cpu({1: 1e-9}, {1: 1e-9}, {True: 1e9, False: 1e9}, {1000: 1e-6}, 1e-8)

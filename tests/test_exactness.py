@@ -62,6 +62,7 @@ def test_joint_paths(model, depth):
     check(model, prompt, paths="joint", migration_depth=depth, keep_ratio=0.25, steps=3 if depth == 2 else 0)
 
 
+@pytest.mark.slow
 @pytest.mark.captures_once
 @pytest.mark.supports("Models", "LLaVA with Llama or Qwen2 text models; GQA, MHA and MQA")
 @pytest.mark.parametrize("text", ["llama", "qwen2"])

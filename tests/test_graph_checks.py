@@ -413,6 +413,7 @@ def test_what_cannot_stand_behind_emit(again: Pass) -> None:
         parvts_fx.rewrite(module, inputs, parsed, [*build_pipeline(parsed), again])
 
 
+@pytest.mark.slow
 def test_passes_twice() -> None:
     """All but emit may be."""
     for schedule in SCHEDULES:

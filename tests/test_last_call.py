@@ -91,6 +91,7 @@ def refused(*_: Any) -> None:
     raise Refusal("so it is")
 
 
+@pytest.mark.slow
 def test_reasons(model: Any) -> None:
     given = llava.prompt(model, EVEN)
     parvts_fx.compile(model, **OPTIONS | {"keep_tokens": 1000})
@@ -106,6 +107,7 @@ def test_reasons(model: Any) -> None:
     assert parvts_fx.last_call(model).visual_tokens == parvts_fx.last_call(model).kept_tokens == ()
 
 
+@pytest.mark.slow
 def test_strict_leaves_a_record(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     even, uneven = llava.prompt(model, EVEN), llava.prompt(model, UNEVEN)
     told: list[parvts_fx.CallRecord] = []

@@ -102,7 +102,22 @@ def test_what_was_found_holds_in_the_next_process(monkeypatch, tmp_path):
     (kept,) = (path for path in (tmp_path / "caches").rglob("*") if path.is_file())
     kept.write_text("")
     assert not linear.prefers_onednn(*sizes) and kept.read_text() == "0"
-    monkeypatch.setattr(linear, "_kept", lambda sizes: tmp_path)  # a folder, which nothing can be written to
+    monkeypatch.setattr(linear, "travels_with_caches", lambda *held: None)
+    monkeypatch.setattr(linear, "_file", lambda sizes: "")  # a folder, which nothing can be written to
+    assert not linear.prefers_onednn(*sizes)
+
+
+def test_what_was_found_travels_with_the_caches(monkeypatch, tmp_path):
+    sizes, found = (64, 64, 64, True, 1), iter([True, False])
+    monkeypatch.setattr(linear, "_is_quicker", lambda *given: next(found))
+    manager = torch.compiler._cache.CacheArtifactManager
+    with manager.with_fresh_cache():
+        assert linear.prefers_onednn(*sizes)
+        saved, _ = torch.compiler.save_cache_artifacts()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "elsewhere"))
+    torch.compiler.load_cache_artifacts(saved)
+    assert linear.prefers_onednn(*sizes), "measured again"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "a third place"))
     assert not linear.prefers_onednn(*sizes)
 
 

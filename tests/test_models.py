@@ -69,6 +69,7 @@ def paid_ahead() -> Iterator[str]:
     scores._RULES.pop(name)
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Architectures", ", ".join(AHEAD) + " (a rule that looks ahead)")
 @pytest.mark.parametrize("name", AHEAD)
 def test_looking_ahead(name: str, paid_ahead: str) -> None:

@@ -112,6 +112,7 @@ def test_what_is_not_compiled() -> None:
         pass
 
 
+@pytest.mark.slow
 def test_explain_follows_the_models_own_options(model: Any) -> None:
     prompt = llava.prompt(model, ROWS)
     assert [graph.subject_tokens for graph in parvts_fx.explain(model, **prompt.inputs).graphs if graph.layers] == [8]

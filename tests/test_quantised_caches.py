@@ -65,6 +65,7 @@ def test_rows_are_those_of_the_reference() -> None:
         assert relative_error(model(**step, past_key_values=cache).logits, plain) <= TOLERANCE
 
 
+@pytest.mark.slow
 def test_the_librarys_own() -> None:
     """One scale a tensor: what is cached is the reference's to a step of eight bits, and generating goes on from it."""
     model = llava.build(layers=3)

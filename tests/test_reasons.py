@@ -70,6 +70,7 @@ def test_gradient_checkpointing(model: Any, prompt: llava.Prompt) -> None:
     assert "gradient_checkpointing_disable" in unrewritten(model, prompt, plain, use_cache=False)
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Left unrewritten", "accelerate's hooks, which exclude themselves from compiling, with their name")
 def test_hooks_that_are_excluded_from_compiling(model: Any, prompt: llava.Prompt) -> None:
     """Later calls compile nothing, and say the same."""
@@ -92,6 +93,7 @@ def test_a_model_without_a_decoder() -> None:
         model(input_ids=torch.randint(3, 40, (1, 5)), pixel_values=torch.randn(1, 3, 16, 16))
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Calls", "output_attentions with sdpa, which gives none")
 def test_attention_weights_that_the_model_does_not_give(model: Any, prompt: llava.Prompt) -> None:
     """What transformers logs about it does not break the graph."""

@@ -43,6 +43,7 @@ def spread(model: Any, first: str = "cpu", second: str = "cpu", on_first: int = 
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Calls", "models that accelerate has spread over devices: hooks that fetch no weights are captured")
 @pytest.mark.parametrize("rows", [ROWS, [[3, "image", 6], [5]]], ids=["a picture each", "one with none"])
 def test_hooks_are_captured(model: Any, rows: list) -> None:
@@ -57,6 +58,7 @@ def test_hooks_are_captured(model: Any, rows: list) -> None:
     assert parvts_fx.last_call(model).pruned
 
 
+@pytest.mark.slow
 def test_generate_and_copies(model: Any) -> None:
     """The hooks of a copy are its own; behind uncompile all are as accelerate has made them."""
     prompt = llava.prompt(model, ROWS)
@@ -76,6 +78,7 @@ def test_generate_and_copies(model: Any) -> None:
     assert torch.equal(made.generate(**prompt.inputs, **generating), wanted)
 
 
+@pytest.mark.slow
 def test_explain_leaves_hooks_as_they_were(model: Any) -> None:
     spread(model)
     with torch.no_grad():

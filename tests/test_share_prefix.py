@@ -65,6 +65,7 @@ def test_length_of_the_prefix(model, rows, shared):
     assert prefill(model, llava.prompt(model, rows)).shared == [shared]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_switched_off_the_same(attention):
     model = llava.build(layers=3, attention=attention)
@@ -73,6 +74,7 @@ def test_switched_off_the_same(attention):
     assert prefill(model, prompt, share_prefix=False).shared == []
 
 
+@pytest.mark.slow
 def test_flops_against_a_closed_formula(model):
     """Every migration layer has as many rows less of path B as are shared, and no calls for them."""
     graph = prefill(model, llava.prompt(model, [[5, "image", 4]])).graphs[0]

@@ -23,6 +23,7 @@ def picture(height: int = 16, width: int = 16) -> Image.Image:
     return Image.fromarray(np.full((height, width, 3), 200, dtype=np.uint8))
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Command", "parvts_fx.show: the reference's kept patches, over each of several pictures")
 def test_kept_patches_are_the_references(tmp_path: Path) -> None:
     """Two pictures in one prompt and one in another: what is bright in the drawing is what the eager reference keeps."""
@@ -103,6 +104,7 @@ def test_no_grid(counts: tuple[int, ...], sizes: list[tuple[int, int]], words: s
         kept_patches(runs(*counts), runs(*counts), sizes)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     model = llava.build(layers=3)
     prompt = llava.prompt(model, [[3, "image", 5]])

@@ -166,6 +166,7 @@ def test_schedules(stages: Stages) -> None:
     rewritten(Choice(stages=stages))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["FastV", "looking ahead", "migrations that meet", "parallel, then weighed", "to the end"])
 @pytest.mark.parametrize("settings", [dict(skip_dead_rows=False), dict(dynamic=True)], ids=["dead rows run", "dynamic"])
 def test_schedules_in_other_ways(name: str, settings: dict) -> None:

@@ -44,6 +44,7 @@ def test_generating(model: Any) -> None:
     assert int(cache.get_query_offset()) == rows + 5 and int(cache.get_seq_length()) == prompt.visual.shape[1] + 5
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Caches", "static caches whose decode steps generate compiles by itself, as it does on GPUs")
 def test_steps_that_generate_compiles(model: Any, recwarn: pytest.WarningsRecorder) -> None:
     prompt = llava.prompt(model, ROWS)
@@ -58,6 +59,7 @@ def test_steps_that_generate_compiles(model: Any, recwarn: pytest.WarningsRecord
     assert not [warning for warning in recwarn if issubclass(warning.category, parvts_fx.ParvtsWarning)]
 
 
+@pytest.mark.slow
 def test_a_prompt_and_steps_by_hand(model: Any) -> None:
     """The caller's object, its rows against the reference; used again behind a reset."""
     prompt = llava.prompt(model, ROWS)
@@ -84,6 +86,7 @@ def test_a_prompt_and_steps_by_hand(model: Any) -> None:
             cache.reset()
 
 
+@pytest.mark.slow
 def test_what_runs_whole_fills_it_as_well(model: Any) -> None:
     prompt, uneven = llava.prompt(model, ROWS), llava.prompt(model, [[2, "image", 3], [4]])
     plain = generated(model, prompt.inputs)
@@ -189,6 +192,7 @@ class Offloaded(DynamicCache):
         return super().update(*args, **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Caches", "caches that keep layers on another device (offloaded): the prompt pruned, steps uncompiled")
 @pytest.mark.parametrize("rows", [ROWS, UNEVEN], ids=["even", "uneven"])
 @pytest.mark.parametrize("knows_layers", [False, True])
@@ -203,6 +207,7 @@ def test_offloaded(model: Any, rows: Any, knows_layers: bool, recwarn: pytest.Wa
     assert not [warning for warning in recwarn if issubclass(warning.category, parvts_fx.ParvtsWarning)]
 
 
+@pytest.mark.slow
 def test_a_second_picture_on_an_offloaded_cache(model: Any) -> None:
     """Whole, and said so: as the eager model does it on the rows that are left."""
     prompt = llava.prompt(model, [[3, "image", 5]])

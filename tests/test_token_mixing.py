@@ -78,6 +78,7 @@ MIXED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("last_only", [False, True], ids=["all logits", "last logits"])
 @pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES.keys())
 @pytest.mark.parametrize("features", MIXED.values(), ids=MIXED.keys())

@@ -113,6 +113,7 @@ def test_a_name_that_is_gone_says_so_when_it_is_used():
     assert torch_private._find("torch.no_such_module", "name", len) is len
 
 
+@pytest.mark.slow
 def test_a_prefill_without_a_private_name_runs_as_it_came():
     """A name is gone without which nothing is rewritten: told with torch's version, and the model's own result comes out."""
     code = """

@@ -214,6 +214,7 @@ def test_one_compiled_form_for_all_rows(model: Any) -> None:
     assert graphs == [1] * 3, "all is compiled by the first batch"
 
 
+@pytest.mark.slow
 def test_equal_rows_behind_batches_that_hardly_have_visual_tokens(model: Any) -> None:
     """Less than one a sample, in the prompts that the graph was captured for."""
     prompt = llava.prompt(model, [["image", 2], [1, "image", 3]])

@@ -107,6 +107,7 @@ def test_text_prompts_are_left_alone_silently(model):
     assert told == []
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Left unrewritten", "calls with labels")
 def test_labels(model, prompt):
     inputs = {**prompt.inputs, "labels": prompt.inputs["input_ids"]}
@@ -177,6 +178,7 @@ def test_logits_to_keep(model, prompt, count):
         assert reference.relative_error(logits[sample], one.logits[-count:]) <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Calls", "inputs_embeds in place of input_ids")
 def test_embeddings_in_place_of_ids(model, prompt):
     wanted = expected(model, prompt)
@@ -292,6 +294,7 @@ def test_fullgraph(model, prompt):
         assert_equal_prefill(model(**prompt.inputs), wanted)
 
 
+@pytest.mark.slow
 def test_a_compiled_wrapper_leaves_the_model_alone(model, prompt):
     wanted = expected(model, prompt)
     fast = torch.compile(model, backend="parvts", options={"migration_depth": 2, "lowering": "eager", "strict": True})
@@ -328,6 +331,7 @@ def test_a_pass_that_fails_leaves_the_unrewritten_model(model, prompt, monkeypat
         model(**prompt.inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Calls", "with parvts_fx.compile, conversations that go on from a pruned prompt, by generate or by hand")
 @pytest.mark.parametrize("by_hand", [False, True], ids=["generate", "by hand"])
 def test_conversation_goes_on(model, by_hand):
@@ -367,6 +371,7 @@ def moved_to_the_right(prompt: llava.Prompt) -> dict[str, torch.Tensor]:
     return {**prompt.inputs, **{name: prompt.inputs[name].gather(1, order) for name in ("input_ids", "attention_mask")}}
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Left unrewritten", "padding behind visual tokens, where keys are handed out")
 def test_padding_behind_visual_tokens(model, prompt):
     """A decode step would read the mask's columns, which are the full prompt's, at the pruned cache's places."""
@@ -432,6 +437,7 @@ def no_gather(graph, inputs, **_):
     return graph.forward
 
 
+@pytest.mark.slow
 def test_a_rewritten_graph_that_does_not_compile(model, prompt):
     """The compiler behind fails on it: the prefill runs whole, with its reason once; strict lets the compiler's error through."""
     plain, output, told = run_both(model, prompt.inputs, lowering=no_gather)
@@ -464,6 +470,7 @@ def test_weights_stay_where_they_are(model, prompt, dynamic):
     assert graph._param_name_to_source is not None and all(hasattr(node, "_dynamo_source") for node in inputs)
 
 
+@pytest.mark.slow
 def test_what_is_written_for_a_later_batch_does_not_compile(model):
     """The first batch has samples that differ, so that the graph is rewritten for the second one: which runs whole, twice, with
     its reason once."""

@@ -24,6 +24,7 @@ def test_generate_is_pruned():
         assert compared.generate(built.inputs) <= 2e-5
 
 
+@pytest.mark.slow
 def test_a_copy_generates_by_itself():
     """A deep copy and an unpickled model have a generate of their own; neither is compiled until asked for."""
     built = BUILDERS["blip-2"]()

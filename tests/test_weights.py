@@ -85,6 +85,7 @@ def test_lora(way, which):
     assert_equal_generation(wrapper, prompt, generation)
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Weights", "LoRA adapters of PEFT: the wrapper called by torch.compile")
 def test_lora_by_torch_compile():
     wrapper, inner = with_lora()
@@ -94,6 +95,7 @@ def test_lora_by_torch_compile():
     assert_equal_forward(fast, prompt, wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Weights", "LoRA adapters of PEFT, switched off and on after compiling")
 def test_lora_switched_off_and_on():
     wrapper, inner = with_lora()

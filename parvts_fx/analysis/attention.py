@@ -93,6 +93,9 @@ def _fused(
         return None  # attends to something that is not the prompt: each row by itself
     if tokens.axes.get(key) and tokens.axes.get(val) and not asks_tokens(node, tokens):
         return None  # the tokens' rows lie side by side: that they do not meet is still to be shown
+    if query not in decoder:
+        raise Refusal("rows that are not the prompt's ask its keys (those of a second decoder, which reads what this one "
+                      "computes, say)", node)
     if arguments["dropout_p"] not in (0, 0.0):
         raise Refusal("attention dropout is active", node)
     if query in decoder and not tokens.axes.get(query) and not is_state(query, tokens.probed, tokens):
