@@ -271,6 +271,7 @@ def _overload(namespace: Any, name: str, instead: Any) -> Any:
 
 
 aten_softmax = _overload(torch.ops.aten, "_softmax", torch.softmax)
+unsafe_view = _overload(torch.ops.aten, "_unsafe_view", torch.ops.aten.view.default)
 encoder_layer = _find("torch", "_transformer_encoder_layer_fwd")
 """A whole ``nn.TransformerEncoderLayer``: what it calls where no gradients are recorded."""
 

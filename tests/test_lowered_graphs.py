@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 
 from parvts_fx.analysis.values import value
 from parvts_fx.backends import uncompiled
 from parvts_fx.backends.sizes import compile_with_names
 from parvts_fx.backends.uncompiled import leave_choices_uncompiled
-from parvts_fx.capture.editing import CHOOSES
+from parvts_fx.capture.editing import CHOOSES, Editor
 from parvts_fx.stages import Stage, counts_left
 from tests.plain import Plain, Specification, prompt
 from tests.plain_reference import largest_error, reference
@@ -122,6 +123,28 @@ def test_results_share_no_memory() -> None:
     assert torch.equal(first, given.t()) and torch.equal(second, given.t())
     first.zero_()
     assert given.abs().min() > 0
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_what_is_traced_works_on_any_layout(writes: bool) -> None:
+    """But for what writes into a view: it is to be seen in what is viewed."""
+    def function(x: torch.Tensor) -> torch.Tensor:
+        x = x * 2
+        rows = x.view(8, 3)
+        if writes:
+            rows.mul_(3.0)
+        return x + rows.sum()
+
+    given, graph, same = torch.randn(4, 2, 3).transpose(0, 1), torch.fx.Graph(), torch.fx.Graph()
+    x, other = graph.placeholder("x"), same.placeholder("x")
+    x.meta["example_value"] = other.meta["example_value"] = FakeTensorMode().from_tensor(torch.ones(2, 4, 3))
+    same.output(other)
+    graph.output(Editor(GraphModule(torch.nn.Module(), same), graph).inline(function, x))
+    module = GraphModule(torch.nn.Module(), graph)
+    if writes:
+        given = given.contiguous()
+    torch.testing.assert_close(module(given), function(given.contiguous()))
+    assert any(node.target is torch.ops.aten.view.default for node in graph.nodes) == writes
 
 
 @pytest.mark.slow

@@ -229,6 +229,14 @@ def test_inductor() -> None:
     assert error_of(spec, compiled(*given.arguments), wanted(model, given, choice)) < TOLERANCE
 
 
+@pytest.mark.inductor
+def test_inductor_lays_out_keys_in_its_own_way() -> None:
+    """As many heads of keys as of queries, in a batch: what the rule reads lies otherwise in memory than when it was traced."""
+    model = llava.build(groups=4)
+    stages = (Stage(keep=5, at=1, rule="last_row"), Stage(at=2, keep=2, rule="last_row"))
+    check(model, llava.prompt(model, PROMPT), stages=stages, lowering="inductor")
+
+
 def test_drawn_at_random() -> None:
     """``python -m tests.fuzz --stages all`` draws as many as wanted."""
     outcomes = []

@@ -16,7 +16,14 @@ from parvts_fx.analysis.other_lengths import quiet_trials
 from parvts_fx.analysis.tokens import Count
 from parvts_fx.analysis.values import call, concrete, fake_mode_of, value
 from parvts_fx.errors import Refusal
-from parvts_fx.torch_private import enable_python_dispatcher, make_fx, settle_sizes
+from parvts_fx.torch_private import (
+    OpOverload,
+    enable_python_dispatcher,
+    make_fx,
+    settle_sizes,
+    unsafe_view,
+    writes_into_arguments,
+)
 
 Size: TypeAlias = "int | Node"
 
@@ -26,6 +33,10 @@ CHOOSES = "parvts_chooses"
 COUNTS = "parvts_counts"
 """In the ``meta`` of a rewritten graph: a sample's rows of text, and its visual tokens in front of the first stage and behind
 each."""
+
+_OF_ANY_LAYOUT = dict.fromkeys((torch.ops.aten.view.default, unsafe_view), torch.ops.aten.reshape.default)
+"""Operations that work where a tensor lies in memory as it did while tracing, and what else gives the same numbers. Whoever
+compiles the graph may lay out tensors otherwise."""
 
 
 class Editor:
@@ -156,6 +167,8 @@ class Editor:
             traced = make_fx(function, pre_dispatch=whole)(*(value(source) for source in sources))
         inputs = iter(sources)
         copies: dict[Node, Any] = {}
+        writes = any(isinstance(node.target, OpOverload) and writes_into_arguments(node.target) for node in traced.graph.nodes)
+        shapes = {} if writes else _OF_ANY_LAYOUT  # what is written into a view is to be seen in what it views
         for node in traced.graph.nodes:
             if node.op == "placeholder":
                 copies[node] = next(inputs)
@@ -166,7 +179,7 @@ class Editor:
             else:
                 args, kwargs = map_aggregate(
                     (node.args, node.kwargs), lambda leaf: copies[leaf] if isinstance(leaf, Node) else leaf)
-                copies[node] = self.graph.call_function(node.target, args, kwargs)
+                copies[node] = self.graph.call_function(shapes.get(node.target, node.target), args, kwargs)
                 copies[node].meta["example_value"] = node.meta.get("val")
                 self._noted(copies[node])
         raise AssertionError("a traced graph has an output")
